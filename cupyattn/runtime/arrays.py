@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Array metadata: which library an array belongs to, its alignment, and the views kernels take."""
+
+import sys
+
+import numpy as np
+
+
+def _kind(array):
+    if isinstance(array, np.ndarray):
+        return "numpy"
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(array, cupy.ndarray):
+        return "cupy"
+    return None
+
+
+def as_array(op, name, value):
+    """`value` as a NumPy or CuPy array without copying; foreign device arrays come in zero-copy.
+
+    NumPy and CuPy arrays pass through. Objects with ``__cuda_array_interface__`` or a CUDA DLPack capsule become
+    CuPy arrays, host DLPack objects become NumPy arrays. Anything else is a TypeError.
+    """
+    if _kind(value) is not None:
+        return value
+    if hasattr(value, "__cuda_array_interface__"):
+        import cupy
+
+        return cupy.asarray(value)
+    if hasattr(value, "__dlpack_device__"):
+        if value.__dlpack_device__()[0] == 1:
+            return np.from_dlpack(value)
+        import cupy
+
+        return cupy.from_dlpack(value)
+    raise TypeError(f"{op}: {name} must be a NumPy or CuPy array, got {type(value).__name__}")
+
+
+def array_namespace(op, /, **arrays):
+    """The module (numpy or cupy) all `arrays` belong to; None values are ignored.
+
+    Raises
+    ------
+    TypeError
+        An argument is no array, or NumPy and CuPy arrays are mixed.
+    """
+    kinds = {}
+    for name, array in arrays.items():
+        if array is None:
+            continue
+        kind = _kind(array)
+        if kind is None:
+            raise TypeError(f"{op}: {name} must be a NumPy or CuPy array, got {type(array).__name__}")
+        kinds.setdefault(kind, name)
+    if len(kinds) > 1:
+        raise TypeError(f"{op}: all arrays must be of one kind, got NumPy {kinds['numpy']} and CuPy {kinds['cupy']}; "
+                        "copy one of them over")
+    return sys.modules[next(iter(kinds))]
+
+
+def alignment(array):
+    """Largest power of two ≤ 16 (bytes) that divides the base address and every stride but the last axis'."""
+    from .structs import address
+
+    bits = address(array) | 16
+    for size, stride in zip(array.shape[:-1], array.strides[:-1], strict=True):
+        if size > 1:
+            bits |= stride
+    return bits & -bits
+
+
+def strides(array):
+    """Strides in elements."""
+    size = array.itemsize
+    return tuple(s // size for s in array.strides)
+
+
+def as_rows(op, name, array):
+    """`array` [..., n] as a view [rows, n]: contiguous last axis, one stride between rows, nothing copied."""
+    if array.ndim == 0:
+        raise ValueError(f"{op}: {name} must have at least one axis, got a 0-d array")
+    if array.shape[-1] > 1 and array.strides[-1] != array.itemsize:
+        raise ValueError(f"{op}: {name} must have a contiguous last axis, got strides {array.strides} bytes for "
+                         f"{array.dtype.name}")
+    if array.ndim == 2:
+        return array
+    axes = [(n, s) for n, s in zip(array.shape[:-1], array.strides[:-1], strict=True) if n != 1]
+    if any(outer != n * inner for (_, outer), (n, inner) in zip(axes, axes[1:], strict=False)) and array.size:
+        raise ValueError(f"{op}: {name} must have one stride between its rows, got strides {array.strides} bytes for "
+                         f"shape {list(array.shape)}")
+    rows = 1
+    for n in array.shape[:-1]:
+        rows *= n
+    return array.reshape(rows, array.shape[-1])
+
+
+def row_view(array):
+    """RowView of `array` [rows, row_size]; None gives a null view."""
+    return None if array is None else {"data": array, "stride_row": array.strides[0] // array.itemsize}
+
+
+def head_view(array):
+    """HeadView of `array` [tokens, heads, head_dim]."""
+    token, head, _ = strides(array)
+    return {"data": array, "stride_token": token, "stride_head": head}
+
+
+def kv_view(array):
+    """KvView of `array` [pages, page_size, num_kv_heads, head_dim], any strides with a contiguous last axis."""
+    page, token, head, _ = strides(array)
+    return {"data": array, "stride_page": page, "stride_token": token, "stride_head": head}
+
+
+def page_table(block_table, cache):
+    """PageTable of `block_table` int32 [batch, max_pages] over `cache` [pages, page_size, ...]."""
+    return {"block_table": block_table, "stride_seq": block_table.strides[0] // 4,
+            "max_pages": block_table.shape[1], "page_size": cache.shape[1], "num_pages": cache.shape[0],
+            "reserved": 0}

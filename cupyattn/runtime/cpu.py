@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU back end: builds a `.cu` against ``cuda_src/cpu`` and runs it on the executor in that folder."""
+
+import contextlib
+import contextvars
+import ctypes
+import functools
+import os
+import platform
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import CompileError, KernelCheckError
+from . import env, host_compiler, source
+
+_RELEASE = ("-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-DCA_CPU=1")
+_CHECK = ("-O1", "-g1", "-fsanitize=thread", "-march=native", "-DCA_CPU=1", "-DCA_CHECK=1", "-DCA_FUSED=0")
+_SCHEDULES = {"forward": 0, "reverse": 1, "random": 2}
+_KINDS = ("none", "out_of_bounds", "read_only_write", "uninitialised_shared", "race", "divergent_barrier", "deadlock",
+          "collective_mismatch", "stack_overflow", "global_race", "bad_launch", "misaligned")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the CPU executor runs kernels; see `settings`."""
+
+    workers: int | None = None
+    schedule: str = "forward"
+    seed: int = 0
+    fused: bool = True
+    check: bool | None = None
+    sanitize: str | None = None
+
+    def checking(self):
+        return env.check() if self.check is None else self.check
+
+    def num_workers(self):
+        return self.workers or len(os.sched_getaffinity(0))
+
+
+_settings = contextvars.ContextVar("cupyattn_cpu_settings", default=Settings())
+_counters = contextvars.ContextVar("cupyattn_cpu_counters", default=None)
+
+
+@contextlib.contextmanager
+def settings(**changes):
+    """Change how kernels run on the CPU inside a ``with`` block.
+
+    Parameters
+    ----------
+    workers : int, optional
+        OS threads, the caller included; default: the CPUs this process may use.
+    schedule : {"forward", "reverse", "random"}
+        Order in which runnable threads of a block are taken.
+    seed : int
+        Of the random schedule.
+    fused : bool
+        Tile-level helpers take their fused host body (default) or run instruction by instruction.
+    check : bool, optional
+        The checking mode; default ``CUPYATTN_CHECK``. Always instruction by instruction.
+    sanitize : str, optional
+        ``"undefined"`` builds with UBSan.
+    """
+    new = replace(_settings.get(), **changes)
+    if new.schedule not in _SCHEDULES:
+        raise ValueError(f"settings: schedule must be one of {', '.join(_SCHEDULES)}, got {new.schedule!r}")
+    token = _settings.set(new)
+    try:
+        yield new
+    finally:
+        _settings.reset(token)
+
+
+# ---- the C structs of cuda_src/cpu/api.h -----------------------------------------------------------------
+
+class _Buffer(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_uint64), ("bytes", ctypes.c_uint64), ("writeable", ctypes.c_int32),
+                ("argument", ctypes.c_int32)]
+
+
+class _BufferCounters(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_uint64) for n in ("bytes_read", "bytes_written", "sectors_read", "sectors_written")]
+
+
+_COUNTS = ("blocks", "threads", "switches", "barriers", "collectives", "mma", "ldmatrix", "shuffles",
+           "cp_async_bytes", "shared_requests", "shared_conflicts", "max_conflict_ways")
+
+
+class _Counters(ctypes.Structure):
+    _fields_ = [*((n, ctypes.c_uint64) for n in _COUNTS), ("per_buffer", ctypes.POINTER(_BufferCounters))]
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = [("entry", ctypes.c_void_p), ("args", ctypes.c_char_p), ("args_bytes", ctypes.c_uint64),
+                ("grid", ctypes.c_uint32 * 3), ("block", ctypes.c_uint32 * 3), ("shared_bytes", ctypes.c_uint32),
+                ("workers", ctypes.c_int32), ("schedule", ctypes.c_int32), ("seed", ctypes.c_uint64),
+                ("check", ctypes.c_int32), ("late_async", ctypes.c_int32), ("num_buffers", ctypes.c_int32),
+                ("buffers", ctypes.POINTER(_Buffer)), ("counters", ctypes.POINTER(_Counters))]
+
+
+class _Error(ctypes.Structure):
+    _fields_ = [("kind", ctypes.c_int32), ("argument", ctypes.c_int32), ("pc", ctypes.c_uint64),
+                ("other_pc", ctypes.c_uint64), ("address", ctypes.c_uint64), ("bytes", ctypes.c_uint64),
+                ("block", ctypes.c_uint32 * 3), ("thread", ctypes.c_uint32 * 3), ("other_block", ctypes.c_uint32 * 3),
+                ("other_thread", ctypes.c_uint32 * 3), ("shared_offset", ctypes.c_int32),
+                ("message", ctypes.c_char * 512)]
+
+
+class LaunchCounters(NamedTuple):
+    """What one checked launch did.
+
+    `counts` holds blocks, threads, switches, barriers, collectives, mma, ldmatrix, shuffles, cp_async_bytes,
+    shared_requests, shared_conflicts (extra wavefronts) and max_conflict_ways; `buffers` maps an argument to its
+    bytes_read, bytes_written, sectors_read and sectors_written (32-byte sectors per warp-wide request).
+    """
+
+    kernel: str
+    counts: dict
+    buffers: dict
+
+
+@contextlib.contextmanager
+def counters():
+    """Collect a LaunchCounters per launch inside; needs ``settings(check=True)``."""
+    collected = []
+    token = _counters.set(collected)
+    try:
+        yield collected
+    finally:
+        _counters.reset(token)
+
+
+# ---- building --------------------------------------------------------------------------------------------
+
+@functools.lru_cache(maxsize=4)
+def _executor(identity):
+    """Path and handle of the executor's shared library, built once per machine and compiler."""
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+        raise CompileError(f"the CPU executor runs on Linux x86-64 and aarch64, not on {sys.platform} "
+                           f"{platform.machine()}; use CuPy arrays on a GPU")
+    folder = source.root() / "cpu"
+    files = sorted(folder.glob("*.cpp"))
+    compile_flags, link_flags = ("-O3", "-march=native", f"-I{folder}", "-pthread"), ("-pthread", "-ldl")
+    digest = host_compiler.digest_of(compile_flags, link_flags, *(source.digest(f, True) for f in files))
+    path, _ = host_compiler.build("executor", digest, files, "libexecutor.so", compile_flags, link_flags)
+    library = ctypes.CDLL(str(path))
+    library.ca_launch.argtypes = (ctypes.POINTER(_Launch), ctypes.POINTER(_Error))
+    library.ca_resume.argtypes = (ctypes.POINTER(_Error),)
+    library.ca_abandon.argtypes = ()
+    return path, library
+
+
+class _Kernel(NamedTuple):
+    entry: int          # address of the entry that runs one CUDA thread
+    executor: object    # the library that calls it
+    path: object
+    cached: bool        # found on disk
+
+
+_kernels = {}
+_build_locks = {}
+_registry_lock = threading.Lock()
+
+
+def cache_hits():
+    """(kernels taken from the disk cache, kernels compiled) by this process."""
+    hits = sum(kernel.cached for kernel in _kernels.values())
+    return hits, len(_kernels) - hits
+
+
+def _flavour(options):
+    """Compile flags that the settings ask for."""
+    if options.checking():
+        return _CHECK
+    flags = (*_RELEASE, f"-DCA_FUSED={int(options.fused)}")
+    return (*flags, f"-fsanitize={options.sanitize}", "-fno-sanitize-recover=all") if options.sanitize else flags
+
+
+def _kernel(spec, flavour):
+    """The compiled kernel of `spec`; one build per specialisation however many threads ask."""
+    key = (spec, flavour, env.cxx())
+    found = _kernels.get(key)
+    if found is not None:
+        return found
+    with _registry_lock:
+        lock = _build_locks.setdefault(key, threading.Lock())
+    with lock:
+        found = _kernels.get(key)
+        if found is None:
+            found = _kernels[key] = _build(spec, flavour)
+    return found
+
+
+def _build(spec, flavour):
+    path, executor = _executor(host_compiler.compiler().identity)
+    file = source.path(spec.source)
+    stub = f'#include "cuda_cpu.h"\n#include "{file}"\nCA_CPU_ENTRY({spec.kernel})\n'
+    includes = tuple(f"-I{folder}" for folder in source.include_dirs(cpu=True))
+    compile_flags = (*flavour, *spec.defines(), *includes)
+    # -fsanitize=thread only instruments: the executor supplies its callbacks, libtsan is not linked
+    link_flags = (str(path), *(f for f in flavour if f == "-fsanitize=undefined"))
+    digest = host_compiler.digest_of(spec.kernel, compile_flags, link_flags, source.digest(file, True),
+                                     source.digest(source.root() / "cpu" / "cuda_cpu.h", True))
+    library_path, cached = host_compiler.build(spec.kernel, digest, {"stub.cpp": stub}, "kernel.so", compile_flags,
+                                               link_flags)
+    library = ctypes.CDLL(str(library_path))
+    signature_of = getattr(library, f"ca_signature_{spec.kernel}")
+    signature_of.restype = ctypes.c_char_p
+    signature, expected = signature_of().decode(), f"struct:{spec.layout.dtype.itemsize}"
+    if signature != expected:
+        raise TypeError(f"{spec.kernel}: the kernel takes ({signature}), the launcher passes ({expected}): one "
+                        f"{spec.args} by value; mend the kernel's parameter list or params.h")
+    entry = ctypes.cast(getattr(library, f"ca_entry_{spec.kernel}"), ctypes.c_void_p).value
+    return _Kernel(entry, executor, library_path, cached)
+
+
+def compiler_for_current_settings():
+    """Function of a Specialisation that builds it as a launch with the current settings would need it."""
+    flavour = _flavour(_settings.get())
+    return lambda spec: _kernel(spec, flavour)
+
+
+# ---- launching -------------------------------------------------------------------------------------------
+
+def launch(plan, args):
+    """Run `plan`'s kernel to its end. Releases the GIL; Ctrl-C abandons the launch.
+
+    Raises
+    ------
+    KernelCheckError
+        The checking mode found a fault, or the kernel dead-locked.
+    """
+    if 0 in plan.grid:
+        return
+    options = _settings.get()
+    checking = options.checking()
+    kernel = _kernel(plan.spec, _flavour(options))
+    request = _Launch(kernel.entry, args.data, len(args.data), plan.grid, plan.block, plan.shared_bytes,
+                      options.num_workers(), _SCHEDULES[options.schedule], options.seed, checking, checking)
+    collected = None
+    if checking:
+        buffers = _buffers(args)
+        request.num_buffers, request.buffers = len(buffers), buffers
+        collected = _counters.get()
+        if collected is not None:
+            per_buffer = (_BufferCounters * (len(buffers) + 1))()
+            counts = _Counters(per_buffer=per_buffer)
+            request.counters = ctypes.pointer(counts)
+    error = _Error()
+    code = kernel.executor.ca_launch(request, error)
+    while code == 2:
+        try:
+            code = kernel.executor.ca_resume(error)
+        except KeyboardInterrupt:
+            kernel.executor.ca_abandon()
+            raise
+    if code == 1:
+        raise _explain(plan, args, kernel, error)
+    if collected is not None:
+        names = [leaf.path for leaf, _ in args.arrays]
+        collected.append(LaunchCounters(
+            plan.spec.kernel, {n: getattr(counts, n) for n in _COUNTS},
+            {name: {f: getattr(c, f) for f, _ in _BufferCounters._fields_}
+             for name, c in zip(names, per_buffer, strict=False)}))
+
+
+def _buffers(args):
+    """Address ranges the kernel may touch, one per array argument."""
+    buffers = (_Buffer * len(args.arrays))()
+    for i, (leaf, array) in enumerate(args.arrays):
+        low, high = np.lib.array_utils.byte_bounds(array) if isinstance(array, np.ndarray) else _device_bounds(array)
+        buffers[i] = _Buffer(low, high - low, not leaf.read_only, i)
+    return buffers
+
+
+def _device_bounds(array):
+    """Byte bounds of a CuPy array whose memory is on the host (the stand-in of the tests)."""
+    low = high = array.data.ptr
+    if array.size:
+        for size, stride in zip(array.shape, array.strides, strict=True):
+            low, high = low + min(0, (size - 1) * stride), high + max(0, (size - 1) * stride)
+        high += array.itemsize
+    return low, high
+
+
+def _explain(plan, args, kernel, error):
+    """KernelCheckError (or ValueError for a bad launch) from what the executor reported."""
+    kind = _KINDS[error.kind]
+    message = error.message.decode(errors="replace")
+    if kind == "bad_launch":
+        return ValueError(f"{plan.spec.kernel}: {message}; plan {plan!r}")
+    block, thread = tuple(error.block), tuple(error.thread)
+    location, other = _location(kernel, error.pc), _location(kernel, error.other_pc)
+    argument = None
+    if 0 <= error.argument < len(args.arrays):
+        argument = args.arrays[error.argument][0].path
+    text = f"{plan.spec.kernel}: {kind.replace('_', ' ')} at {location or 'unknown line'}, block {block}, " \
+           f"thread {thread}: {message}"
+    if argument:
+        text += f" (argument {argument})"
+    if other:
+        text += f"; the other access: {other}, block {tuple(error.other_block)}, thread {tuple(error.other_thread)}"
+    return KernelCheckError(text, kind=kind, kernel=plan.spec.kernel, location=location, other_location=other,
+                            block=block, thread=thread, argument=argument)
+
+
+def _location(kernel, pc):
+    """``file:line`` of a return address inside the kernel's library, or None."""
+    with open("/proc/self/maps") as maps:
+        base = next((int(line.split("-")[0], 16) for line in maps if line.rstrip().endswith(str(kernel.path))), None)
+    if not pc or base is None:
+        return None
+    try:
+        out = subprocess.run(["addr2line", "-e", str(kernel.path), hex(pc - 1 - base)], capture_output=True, text=True)
+    except OSError:
+        return None
+    found = out.stdout.split()
+    return found[0] if found and not found[0].startswith("??") else None

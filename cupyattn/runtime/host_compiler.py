@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finding a C++ compiler and building shared libraries into the cache, safely among several processes."""
+
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import CompileError
+from . import env
+
+_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=fast",
+          "-fno-math-errno", "-fno-trapping-math", "-fwrapv", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused")
+
+
+class Compiler(NamedTuple):
+    """A host C++ compiler: command prefix, family and the line it identifies itself with."""
+
+    command: tuple
+    family: str      # "g++", "clang++" or "ziglang"
+    identity: str
+
+    def flags(self, extra=()):
+        """Options every build gets, then `extra`, in this compiler's spelling."""
+        own = ("-fno-gnu-unique",) if self.family == "g++" else ()
+        if self.family != "g++" and "-fsanitize=thread" in extra:
+            # without it clang drops the read of a read-modify-write, and its faults go unseen
+            own = ("-mllvm", "-tsan-instrument-read-before-write=1")
+        return (*_FLAGS, *own, *extra)
+
+
+def _probe(command, family=None):
+    try:
+        out = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=120)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if out.returncode != 0:
+        return None
+    first = out.stdout.strip().splitlines()[0]
+    if family is None:
+        family = "clang++" if "clang" in out.stdout.lower() else "g++"
+    return Compiler(tuple(command), family, f"{family}: {first}")
+
+
+@functools.lru_cache(maxsize=8)
+def _named(text):
+    command = shlex.split(text)
+    family = "ziglang" if "zig" in text else None
+    return _probe(command, family)
+
+
+@functools.lru_cache(maxsize=1)
+def available():
+    """Every compiler found, in the order they are preferred: g++, clang++, ziglang."""
+    found = [_probe((name,), name) for name in ("g++", "clang++") if shutil.which(name)]
+    if importlib.util.find_spec("ziglang") is not None:
+        found.append(_probe((sys.executable, "-m", "ziglang", "c++"), "ziglang"))
+    return tuple(c for c in found if c is not None)
+
+
+def compiler():
+    """The compiler in use: ``CUPYATTN_CXX``, else the first of `available()`.
+
+    Raises
+    ------
+    CompileError
+        None was found; says how to get one.
+    """
+    wanted = env.cxx()
+    if wanted is not None:
+        found = _named(wanted)
+        if found is None:
+            raise CompileError(f"CUPYATTN_CXX={wanted} does not run; name a C++17 compiler, e.g. g++ or clang++")
+        return found
+    if not available():
+        raise CompileError("no C++ compiler found, and the CPU executor needs one; install g++ "
+                           "(Debian/Ubuntu: apt install g++), or run: pip install 'cupyattn[cpu]'")
+    return available()[0]
+
+
+@functools.lru_cache(maxsize=1)
+def cpu_features():
+    """What -march=native depends on, as one line."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    keys = ("model name", "flags", "CPU part", "Features")
+    lines = {line for line in text.splitlines() if line.startswith(keys)}
+    return platform.machine() + " " + " ".join(sorted(lines))
+
+
+def build(name, digest, sources, output, compile_flags=(), link_flags=()):
+    """Path of a shared library in the cache, built if it is not there.
+
+    Parameters
+    ----------
+    name : str
+        Readable start of the folder name.
+    digest : str
+        Hash of everything the library's content depends on, compiler and flags included.
+    sources : dict or sequence
+        ``{file name: text}`` of generated files to write and compile, or paths of existing files.
+    output : str
+        File name of the library.
+    compile_flags, link_flags : tuple of str
+        Added to the compiler's own; the two steps are separate, so a flag of one never reaches the other.
+
+    Returns
+    -------
+    (Path, bool)
+        The library and whether it was found in the cache.
+    """
+    folder = env.cache_dir() / "cpu" / f"{name}.{digest}"
+    if (folder / output).is_file():
+        return folder / output, True
+    if env.forbid_compile():
+        raise CompileError(f"{name} is not in the cache {folder.parent}, and CUPYATTN_FORBID_COMPILE=1 forbids "
+                           "compiling it")
+    try:
+        return _build_in(folder, name, sources, output, compile_flags, link_flags), False
+    except OSError as error:
+        folder = env.fallback_cache_dir(env.cache_dir(), error) / "cpu" / folder.name
+        if (folder / output).is_file():
+            return folder / output, True
+        return _build_in(folder, name, sources, output, compile_flags, link_flags), False
+
+
+def _build_in(folder, name, sources, output, compile_flags, link_flags):
+    """Build in a folder beside `folder` and rename it: other processes see all of it or nothing."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
+    try:
+        if isinstance(sources, dict):
+            for file, text in sources.items():
+                (temporary / file).write_text(text)
+            sources = [temporary / file for file in sources]
+        start = time.perf_counter()
+        objects = []
+        for file in sources:
+            objects.append(str(temporary / f"{file.stem}.o"))
+            _run(name, temporary, [*compiler().command, *compiler().flags(compile_flags), "-c", str(file), "-o",
+                                   objects[-1]])
+        _run(name, temporary, [*compiler().command, "-shared", *objects, "-o", str(temporary / output), *link_flags])
+        if env.debug() >= 1:
+            env.log.debug("compiled %s in %.1f s with %s", name, time.perf_counter() - start, compiler().identity)
+        for file in objects:
+            os.remove(file)
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            if not (folder / output).is_file():   # not the harmless case of another process having been first
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder / output
+
+
+def _run(name, folder, command):
+    done = subprocess.run(command, capture_output=True, text=True)
+    with open(folder / "build.log", "a") as log:
+        log.write(shlex.join(command) + "\n" + done.stderr)
+    if env.debug() >= 3:
+        env.log.debug("%s\n%s", shlex.join(command), done.stderr)
+    if done.returncode != 0:
+        kept = Path(tempfile.mkdtemp(prefix="cupyattn-failed-"))
+        shutil.copytree(folder, kept, dirs_exist_ok=True)
+        lines = done.stderr.splitlines()
+        first = [line for line in lines if "error" in line][:8] or lines[:8]
+        raise CompileError(f"{name}: the host compiler failed\n  " + "\n  ".join(first) +
+                           f"\n  command: {shlex.join(command)}\n  sources and log: {kept}")
+
+
+def digest_of(*parts):
+    """16 hex digits of the hash of `parts`, compiler identity and CPU included."""
+    total = hashlib.sha256()
+    for part in (*parts, compiler().identity, cpu_features()):
+        total.update(str(part).encode() + b"\0")
+    return total.hexdigest()[:16]

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One launch for every kernel, and what can stand around it: recording, profiling, compiling ahead."""
+
+import contextlib
+import contextvars
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+import numpy as np
+
+from . import cpu, env
+
+_recorder = contextvars.ContextVar("cupyattn_recorder", default=None)
+_profiler = contextvars.ContextVar("cupyattn_profiler", default=None)
+_workspaces = threading.local()
+
+
+def arch_of(xp):
+    """``"cpu"`` for NumPy, the current device's ``"sm_90a"``-style name for CuPy."""
+    if xp is np:
+        return "cpu"
+    from . import cuda
+
+    return cuda.arch()
+
+
+def launch(plan, args):
+    """Run `plan`'s kernel: on the CPU executor before returning, or asynchronously on the current CuPy stream."""
+    if env.debug() >= 2:
+        env.log.debug("launch %r", plan)
+    recorded = _recorder.get()
+    if recorded is not None:
+        recorded.setdefault(plan.spec, plan.arch)
+        return
+    if plan.arch == "cpu":
+        run = cpu.launch
+    else:
+        from . import cuda
+
+        run = cuda.launch
+    profile = _profiler.get()
+    if profile is None:
+        run(plan, args)
+    else:
+        profile.add(plan, lambda: run(plan, args))
+
+
+@contextlib.contextmanager
+def recording():
+    """Collect what would be launched without compiling or running anything.
+
+    Yields a dict ``{Specialisation: arch}``. Outputs of ops called inside hold garbage.
+    """
+    wanted = {}
+    token = _recorder.set(wanted)
+    try:
+        yield wanted
+    finally:
+        _recorder.reset(token)
+
+
+def compile_all(specs, arch, progress=None):
+    """Compile `specs` for `arch` in parallel; kernels already in the cache cost next to nothing.
+
+    Parameters
+    ----------
+    specs : iterable of Specialisation
+    arch : str
+        ``"cpu"`` or ``"sm_90a"`` and the like.
+    progress : callable, optional
+        ``progress(done, total, spec)`` after each kernel.
+    """
+    specs = list(dict.fromkeys(specs))
+    if arch == "cpu":
+        build = cpu.compiler_for_current_settings()
+    else:
+        from . import cuda
+
+        build = cuda.compiler_for(arch)
+    with ThreadPoolExecutor(max(1, min(len(specs), os.cpu_count() or 1))) as pool:
+        jobs = {pool.submit(build, spec): spec for spec in specs}
+        for done, job in enumerate(as_completed(jobs), 1):
+            job.result()
+            if progress is not None:
+                progress(done, len(specs), jobs[job])
+
+
+class Profile:
+    """Time and launch count per kernel, filled while `profiling()` is active."""
+
+    def __init__(self):
+        self._pending = []
+        self._seconds = {}
+        self._launches = {}
+
+    def add(self, plan, run):
+        name = plan.spec.kernel
+        self._launches[name] = self._launches.get(name, 0) + 1
+        if plan.arch == "cpu":
+            start = time.perf_counter()
+            run()
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+        else:
+            from . import cuda
+
+            self._pending.append((name, cuda.timed(run)))
+
+    def rows(self):
+        """List of (kernel, launches, seconds), longest first. Waits for the GPU."""
+        for name, elapsed in self._pending:
+            self._seconds[name] = self._seconds.get(name, 0.0) + elapsed()
+        self._pending.clear()
+        return sorted(((n, self._launches[n], s) for n, s in self._seconds.items()), key=lambda r: -r[2])
+
+
+@contextlib.contextmanager
+def profiling():
+    """Measure every launch inside; yields a Profile."""
+    profile = Profile()
+    token = _profiler.set(profile)
+    try:
+        yield profile
+    finally:
+        _profiler.reset(token)
+
+
+def workspace(xp, nbytes):
+    """Scratch of at least `nbytes` shared by all ops of this thread (NumPy) or device and stream (CuPy).
+
+    uint8, 256-byte aligned, zeroed when it is made; kernels that need zeros leave zeros behind.
+    """
+    if xp is np:
+        key = "cpu"
+    else:
+        key = (xp.cuda.runtime.getDevice(), xp.cuda.get_current_stream().ptr)
+    held = _workspaces.__dict__.setdefault("held", {})
+    found = held.get(key)
+    if found is None or found.size < nbytes:
+        size = 1 << max(16, (nbytes - 1).bit_length())
+        if xp is np:
+            raw = np.zeros(size + 256, np.uint8)
+            start = -raw.__array_interface__["data"][0] % 256
+            found = raw[start:start + size]
+        else:
+            found = xp.zeros(size, np.uint8)
+        held[key] = found
+    return found

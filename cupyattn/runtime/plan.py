@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Specialisation (which code) and Plan (which code, how many blocks): frozen, printable, without arrays."""
+
+from dataclasses import dataclass, field
+
+from . import structs
+
+CUDA_TYPES = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float"}
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """One kernel with its compile-time constants.
+
+    Parameters
+    ----------
+    source : str
+        Stem of the `.cu` file, or the path of one.
+    kernel : str
+        Its ``extern "C"`` symbol.
+    args : str
+        Name of its argument struct.
+    constants : dict
+        ``{"T": "float16", "VEC": 8}`` becomes ``-DCA_T=__half -DCA_VEC=8``; dtype names become CUDA types.
+    min_sm : int
+        Lowest compute capability it compiles for, times ten.
+    expects : tuple of str
+        SASS mnemonics the compiled kernel must contain.
+    spill_bytes : int
+        Spilled bytes tolerated by the compile tests.
+    """
+
+    source: str
+    kernel: str
+    args: str
+    constants: tuple
+    min_sm: int = 75
+    expects: tuple = ()
+    spill_bytes: int = 0
+    _hash: int = field(default=0, init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        if isinstance(self.constants, dict):
+            object.__setattr__(self, "constants", tuple(sorted(self.constants.items())))
+        object.__setattr__(self, "_hash", hash((self.source, self.kernel, self.args, self.constants)))
+
+    def __hash__(self):
+        return self._hash
+
+    @property
+    def layout(self):
+        """Layout of the argument struct."""
+        return structs.layout(self.args, self.source)
+
+    def defines(self):
+        """``-D`` options, the same for both compilers."""
+        return (*(f"-DCA_{name}={CUDA_TYPES.get(value, value)}" for name, value in self.constants),
+                f"-DCA_SIZEOF_ARGS={self.layout.dtype.itemsize}")
+
+    def __str__(self):
+        return f"{self.kernel}[{', '.join(f'{k}={v}' for k, v in self.constants)}]"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one call launches: a pure function of shapes, dtypes, arch and options.
+
+    Parameters
+    ----------
+    spec : Specialisation
+    arch : str
+        ``"cpu"`` or ``"sm_90a"`` and the like.
+    grid, block : tuple of int
+        Up to three numbers each; missing ones are 1.
+    shared_bytes : int
+        Dynamic shared memory per block.
+    workspace_bytes : int
+        Scratch the op takes from the stream's workspace.
+    note : str
+        Why this version of the op was chosen.
+    """
+
+    spec: Specialisation
+    arch: str
+    grid: tuple
+    block: tuple
+    shared_bytes: int = 0
+    workspace_bytes: int = 0
+    note: str = ""
+
+    def __post_init__(self):
+        object.__setattr__(self, "grid", (*self.grid, 1, 1)[:3])
+        object.__setattr__(self, "block", (*self.block, 1, 1)[:3])
+
+
+def make_args(plan, **values):
+    """Argument struct of `plan`'s kernel, filled by field name.
+
+    Pointers take an array or None, nested structs a dict of their fields or None for all zero. A missing or
+    unknown field is a TypeError that lists the fields.
+    """
+    return structs.fill(plan.spec.layout, values)

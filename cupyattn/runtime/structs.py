@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernel argument structs, read from ``include/params.h``: one declaration for C, CUDA and NumPy."""
+
+import functools
+import re
+import struct as packing
+from typing import NamedTuple
+
+import numpy as np
+
+from . import source
+
+_STRUCT = re.compile(r"^struct\s+(\w+)\s*\{(.*?)^\};", re.MULTILINE | re.DOTALL)
+_FIELD = re.compile(r"^\s*(const\s+)?(\w+)\s*(\*?)\s+(\w+);\s*//\s*(.+)$")
+_SCALARS = {"int32_t": ("i4", "i"), "uint32_t": ("u4", "I"), "int64_t": ("i8", "q"), "uint64_t": ("u8", "Q"),
+            "float": ("f4", "f")}
+_POINTEES = {"void": None, "float": "float32", "int32_t": "int32", "int64_t": "int64", "uint8_t": "uint8",
+             "int8_t": "int8", "uint16_t": "uint16", "uint32_t": "uint32"}
+
+
+class Leaf(NamedTuple):
+    """One scalar or pointer of a struct, nested structs flattened."""
+
+    top: str            # field of the outer struct
+    sub: tuple          # names below it, () for a plain field
+    is_pointer: bool
+    read_only: bool     # a pointer the kernel never writes through
+    pointee: str | None # NumPy dtype name the pointer fixes, None for void
+    comment: str
+
+    @property
+    def path(self):
+        return ".".join((self.top, *self.sub))
+
+
+class Struct(NamedTuple):
+    """Layout of one C struct: NumPy dtype, flattened leaves and how to pack them."""
+
+    name: str
+    dtype: np.dtype
+    leaves: tuple
+    fields: tuple       # names of the outer fields
+    packer: packing.Struct
+
+
+def _parse(text, known):
+    for name, body in _STRUCT.findall(text):
+        members, leaves = [], []
+        for line in body.strip("\n").splitlines():
+            if not line.strip() or line.strip().startswith("//"):
+                continue
+            match = _FIELD.match(line)
+            if match is None:
+                raise ValueError(f"params.h: {name}: cannot read {line.strip()!r}; "
+                                 "want `type name;  // dtype [shape] meaning`")
+            const, kind, star, field, comment = match.groups()
+            if star:
+                if kind not in _POINTEES:
+                    raise ValueError(f"params.h: {name}.{field}: pointer to {kind} is not in the grammar")
+                members.append((field, np.dtype("u8")))
+                leaves.append(Leaf(field, (), True, bool(const), _POINTEES[kind], comment.strip()))
+            elif kind in _SCALARS:
+                members.append((field, np.dtype(_SCALARS[kind][0])))
+                leaves.append(Leaf(field, (), False, False, None, comment.strip()))
+            elif kind in known:
+                members.append((field, known[kind].dtype))
+                for leaf in known[kind].leaves:
+                    leaves.append(leaf._replace(top=field, sub=(leaf.top, *leaf.sub),
+                                                read_only=leaf.read_only or bool(const)))
+            else:
+                raise ValueError(f"params.h: {name}.{field}: unknown type {kind}")
+        dtype = np.dtype(members, align=True)
+        known[name] = Struct(name, dtype, tuple(leaves), tuple(f for f, _ in members), _packer(dtype))
+    return known
+
+
+def _packer(dtype):
+    """Packer with the dtype's exact offsets; padding is written as zero bytes."""
+    codes = {"i4": "i", "u4": "I", "i8": "q", "u8": "Q", "f4": "f"}
+    text, at = "<", 0
+
+    def visit(dtype, base):
+        nonlocal text, at
+        for name in dtype.names:
+            member, offset = dtype.fields[name][:2]
+            if member.names:
+                visit(member, base + offset)
+                continue
+            text += "x" * (base + offset - at) + codes[member.str[1:]]
+            at = base + offset + member.itemsize
+
+    visit(dtype, 0)
+    return packing.Struct(text + "x" * (dtype.itemsize - at))
+
+
+@functools.lru_cache(maxsize=64)
+def load(file=None):
+    """Structs of params.h and, when `file` is given, of that `.cu` file too, by name."""
+    known = _parse((source.root() / "include" / "params.h").read_text(), {})
+    if file is not None:
+        _parse(source.path(file).read_text(), known)
+    return known
+
+
+def layout(name, file=None):
+    """The Struct called `name`, from params.h or else from the `.cu` file that uses it."""
+    known = load(None)
+    if name not in known and file is not None:
+        known = load(file)
+    if name not in known:
+        raise KeyError(f"no struct {name} in params.h; there are {', '.join(known)}")
+    return known[name]
+
+
+class Args:
+    """A filled argument struct, with the arrays whose addresses it holds.
+
+    Attributes
+    ----------
+    struct : Struct
+    data : bytes
+        The struct as the kernel receives it.
+    arrays : list of (Leaf, array)
+        Every array behind a pointer: kept alive, and registered with the checker.
+    """
+
+    __slots__ = ("struct", "data", "arrays")
+
+    def __init__(self, struct, data, arrays):
+        self.struct = struct
+        self.data = data
+        self.arrays = arrays
+
+    def record(self):
+        """The struct as a 0-d structured NumPy array, the form CuPy passes by value."""
+        return np.frombuffer(self.data, dtype=self.struct.dtype).reshape(())
+
+
+def address(array):
+    """Address of an array's first element."""
+    if isinstance(array, np.ndarray):
+        return array.__array_interface__["data"][0]
+    return array.data.ptr
+
+
+def fill(struct, values):
+    """Args of `struct` from a dict of field values.
+
+    A pointer takes an array or None, a nested struct a dict of its fields or None (all zero).
+    """
+    if values.keys() != set(struct.fields):
+        missing = [f for f in struct.fields if f not in values]
+        unknown = [f for f in values if f not in struct.fields]
+        raise TypeError(f"{struct.name}: missing fields {missing}, unknown fields {unknown}; "
+                        f"the fields are {', '.join(struct.fields)}")
+    flat, arrays = [], []
+    for leaf in struct.leaves:
+        value = values[leaf.top]
+        for name in leaf.sub:
+            value = None if value is None else value[name]
+        if leaf.is_pointer:
+            if value is None:
+                flat.append(0)
+                continue
+            if leaf.pointee is not None and value.dtype.name != leaf.pointee:
+                raise TypeError(f"{struct.name}.{leaf.path}: must be {leaf.pointee}, got {value.dtype.name}")
+            flat.append(address(value))
+            arrays.append((leaf, value))
+        else:
+            flat.append(0 if value is None else value)
+    try:
+        data = struct.packer.pack(*flat)
+    except packing.error as error:
+        raise _explain(struct, flat, error) from None
+    return Args(struct, data, arrays)
+
+
+def _explain(struct, flat, error):
+    codes = [c for c in struct.packer.format if c not in "<x"]
+    for leaf, code, value in zip(struct.leaves, codes, flat, strict=True):
+        try:
+            packing.pack("<" + code, value)
+        except packing.error:
+            return ValueError(f"{struct.name}.{leaf.path}: {value!r} does not fit the field ({leaf.comment})")
+    return ValueError(f"{struct.name}: {error}")

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Comparing results, and filling memory with values that must not matter."""
+
+import numpy as np
+
+
+def assert_close(actual, reference, atol, rtol):
+    """|actual - reference| ≤ atol + rtol·|reference| everywhere, NaN and infinities in the same places."""
+    actual = np.asarray(actual).astype(np.float64)
+    reference = np.asarray(reference).astype(np.float64)
+    assert actual.shape == reference.shape, f"shape {actual.shape}, want {reference.shape}"
+    for what, test in (("NaN", np.isnan), ("+inf", np.isposinf), ("-inf", np.isneginf)):
+        differ = test(actual) != test(reference)
+        if differ.any():
+            at = tuple(int(i) for i in np.argwhere(differ)[0])
+            raise AssertionError(f"{what} differs at {at} ({differ.sum()} places): {actual[at]}, want {reference[at]}")
+    finite = np.isfinite(reference)
+    with np.errstate(invalid="ignore"):
+        excess = np.where(finite, np.abs(actual - reference) - atol - rtol * np.abs(reference), -np.inf)
+    if excess.size and excess.max() > 0:
+        at = tuple(int(i) for i in np.unravel_index(excess.argmax(), excess.shape))
+        raise AssertionError(f"worst at {at} ({(excess > 0).sum()} of {excess.size} off): {actual[at]:.9g}, want "
+                             f"{reference[at]:.9g}, allowed {atol + rtol * abs(reference[at]):.3g}")
+
+
+def assert_same_bits(a, b):
+    """Same dtype, shape and bytes."""
+    a, b = np.asarray(a), np.asarray(b)
+    assert a.dtype == b.dtype and a.shape == b.shape, f"{a.dtype} {a.shape} and {b.dtype} {b.shape}"
+    differ = np.ascontiguousarray(a).view(np.uint8) != np.ascontiguousarray(b).view(np.uint8)
+    assert not differ.any(), f"{differ.sum()} of {differ.size} bytes differ"
+
+
+# one rounding of a float32 result to the output type, and float32's own error in a short sum
+ROUNDING = {"float32": (1e-6, 2e-6), "float16": (1e-6, 2.0**-11 * 1.02), "bfloat16": (1e-6, 2.0**-8 * 1.02)}
+
+
+def dtype_of(name):
+    """NumPy dtype by name, bfloat16 included."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def poison(array):
+    """Fill with NaN (floats) or 0x7f7f7f7f (integers); returns the array."""
+    if array.dtype.kind in "iu":
+        array.view(np.uint8)[...] = 0x7F
+    else:
+        array[...] = np.nan
+    return array

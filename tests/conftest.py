@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `xp` fixture: every op test body runs on NumPy (CPU executor), on the CuPy stand-in and on a GPU."""
+
+import os
+import tempfile
+
+import numpy as np
+import pytest
+
+
+def _gpu_found():
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return False
+    try:
+        import cupy
+    except ImportError:
+        return False
+    return cupy.cuda.is_available()
+
+
+class NumpyArrays:
+    """Arrays on the host; kernels run on the CPU executor."""
+
+    name = "numpy"
+    module = np
+
+    def array(self, a):
+        return np.array(a)
+
+    def numpy(self, a):
+        return np.array(a)
+
+
+class CupyArrays:
+    """Arrays on a GPU."""
+
+    name = "cupy"
+
+    def __init__(self):
+        import cupy
+
+        self.module = cupy
+
+    def array(self, a):
+        return self.module.asarray(a)
+
+    def numpy(self, a):
+        return a.get()
+
+
+@pytest.fixture(params=["numpy", pytest.param("standin", id="standin"),
+                        pytest.param("cupy", marks=pytest.mark.gpu)])
+def xp(request):
+    """Arrays of one kind: ``.array(numpy array)``, ``.numpy(array)``, ``.name``, ``.module``."""
+    if request.param == "numpy":
+        yield NumpyArrays()
+    elif request.param == "cupy":
+        yield CupyArrays()
+    else:
+        from standin import install
+
+        with install() as arrays:
+            yield arrays
+
+
+def pytest_collection_modifyitems(config, items):
+    if _gpu_found():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU with CuPy"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = [r for r in terminalreporter.stats.get("skipped", []) if "NVIDIA GPU" in str(r.longrepr)]
+    if skipped:
+        terminalreporter.write_line(f"{len(skipped)} tests marked gpu did not run: no NVIDIA GPU with CuPy here")
+
+
+def pytest_configure(config):
+    # a cache of the test run's own, unless the caller names one to keep
+    os.environ.setdefault("CUPYATTN_CACHE_DIR", os.path.join(tempfile.gettempdir(), "cupyattn-test-cache"))
