@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NVRTC without a GPU: compiles with exactly the options ``cupy.RawModule`` would use, and reads the result.
+
+Compiled code is kept on disk, keyed by source, options, target and NVRTC version.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+import cupy
+from cupy.cuda import nvrtc
+
+from cupyattn.runtime import env
+
+VERSION = nvrtc.getVersion()
+
+
+class Compiled(NamedTuple):
+    """A cubin, and what ptxas said about it."""
+
+    cubin: bytes
+    log: str
+
+
+class Resources(NamedTuple):
+    """What one kernel of a cubin needs."""
+
+    registers: int
+    stack_bytes: int
+    spill_bytes: int           # stores and loads
+    static_shared_bytes: int
+    max_threads: int           # of __launch_bounds__ and of the registers
+
+
+def full_options(options, arch):
+    """`options` of a RawModule as they reach NVRTC on a GPU of `arch` (``"sm_80"``, ``"sm_90a"``)."""
+    number = arch.removeprefix("sm_").rstrip("a")
+    return (*cupy._core.core.assemble_cupy_compiler_options(options), "-ftz=true", f"-arch=sm_{number}",
+            "--device-as-default-execution-space")
+
+
+def compile_code(code, options, arch, name="kernel.cu"):
+    """Compiled form of `code`; raises CuPy's CompileException as RawModule would."""
+    options = (*full_options(options, arch), "--ptxas-options=-v")
+    digest = hashlib.sha256(repr((code, options, VERSION)).encode()).hexdigest()[:24]
+    folder = env.cache_dir() / "nvrtc"
+    stored = folder / digest
+    try:
+        log, cubin = stored.read_bytes().split(b"\0", 1)
+        return Compiled(cubin, json.loads(log))
+    except FileNotFoundError:
+        pass
+    program = nvrtc.createProgram(code, name, (), ())
+    try:
+        nvrtc.compileProgram(program, options)
+        # CuPy drops the last byte, always a zero; the driver does not mind, nvdisasm does
+        done = Compiled(nvrtc.getCUBIN(program) + b"\0", nvrtc.getProgramLog(program))
+    except nvrtc.NVRTCError:
+        log = nvrtc.getProgramLog(program)
+        raise cupy.cuda.compiler.CompileException(log, code, name, options, "nvrtc") from None
+    finally:
+        nvrtc.destroyProgram(program)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{digest}.{os.getpid()}.{threading.get_ident()}"
+    temporary.write_bytes(json.dumps(done.log).encode() + b"\0" + done.cubin)
+    os.replace(temporary, stored)
+    return done
+
+
+def resources(compiled, kernel):
+    """Resources of `kernel`, from ptxas' report and the cubin."""
+    entry = re.search(rf"Compiling entry function '{kernel}' for.*?(?=Compiling entry function|\Z)", compiled.log,
+                      re.DOTALL).group(0)
+
+    def number(pattern):
+        return sum(int(n) for n in re.findall(pattern, entry))
+
+    registers = number(r"Used (\d+) registers")
+    allocated = 32 * -(-registers // 8) * 8   # registers are handed out to warps in units of 256
+    return Resources(registers, number(r"(\d+) bytes stack frame"), number(r"(\d+) bytes spill"),
+                     number(r"(\d+) bytes smem"), min(_launch_bound(compiled.cubin, kernel), 65536 // allocated * 32))
+
+
+def _launch_bound(cubin, kernel):
+    """Threads per block that `kernel` was compiled for, from attribute 5 of its .nv.info section; 1024 if none."""
+    section = _sections(cubin).get(f".nv.info.{kernel}", b"")
+    at = 0
+    while at < len(section):
+        form, attribute, value = struct.unpack_from("<BBH", section, at)
+        at += 4
+        if form == 4:   # `value` bytes follow
+            if attribute == 5:
+                x, y, z = struct.unpack_from("<III", section, at)
+                return x * y * z
+            at += value
+    return 1024
+
+
+def _sections(elf):
+    """{name: bytes} of a 64-bit ELF file."""
+    start, = struct.unpack_from("<Q", elf, 0x28)
+    size, count, names_index = struct.unpack_from("<HHH", elf, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", elf, start + i * size) for i in range(count)]
+    names = headers[names_index][4]
+    return {elf[names + h[0]:elf.index(b"\0", names + h[0])].decode(): elf[h[4]:h[4] + h[5]]
+            for h in headers if h[1] != 8}   # 8: no bits in the file
+
+
+@functools.cache
+def _nvdisasm():
+    import nvidia
+
+    for folder in nvidia.__path__:
+        for found in Path(folder).glob("*/bin/nvdisasm"):
+            return found
+    found = shutil.which("nvdisasm")
+    assert found, "nvdisasm not found: pip install nvidia-cuda-nvdisasm"
+    return found
+
+
+def opcodes(cubin, kernel):
+    """Mnemonics of `kernel`'s SASS, e.g. {"HMMA", "LDSM", "LDGSTS", ...}."""
+    path = env.cache_dir() / "nvrtc" / f"{hashlib.sha256(cubin).hexdigest()[:24]}.cubin"
+    if not path.is_file():
+        path.write_bytes(cubin)
+    text = subprocess.run([_nvdisasm(), "-c", path], capture_output=True, text=True, check=True).stdout
+    body = re.search(rf"^\.text\.{kernel}:(.*?)(?=^\.text\.|\Z)", text, re.DOTALL | re.MULTILINE).group(1)
+    return set(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", body))

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every CORE specialisation compiles for every GPU generation, within its registers and with the meant instructions."""
+
+import importlib
+import os
+import pkgutil
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
+
+import cupy
+import nvrtc
+import pytest
+
+from cupyattn import ops
+from cupyattn.runtime import cuda, source
+
+ARCHS = ("sm_75", "sm_80", "sm_90a", "sm_100a", "sm_120a")
+
+
+def _listed(name):
+    """{spec: None} of the lists called `name` of all op modules, in order."""
+    modules = [importlib.import_module(f"cupyattn.ops.{m.name}") for m in pkgutil.iter_modules(ops.__path__)]
+    return dict.fromkeys(spec for module in modules for spec in getattr(module, name, ()))
+
+
+def _cases(specs):
+    return [pytest.param(spec, arch, id=f"{spec}-{arch}") for spec in specs for arch in ARCHS
+            if int(arch[3:].rstrip("a")) >= spec.min_sm]
+
+
+def _compile(spec, arch):
+    compiled = nvrtc.compile_code(cuda.code(spec), cuda.options(spec, arch), arch)
+    found = nvrtc.opcodes(compiled.cubin, spec.kernel) if spec.expects else set()
+    return nvrtc.resources(compiled, spec.kernel), found
+
+
+@pytest.fixture(scope="module")
+def compiled(request):
+    """Future of (Resources, opcodes) per selected (spec, arch): all compile in parallel from the first test on."""
+    wanted = [item.callspec.params for item in request.session.items
+              if item.path == request.path and "spec" in getattr(item, "fixturenames", ())]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {(p["spec"], p["arch"]): pool.submit(_compile, p["spec"], p["arch"]) for p in wanted}
+        pool.shutdown(cancel_futures=True)
+
+
+def _check(spec, arch, compiled):
+    resources, found = compiled[spec, arch].result()
+    assert max(resources.spill_bytes, resources.stack_bytes) <= spec.spill_bytes, resources
+    assert not set(spec.expects) - found, f"{set(spec.expects) - found} not in {sorted(found)}"
+
+
+@pytest.mark.parametrize("spec, arch", _cases(_listed("CORE")))
+def test_core(spec, arch, compiled):
+    _check(spec, arch, compiled)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("spec, arch", _cases(s for s in _listed("ALL") if s not in _listed("CORE")))
+def test_all(spec, arch, compiled):
+    _check(spec, arch, compiled)
+
+
+def test_every_kernel_file_is_listed():
+    listed = {spec.source for spec in _listed("CORE")}
+    assert listed == {file.stem for file in source.root().glob("*.cu")}
+    assert not set(_listed("CORE")) - set(_listed("ALL"))
+
+
+def test_options_are_those_of_rawmodule():
+    """CuPy's own compile function, its module loading replaced, hands NVRTC what `nvrtc.full_options` says."""
+    spec = next(iter(_listed("CORE")))
+    options = cuda.options(spec, "sm_90a")
+    seen = []
+    compiler = cupy.cuda.compiler
+
+    def record(program, options):
+        seen.append(options)
+
+    with mock.patch.object(compiler.nvrtc, "compileProgram", record), \
+            mock.patch.object(compiler.nvrtc, "getPTX", lambda program: b""), \
+            mock.patch.object(compiler.nvrtc, "getCUBIN", lambda program: b""), \
+            mock.patch.object(compiler, "_get_arch_for_options_for_nvrtc", lambda arch: ("-arch=sm_90", "cubin")), \
+            mock.patch.object(compiler, "_kernel_cache_backend", mock.Mock(load=lambda name: None)), \
+            mock.patch.object(compiler.function, "Module", mock.Mock()):
+        compiler._compile_with_cache_cuda(cuda.code(spec), cupy._core.core.assemble_cupy_compiler_options(options),
+                                          "90")
+    assert seen[-1] == nvrtc.full_options(options, "sm_90a")
+
+
+@pytest.mark.parametrize("number", [90, 100, 120])
+def test_architecture_specific_target_survives_cupys_own(number):
+    """`-arch=sm_90a` before CuPy's `-arch=sm_90` wins; wgmma and its successors need it."""
+    code = f"#ifndef __CUDA_ARCH_FEAT_SM{number}_ALL\n#error plain target\n#endif\n"
+    nvrtc.compile_code(code, (f"-arch=sm_{number}a",), f"sm_{number}a")
+    with pytest.raises(cupy.cuda.compiler.CompileException, match="plain target"):
+        nvrtc.compile_code(code, (), f"sm_{number}")
+
+
+def test_spills_and_instructions_are_seen():
+    """The gates can fail: a kernel that must spill, and an instruction that is not there."""
+    code = """extern "C" __global__ void __launch_bounds__(1024, 2) hungry(float* x) {
+      float v[64];
+      for (int i = 0; i < 64; ++i) v[i] = x[i * 1024 + threadIdx.x];
+      for (int k = 0; k < 8; ++k)
+        for (int i = 0; i < 64; ++i) v[i] = v[i] * v[(i + 7) % 64] + 1.0f;
+      for (int i = 0; i < 64; ++i) x[i * 1024 + threadIdx.x] = v[i];
+    }"""
+    compiled = nvrtc.compile_code(code, (), "sm_80")
+    resources = nvrtc.resources(compiled, "hungry")
+    assert resources.spill_bytes > 0 and resources.registers <= 32 and resources.max_threads == 1024
+    found = nvrtc.opcodes(compiled.cubin, "hungry")
+    assert {"FFMA", "LDG", "STL"} <= found and "HMMA" not in found
