@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokenizer inside a GGUF file: byte-level BPE, encoding by `tokenizers`, decoding byte by byte."""
+
+import codecs
+
+import numpy as np
+
+from cupyattn.models.gguf import ModelError
+
+# What splits the text before BPE, by GGUF's name of it: are digits single tokens?
+_DIGITS_ALONE = {"smollm": True, "gpt-2": False, "default": False}
+_CONTROL, _USER_DEFINED = 3, 4  # token types written as they are, never split
+
+
+def _byte_of_character():
+    """GPT-2's map of 256 printable characters to bytes: printable Latin-1 stands for itself, the rest follows U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): byte for byte in printable}
+    table.update({chr(0x100 + n): byte for n, byte in enumerate(others)})
+    return table
+
+
+class Tokenizer:
+    """Text to token ids and back, from the vocabulary and merges in GGUF metadata.
+
+    Parameters
+    ----------
+    metadata : dict
+        ``GGUF.metadata``.
+
+    Attributes
+    ----------
+    bos_id : int or None
+        Put before every prompt when the file asks for it (``add_bos_token``), else None.
+    eos_ids : frozenset of int
+        Tokens that end a text.
+
+    Raises
+    ------
+    ModelError
+        No vocabulary in the file, or a kind of tokenizer other than byte-level BPE.
+
+    Notes
+    -----
+    Special tokens are recognised in the text (``<|im_start|>``). A byte the vocabulary lacks is dropped.
+    """
+
+    def __init__(self, metadata):
+        from tokenizers import AddedToken, models, pre_tokenizers
+        from tokenizers import Tokenizer as Backend
+
+        def field(name, default=None):
+            return metadata.get("tokenizer.ggml." + name, default)
+
+        kind, pre, tokens = field("model"), field("pre", "default"), field("tokens")
+        if kind != "gpt2" or pre not in _DIGITS_ALONE:
+            raise ModelError(f"tokenizer must be byte-level BPE (gpt2) with pre-tokenizer {', '.join(_DIGITS_ALONE)}, "
+                             f"got {kind} with {pre}")
+        if tokens is None or field("merges") is None:
+            raise ModelError("the file holds no tokenizer.ggml.tokens and tokenizer.ggml.merges")
+        types = np.asarray(field("token_type", np.ones(len(tokens), np.int32)))
+        special = np.flatnonzero((types == _CONTROL) | (types == _USER_DEFINED))
+
+        vocabulary = {token: id for id, token in enumerate(tokens)}
+        merges = [tuple(merge.split(" ", 1)) for merge in field("merges")]
+        self._backend = Backend(models.BPE(vocabulary, merges))
+        split = [pre_tokenizers.ByteLevel(add_prefix_space=bool(field("add_space_prefix", False)))]
+        if _DIGITS_ALONE[pre]:
+            split.insert(0, pre_tokenizers.Digits(individual_digits=True))
+        self._backend.pre_tokenizer = pre_tokenizers.Sequence(split)
+        self._backend.add_special_tokens([AddedToken(tokens[id], normalized=False) for id in special])
+
+        self._tokens = tokens
+        self._control = frozenset(np.flatnonzero(types == _CONTROL).tolist())
+        self._user_defined = frozenset(np.flatnonzero(types == _USER_DEFINED).tolist())
+        self._bytes = _byte_of_character()
+        self.bos_id = field("bos_token_id") if field("add_bos_token", False) else None
+        self.eos_ids = frozenset(id for id in (field("eos_token_id"), field("eot_token_id")) if id is not None)
+
+    def encode(self, text):
+        """Token ids of `text`, a list of int; begins with ``bos_id`` if there is one."""
+        ids = self._backend.encode(text).ids
+        return ids if self.bos_id is None else [self.bos_id, *ids]
+
+    def token_bytes(self, id):
+        """The bytes `id` stands for; control tokens (end of text and the like) stand for none."""
+        if id in self._control:
+            return b""
+        if id in self._user_defined:
+            return self._tokens[id].encode()
+        return bytes(self._bytes[character] for character in self._tokens[id])
+
+    def decode(self, ids):
+        """Text of the token ids; bytes that are no UTF-8 become U+FFFD."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+
+class TextStream:
+    """Turns a stream of tokens into text, holding back the bytes of a character that is not complete.
+
+    The pieces put together, `finish` included, are ``tokenizer.decode`` of all the ids.
+    """
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, id):
+        """Text that became complete with token `id`."""
+        return self._decoder.decode(self._tokenizer.token_bytes(id))
+
+    def finish(self):
+        """What is left: U+FFFD for an incomplete character, else nothing."""
+        return self._decoder.decode(b"", final=True)
