@@ -125,12 +125,10 @@ def ndarray_copy(self, order="C"):
 
 
 def ndarray_setitem(self, key, value):
-    target = self[key]
     if isinstance(value, np.ndarray):
-        copying()
-        host(target)[...] = value
-    else:
-        enqueue(lambda: np.copyto(host(target), host(value) if isinstance(value, cupy.ndarray) else value))
+        raise TypeError(f"Unsupported type {type(value)}")
+    target = self[key]
+    enqueue(lambda: np.copyto(host(target), host(value) if isinstance(value, cupy.ndarray) else value))
 
 
 def ndarray_repr(self):
