@@ -182,7 +182,11 @@ template <typename... P> const char* signature(void (*)(P...)) {
   *at = 0;
   return text;
 }
-template <typename P> void call(void (*kernel)(P), const void* args) { P own; memcpy(&own, args, sizeof(P)); kernel(own); }
+template <typename P> void call(void (*kernel)(P), const void* args) {
+  alignas(64) char own[sizeof(P)];
+  memcpy(own, args, sizeof(P));
+  kernel(*reinterpret_cast<const P*>(own));
+}
 template <typename... P> void call(void (*)(P...), const void*) {}
 }  // namespace ca
 

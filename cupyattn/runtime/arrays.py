@@ -79,7 +79,7 @@ def as_rows(op, name, array):
     """`array` [..., n] as a view [rows, n]: contiguous last axis, one stride between rows, nothing copied."""
     if array.ndim == 0:
         raise ValueError(f"{op}: {name} must have at least one axis, got a 0-d array")
-    if array.shape[-1] > 1 and array.strides[-1] != array.itemsize:
+    if array.size and array.shape[-1] > 1 and array.strides[-1] != array.itemsize:
         raise ValueError(f"{op}: {name} must have a contiguous last axis, got strides {array.strides} bytes for "
                          f"{array.dtype.name}")
     if array.ndim == 2:

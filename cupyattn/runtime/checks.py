@@ -20,8 +20,8 @@ def check_shape(op, name, array, expected, axes):
 
 
 def check_last_axis(op, name, array):
-    """The last axis is contiguous (sizes 0 and 1 always are)."""
-    if array.shape[-1] > 1 and array.strides[-1] != array.itemsize:
+    """The last axis is contiguous (of an empty array or a size of 1 it always is)."""
+    if array.size and array.shape[-1] > 1 and array.strides[-1] != array.itemsize:
         raise ValueError(f"{op}: {name} must have a contiguous last axis, got strides {array.strides} bytes for "
                          f"{array.dtype.name}")
 
