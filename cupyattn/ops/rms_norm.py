@@ -82,16 +82,16 @@ def rms_norm(x, weight, /, *, eps=1e-6, residual=None, out_dtype=None, out=None)
     array([[0.84852815, 1.1313709 ]], dtype=float32)
     """
     xp = array_namespace("rms_norm", x=x, weight=weight, residual=residual, out=out)
-    check_dtype("rms_norm", "x", x, FLOATS)
+    x_type = check_dtype("rms_norm", "x", x, FLOATS)
     hidden = x.shape[-1] if x.ndim else 0
     check_shape("rms_norm", "weight", weight, (hidden,), "[hidden]")
-    check_dtype("rms_norm", "weight", weight, ("float32", x.dtype.name))
+    weight_type = check_dtype("rms_norm", "weight", weight, ("float32", x_type))
     if out is None:
         out = xp.empty(x.shape, x.dtype if out_dtype is None else out_dtype)
-    check_dtype("rms_norm", "out", out, FLOATS)
-    rows = {"x": x, "out": out}
+    out_type = check_dtype("rms_norm", "out", out, FLOATS)
+    rows, residual_type = {"x": x, "out": out}, None
     if residual is not None:
-        check_dtype("rms_norm", "residual", residual, ("float32", x.dtype.name))
+        residual_type = check_dtype("rms_norm", "residual", residual, ("float32", x_type))
         rows["residual"] = residual
     for name, array in rows.items():
         check_shape("rms_norm", name, array, x.shape, "[..., hidden]")
@@ -101,8 +101,7 @@ def rms_norm(x, weight, /, *, eps=1e-6, residual=None, out_dtype=None, out=None)
     if x.size == 0:
         return out
     plan = _plan_rms_norm(
-        rows["x"].shape[0], hidden, x.dtype.name, weight.dtype.name,
-        None if residual is None else residual.dtype.name, out.dtype.name,
+        rows["x"].shape[0], hidden, x_type, weight_type, residual_type, out_type,
         min(alignment(a) for a in (*rows.values(), weight)), arch_of(xp))
     launch(plan, make_args(plan, x=row_view(rows["x"]), weight=weight, residual=row_view(rows.get("residual")),
                            out=row_view(rows["out"]), rows=rows["x"].shape[0], hidden=hidden, eps=eps, reserved=0))

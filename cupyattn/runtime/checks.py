@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metadata checks shared by the ops. Each message names the op, the argument, the rule and what was found."""
 
+from .arrays import dtype_name
+
 FLOATS = ("float16", "bfloat16", "float32")
 
 
 def check_dtype(op, name, array, allowed):
-    """`array.dtype.name` is one of `allowed` (a name or a tuple of names)."""
-    allowed = (allowed,) if isinstance(allowed, str) else allowed
-    if array.dtype.name not in allowed:
-        raise TypeError(f"{op}: {name} must be {' or '.join(allowed)}, got {array.dtype.name}")
+    """`array.dtype.name` is one of `allowed` (a name or a tuple of names); returns it."""
+    found = dtype_name(array)
+    if found != allowed and (isinstance(allowed, str) or found not in allowed):
+        allowed = (allowed,) if isinstance(allowed, str) else allowed
+        raise TypeError(f"{op}: {name} must be {' or '.join(allowed)}, got {found}")
+    return found
 
 
 def check_shape(op, name, array, expected, axes):
     """`array.shape` equals `expected` (None matches any size); `axes` names them, e.g. ``"[batch, head_dim]"``."""
     shape = array.shape
+    if shape == expected:
+        return
     if len(shape) != len(expected) or any(e is not None and s != e for s, e in zip(shape, expected, strict=True)):
         want = ", ".join("*" if e is None else str(e) for e in expected)
         raise ValueError(f"{op}: {name} must be {axes} = [{want}], got {list(shape)}")

@@ -19,6 +19,7 @@ from ..errors import CompileError, KernelCheckError
 from . import env, host_compiler, source
 
 _RELEASE = ("-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-DCA_CPU=1")
+_FUSED, _UNFUSED = (*_RELEASE, "-DCA_FUSED=1"), (*_RELEASE, "-DCA_FUSED=0")
 _CHECK = ("-O1", "-g1", "-fsanitize=thread", "-march=native", "-DCA_CPU=1", "-DCA_CHECK=1", "-DCA_FUSED=0")
 _SCHEDULES = {"forward": 0, "reverse": 1, "random": 2}
 _KINDS = ("none", "out_of_bounds", "read_only_write", "uninitialised_shared", "race", "divergent_barrier", "deadlock",
@@ -35,6 +36,7 @@ class Settings:
     fused: bool = True
     check: bool | None = None
     sanitize: str | None = None
+    cxx: str | None = None
 
     def checking(self):
         return env.check() if self.check is None else self.check
@@ -65,6 +67,8 @@ def settings(**changes):
         The checking mode; default ``CUPYATTN_CHECK``. Always instruction by instruction.
     sanitize : str, optional
         ``"undefined"`` builds with UBSan.
+    cxx : str, optional
+        Compiler command; default ``CUPYATTN_CXX``, else the first one found.
     """
     new = replace(_settings.get(), **changes)
     if new.schedule not in _SCHEDULES:
@@ -138,7 +142,7 @@ def counters():
 # ---- building --------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=4)
-def _executor(identity):
+def _executor(compiler):
     """Path and handle of the executor's shared library, built once per machine and compiler."""
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
         raise CompileError(f"the CPU executor runs on Linux x86-64 and aarch64, not on {sys.platform} "
@@ -146,8 +150,9 @@ def _executor(identity):
     folder = source.root() / "cpu"
     files = sorted(folder.glob("*.cpp"))
     compile_flags, link_flags = ("-O3", "-march=native", f"-I{folder}", "-pthread"), ("-pthread", "-ldl")
-    digest = host_compiler.digest_of(compile_flags, link_flags, *(source.digest(f, True) for f in files))
-    path, _ = host_compiler.build("executor", digest, files, "libexecutor.so", compile_flags, link_flags)
+    digest = host_compiler.digest_of(compiler, compile_flags, link_flags, *(source.digest(f, True) for f in files))
+    path, _ = host_compiler.build(compiler, "executor", digest, files, "libexecutor.so", compile_flags,
+                                  link_flags)
     library = ctypes.CDLL(str(path))
     library.ca_launch.argtypes = (ctypes.POINTER(_Launch), ctypes.POINTER(_Error))
     library.ca_resume.argtypes = (ctypes.POINTER(_Error),)
@@ -177,13 +182,13 @@ def _flavour(options):
     """Compile flags that the settings ask for."""
     if options.checking():
         return _CHECK
-    flags = (*_RELEASE, f"-DCA_FUSED={int(options.fused)}")
+    flags = _FUSED if options.fused else _UNFUSED
     return (*flags, f"-fsanitize={options.sanitize}", "-fno-sanitize-recover=all") if options.sanitize else flags
 
 
-def _kernel(spec, flavour):
+def _kernel(spec, flavour, cxx):
     """The compiled kernel of `spec`; one build per specialisation however many threads ask."""
-    key = (spec, flavour, env.cxx())
+    key = (spec, flavour, cxx)
     found = _kernels.get(key)
     if found is not None:
         return found
@@ -192,22 +197,22 @@ def _kernel(spec, flavour):
     with lock:
         found = _kernels.get(key)
         if found is None:
-            found = _kernels[key] = _build(spec, flavour)
+            found = _kernels[key] = _build(spec, flavour, host_compiler.compiler(cxx))
     return found
 
 
-def _build(spec, flavour):
-    path, executor = _executor(host_compiler.compiler().identity)
+def _build(spec, flavour, compiler):
+    path, executor = _executor(compiler)
     file = source.path(spec.source)
     stub = f'#include "cuda_cpu.h"\n#include "{file}"\nCA_CPU_ENTRY({spec.kernel})\n'
     includes = tuple(f"-I{folder}" for folder in source.include_dirs(cpu=True))
     compile_flags = (*flavour, *spec.defines(), *includes)
     # -fsanitize=thread only instruments: the executor supplies its callbacks, libtsan is not linked
     link_flags = (str(path), *(f for f in flavour if f == "-fsanitize=undefined"))
-    digest = host_compiler.digest_of(spec.kernel, compile_flags, link_flags, source.digest(file, True),
+    digest = host_compiler.digest_of(compiler, spec.kernel, compile_flags, link_flags, source.digest(file, True),
                                      source.digest(source.root() / "cpu" / "cuda_cpu.h", True))
-    library_path, cached = host_compiler.build(spec.kernel, digest, {"stub.cpp": stub}, "kernel.so", compile_flags,
-                                               link_flags)
+    library_path, cached = host_compiler.build(compiler, spec.kernel, digest, {"stub.cpp": stub}, "kernel.so",
+                                               compile_flags, link_flags)
     library = ctypes.CDLL(str(library_path))
     signature_of = getattr(library, f"ca_signature_{spec.kernel}")
     signature_of.restype = ctypes.c_char_p
@@ -221,8 +226,8 @@ def _build(spec, flavour):
 
 def compiler_for_current_settings():
     """Function of a Specialisation that builds it as a launch with the current settings would need it."""
-    flavour = _flavour(_settings.get())
-    return lambda spec: _kernel(spec, flavour)
+    options = _settings.get()
+    return lambda spec: _kernel(spec, _flavour(options), options.cxx)
 
 
 # ---- launching -------------------------------------------------------------------------------------------
@@ -239,7 +244,7 @@ def launch(plan, args):
         return
     options = _settings.get()
     checking = options.checking()
-    kernel = _kernel(plan.spec, _flavour(options))
+    kernel = _kernel(plan.spec, _flavour(options), options.cxx)
     request = _Launch(kernel.entry, args.data, len(args.data), plan.grid, plan.block, plan.shared_bytes,
                       options.num_workers(), _SCHEDULES[options.schedule], options.seed, checking, checking)
     collected = None

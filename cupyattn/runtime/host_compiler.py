@@ -67,15 +67,15 @@ def available():
     return tuple(c for c in found if c is not None)
 
 
-def compiler():
-    """The compiler in use: ``CUPYATTN_CXX``, else the first of `available()`.
+def compiler(command=None):
+    """The compiler in use: `command`, else ``CUPYATTN_CXX``, else the first of `available()`.
 
     Raises
     ------
     CompileError
         None was found; says how to get one.
     """
-    wanted = env.cxx()
+    wanted = command or env.cxx()
     if wanted is not None:
         found = _named(wanted)
         if found is None:
@@ -99,11 +99,12 @@ def cpu_features():
     return platform.machine() + " " + " ".join(sorted(lines))
 
 
-def build(name, digest, sources, output, compile_flags=(), link_flags=()):
+def build(compiler, name, digest, sources, output, compile_flags=(), link_flags=()):
     """Path of a shared library in the cache, built if it is not there.
 
     Parameters
     ----------
+    compiler : Compiler
     name : str
         Readable start of the folder name.
     digest : str
@@ -127,15 +128,15 @@ def build(name, digest, sources, output, compile_flags=(), link_flags=()):
         raise CompileError(f"{name} is not in the cache {folder.parent}, and CUPYATTN_FORBID_COMPILE=1 forbids "
                            "compiling it")
     try:
-        return _build_in(folder, name, sources, output, compile_flags, link_flags), False
+        return _build_in(compiler, folder, name, sources, output, compile_flags, link_flags), False
     except OSError as error:
         folder = env.fallback_cache_dir(env.cache_dir(), error) / "cpu" / folder.name
         if (folder / output).is_file():
             return folder / output, True
-        return _build_in(folder, name, sources, output, compile_flags, link_flags), False
+        return _build_in(compiler, folder, name, sources, output, compile_flags, link_flags), False
 
 
-def _build_in(folder, name, sources, output, compile_flags, link_flags):
+def _build_in(compiler, folder, name, sources, output, compile_flags, link_flags):
     """Build in a folder beside `folder` and rename it: other processes see all of it or nothing."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
@@ -148,11 +149,11 @@ def _build_in(folder, name, sources, output, compile_flags, link_flags):
         objects = []
         for file in sources:
             objects.append(str(temporary / f"{file.stem}.o"))
-            _run(name, temporary, [*compiler().command, *compiler().flags(compile_flags), "-c", str(file), "-o",
+            _run(name, temporary, [*compiler.command, *compiler.flags(compile_flags), "-c", str(file), "-o",
                                    objects[-1]])
-        _run(name, temporary, [*compiler().command, "-shared", *objects, "-o", str(temporary / output), *link_flags])
+        _run(name, temporary, [*compiler.command, "-shared", *objects, "-o", str(temporary / output), *link_flags])
         if env.debug() >= 1:
-            env.log.debug("compiled %s in %.1f s with %s", name, time.perf_counter() - start, compiler().identity)
+            env.log.debug("compiled %s in %.1f s with %s", name, time.perf_counter() - start, compiler.identity)
         for file in objects:
             os.remove(file)
         try:
@@ -180,9 +181,9 @@ def _run(name, folder, command):
                            f"\n  command: {shlex.join(command)}\n  sources and log: {kept}")
 
 
-def digest_of(*parts):
+def digest_of(compiler, *parts):
     """16 hex digits of the hash of `parts`, compiler identity and CPU included."""
     total = hashlib.sha256()
-    for part in (*parts, compiler().identity, cpu_features()):
+    for part in (*parts, compiler.identity, cpu_features()):
         total.update(str(part).encode() + b"\0")
     return total.hexdigest()[:16]

@@ -162,7 +162,7 @@ def fill(struct, values):
             if value is None:
                 flat.append(0)
                 continue
-            if leaf.pointee is not None and value.dtype.name != leaf.pointee:
+            if leaf.pointee is not None and value.dtype != leaf.pointee:
                 raise TypeError(f"{struct.name}.{leaf.path}: must be {leaf.pointee}, got {value.dtype.name}")
             flat.append(address(value))
             arrays.append((leaf, value))
