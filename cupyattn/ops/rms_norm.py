@@ -18,8 +18,8 @@ CORE = [_spec(*case) for case in (
     ("float16", "float32", None, "float16", 8), ("bfloat16", "float32", "float32", "bfloat16", 8),
     ("float32", "float32", "float32", "float16", 4), ("float32", "float32", None, "float32", 4),
     ("float16", "float16", "float16", "float16", 8), ("bfloat16", "bfloat16", "bfloat16", "bfloat16", 8),
-    ("float16", "float16", "float32", "float32", 1), ("float32", "bfloat16", "float32", "bfloat16", 1),
-    ("bfloat16", "float16", None, "float32", 4),
+    ("float16", "float16", "float32", "float32", 1), ("float32", "float32", "float32", "bfloat16", 1),
+    ("bfloat16", "bfloat16", None, "float32", 4),
 )]
 ALL = [_spec(x, w, r, u, vec) for x in FLOATS for w in dict.fromkeys((x, "float32"))
        for r in dict.fromkeys((None, x, "float32")) for u in FLOATS for vec in (1, 4, 8)]
