@@ -5,7 +5,9 @@ NumPy arrays in: the `.cu` source runs on the CPU. CuPy arrays in: it runs on th
 """
 
 from .errors import CompileError, KernelCheckError
+from .ops.kv_append import kv_append
 from .ops.rms_norm import rms_norm
+from .ops.rope import rope
 
-__all__ = ["CompileError", "KernelCheckError", "rms_norm"]
+__all__ = ["CompileError", "KernelCheckError", "kv_append", "rms_norm", "rope"]
 __version__ = "0.1.0"

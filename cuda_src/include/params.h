@@ -52,4 +52,110 @@ struct RmsNormArgs {
   int32_t reserved;    // zero
 };
 
+struct SequenceView {
+  void* data;            // T [batch, q_len, heads, head_dim] last axis contiguous
+  int64_t stride_seq;    // elements between sequences
+  int64_t stride_token;  // elements between tokens of a sequence
+  int64_t stride_head;   // elements between heads
+};
+
+struct PagedDecodeArgs {
+  const SequenceView q;          // T [batch, q_len, num_heads, head_dim] queries after RoPE
+  const KvView k;                // KV [num_pages, page_size, num_kv_heads, head_dim]
+  const KvView v;                // KV [num_pages, page_size, num_kv_heads, head_dim]
+  const PageTable table;         // page ids of every sequence
+  SequenceView out;              // T [batch, q_len, num_heads, head_dim] written when num_chunks == 1
+  const int32_t* cache_seqlens;  // int32 [batch] tokens to attend to, the new ones included
+  const int32_t* cache_starts;   // int32 [batch] first visible key; null for 0
+  const float* sinks;            // float32 [num_heads] one extra logit per head; null for none
+  float* lse;                    // float32 [batch, q_len, num_heads] contiguous; null when not wanted
+  float* partial_out;            // float32 [num_chunks, batch, q_len, num_heads, head_dim] when num_chunks > 1
+  float* partial_lse;            // float32 [num_chunks, batch, q_len, num_heads] when num_chunks > 1
+  int64_t stride_seqlens;        // elements between entries of cache_seqlens
+  int64_t stride_starts;         // elements between entries of cache_starts
+  int32_t batch;                 // number of sequences
+  int32_t q_len;                 // new tokens per sequence, the last ones of cache_seqlens
+  int32_t num_kv_heads;          // KV heads
+  int32_t heads_per_kv;          // query heads per KV head
+  int32_t head_dim;              // multiple of 8, at most 256
+  int32_t row_tiles;             // blocks per (sequence, KV head): ceil(q_len * heads_per_kv / rows per block)
+  int32_t num_chunks;            // grid.y; chunks of 1024 tokens the page table can hold
+  int32_t window_size;           // visible tokens, the query's own included; 0 for all
+  float softmax_scale;           // natural scale of the scores
+  float softcap;                 // scores become softcap * tanh(score / softcap); 0 for off
+};
+
+struct PartialView {
+  const float* out;      // float32 [splits, tokens, heads, head_dim] last axis contiguous
+  const float* lse;      // float32 [splits, tokens, heads] natural log, -inf where a split saw no key
+  int64_t stride_split;  // elements of out between splits
+  int64_t stride_token;  // elements of out between tokens
+  int64_t stride_head;   // elements of out between heads
+  int64_t lse_split;     // elements of lse between splits
+  int64_t lse_token;     // elements of lse between tokens
+  int64_t lse_head;      // elements of lse between heads
+};
+
+struct PartialList {
+  PartialView part0;  // the first num_parts are used, merged in this order
+  PartialView part1;  // second
+  PartialView part2;  // third
+  PartialView part3;  // fourth
+  PartialView part4;  // fifth
+  PartialView part5;  // sixth
+  PartialView part6;  // seventh
+  PartialView part7;  // eighth
+};
+
+struct SplitReduceArgs {
+  const PartialList parts;  // partial results over disjoint key sets
+  SequenceView out;         // U [tokens / q_len, q_len, heads, head_dim] merged output
+  float* lse;               // float32 [tokens, heads] contiguous; null when not wanted
+  const float* sinks;       // float32 [heads] one extra logit per head; null for none
+  int32_t num_parts;        // 1 to 8
+  int32_t splits;           // splits of every part
+  int32_t tokens;           // rows are tokens x heads
+  int32_t heads;            // heads per token
+  int32_t head_dim;         // length of an output row
+  int32_t q_len;            // tokens per sequence of out
+};
+
+struct RopeArgs {
+  const HeadView x;          // T [tokens, heads, head_dim] input
+  HeadView out;              // T [tokens, heads, head_dim] may be x
+  const void* cos;           // Table [max_pos, pairs * TABLE_STRIDE] last axis contiguous
+  const void* sin;           // Table [max_pos, pairs * TABLE_STRIDE] last axis contiguous
+  const int32_t* positions;  // int32 [tokens] table row of every token
+  int64_t stride_cos;        // elements between rows of cos
+  int64_t stride_sin;        // elements between rows of sin
+  int64_t stride_position;   // elements between entries of positions
+  int32_t tokens;            // number of tokens
+  int32_t heads;             // heads per token
+  int32_t head_dim;          // length of a head
+  int32_t rotary_dim;        // rotated dims of a head, the first ones; even
+  int32_t max_pos;           // rows of the tables; a position outside [0, max_pos) gives NaN
+  int32_t reserved;          // zero
+};
+
+struct KvAppendArgs {
+  const HeadView k;              // T [tokens, num_kv_heads, head_dim] new keys
+  const HeadView v;              // T [tokens, num_kv_heads, head_dim_v] new values
+  KvView k_cache;                // KV [num_pages, page_size, num_kv_heads, head_dim]
+  KvView v_cache;                // KV [num_pages, page_size, num_kv_heads, head_dim_v]
+  const PageTable table;         // page size and count; block_table null: places come from slots
+  const int32_t* slots32;        // int32 [tokens] page * page_size + slot, negative to skip; null if another has them
+  const int64_t* slots64;        // int64 [tokens] the same
+  const int32_t* positions;      // int32 [tokens] index of the token in its sequence, negative to skip
+  const int32_t* batch_indices;  // int32 [tokens] row of block_table; null: token t is of sequence t
+  int64_t stride_slot;           // elements between entries of slots32 or slots64
+  int64_t stride_position;       // elements between entries of positions
+  int64_t stride_batch_index;    // elements between entries of batch_indices
+  int32_t tokens;                // number of new tokens
+  int32_t batch;                 // rows of block_table
+  int32_t num_kv_heads;          // KV heads
+  int32_t head_dim;              // length of a key head
+  int32_t head_dim_v;            // length of a value head
+  int32_t reserved;              // zero
+};
+
 #endif  // CUPYATTN_PARAMS_H
