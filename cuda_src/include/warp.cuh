@@ -18,22 +18,24 @@ struct MaxFloat {
 #if CA_CPU && CA_FUSED
 namespace ca {
 
-// values[lane] holds the N numbers of a lane. The loop over lanes is innermost, so it vectorises.
+// values[lane] holds the N numbers of a lane. The butterfly gives every lane of a group the same bits, so its halves
+// are folded instead: half the work, one result per group.
 template <int W, int N, typename Op>
 inline void meet_reduce(float (*const* values)[N], uint32_t) {
-  float now[N][32], next[N][32];
+  float now[N][32];
   for (int l = 0; l < 32; ++l) {
     for (int i = 0; i < N; ++i) now[i][l] = values[l] ? (*values[l])[i] : 0.0f;
   }
+  for (int i = 0; i < N; ++i) {
 #pragma GCC unroll 5
-  for (int x = W / 2; x > 0; x /= 2) {
-    for (int i = 0; i < N; ++i) {
-      for (int l = 0; l < 32; ++l) next[i][l] = Op()(now[i][l], now[i][l ^ x]);
-      for (int l = 0; l < 32; ++l) now[i][l] = next[i][l];
+    for (int x = W / 2; x > 0; x /= 2) {
+      for (int group = 0; group < 32; group += W) {
+        for (int l = group; l < group + x; ++l) now[i][l] = Op()(now[i][l], now[i][l + x]);
+      }
     }
   }
   for (int l = 0; l < 32; ++l) {
-    if (values[l]) for (int i = 0; i < N; ++i) (*values[l])[i] = now[i][l];
+    for (int i = 0; values[l] && i < N; ++i) (*values[l])[i] = now[i][l / W * W];
   }
 }
 
