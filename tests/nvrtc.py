@@ -12,6 +12,7 @@ import re
 import shutil
 import struct
 import subprocess
+import tempfile
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -52,8 +53,7 @@ def compile_code(code, options, arch, name="kernel.cu"):
     """Compiled form of `code`; raises CuPy's CompileException as RawModule would."""
     options = (*full_options(options, arch), "--ptxas-options=-v")
     digest = hashlib.sha256(repr((code, options, VERSION)).encode()).hexdigest()[:24]
-    folder = env.cache_dir() / "nvrtc"
-    stored = folder / digest
+    stored = env.cache_dir() / "nvrtc" / digest
     try:
         log, cubin = stored.read_bytes().split(b"\0", 1)
         return Compiled(cubin, json.loads(log))
@@ -69,10 +69,7 @@ def compile_code(code, options, arch, name="kernel.cu"):
         raise cupy.cuda.compiler.CompileException(log, code, name, options, "nvrtc") from None
     finally:
         nvrtc.destroyProgram(program)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{digest}.{os.getpid()}.{threading.get_ident()}"
-    temporary.write_bytes(json.dumps(done.log).encode() + b"\0" + done.cubin)
-    os.replace(temporary, stored)
+    _store(stored, json.dumps(done.log).encode() + b"\0" + done.cubin)
     return done
 
 
@@ -92,7 +89,7 @@ def resources(compiled, kernel):
 
 def _launch_bound(cubin, kernel):
     """Threads per block that `kernel` was compiled for, from attribute 5 of its .nv.info section; 1024 if none."""
-    section = _sections(cubin).get(f".nv.info.{kernel}", b"")
+    section = sections(cubin).get(f".nv.info.{kernel}", b"")
     at = 0
     while at < len(section):
         form, attribute, value = struct.unpack_from("<BBH", section, at)
@@ -105,7 +102,7 @@ def _launch_bound(cubin, kernel):
     return 1024
 
 
-def _sections(elf):
+def sections(elf):
     """{name: bytes} of a 64-bit ELF file."""
     start, = struct.unpack_from("<Q", elf, 0x28)
     size, count, names_index = struct.unpack_from("<HHH", elf, 0x3A)
@@ -129,9 +126,22 @@ def _nvdisasm():
 
 def opcodes(cubin, kernel):
     """Mnemonics of `kernel`'s SASS, e.g. {"HMMA", "LDSM", "LDGSTS", ...}."""
-    path = env.cache_dir() / "nvrtc" / f"{hashlib.sha256(cubin).hexdigest()[:24]}.cubin"
-    if not path.is_file():
-        path.write_bytes(cubin)
-    text = subprocess.run([_nvdisasm(), "-c", path], capture_output=True, text=True, check=True).stdout
-    body = re.search(rf"^\.text\.{kernel}:(.*?)(?=^\.text\.|\Z)", text, re.DOTALL | re.MULTILINE).group(1)
-    return set(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", body))
+    stored = env.cache_dir() / "nvrtc" / f"{hashlib.sha256(cubin).hexdigest()[:24]}.{kernel}"
+    if not stored.is_file():
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(cubin)
+            file.flush()
+            done = subprocess.run([_nvdisasm(), "-c", file.name], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        body = re.search(rf"^\.text\.{kernel}:(.*?)(?=^\.text\.|\Z)", done.stdout, re.DOTALL | re.MULTILINE).group(1)
+        found = set(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", body))
+        _store(stored, " ".join(sorted(found)).encode())
+    return set(stored.read_text().split())
+
+
+def _store(path, content):
+    """Write a file so that other processes see all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(f"{path}.{os.getpid()}.{threading.get_ident()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

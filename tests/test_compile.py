@@ -67,25 +67,29 @@ def test_every_kernel_file_is_listed():
     assert not set(_listed("CORE")) - set(_listed("ALL"))
 
 
-def test_options_are_those_of_rawmodule():
-    """CuPy's own compile function, its module loading replaced, hands NVRTC what `nvrtc.full_options` says."""
+def test_compiled_as_by_rawmodule():
+    """CuPy's own compile function, its module loading replaced, passes the same options and makes the same code."""
     spec = next(iter(_listed("CORE")))
     options = cuda.options(spec, "sm_90a")
-    seen = []
     compiler = cupy.cuda.compiler
+    seen, module = [], mock.Mock()
+    compile_program = compiler.nvrtc.compileProgram
 
     def record(program, options):
         seen.append(options)
+        return compile_program(program, options)
 
     with mock.patch.object(compiler.nvrtc, "compileProgram", record), \
-            mock.patch.object(compiler.nvrtc, "getPTX", lambda program: b""), \
-            mock.patch.object(compiler.nvrtc, "getCUBIN", lambda program: b""), \
             mock.patch.object(compiler, "_get_arch_for_options_for_nvrtc", lambda arch: ("-arch=sm_90", "cubin")), \
             mock.patch.object(compiler, "_kernel_cache_backend", mock.Mock(load=lambda name: None)), \
-            mock.patch.object(compiler.function, "Module", mock.Mock()):
-        compiler._compile_with_cache_cuda(cuda.code(spec), cupy._core.core.assemble_cupy_compiler_options(options),
-                                          "90")
+            mock.patch.object(compiler.function, "Module", lambda: module):
+        assembled = cupy._core.core.assemble_cupy_compiler_options(options)
+        compiler._compile_with_cache_cuda(cuda.code(spec), assembled, "90")
     assert seen[-1] == nvrtc.full_options(options, "sm_90a")
+    cubin, = module.load.call_args.args
+    ours = nvrtc.compile_code(cuda.code(spec), options, "sm_90a").cubin
+    text = f".text.{spec.kernel}"
+    assert nvrtc.sections(cubin)[text] == nvrtc.sections(ours)[text]
 
 
 @pytest.mark.parametrize("number", [90, 100, 120])
