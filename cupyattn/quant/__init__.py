@@ -1,1 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Weight matrices in the layout the kernels read, and the checkpoint formats they come from."""
+
+from .qmatrix import QMatrix
+
+__all__ = ["QMatrix"]
