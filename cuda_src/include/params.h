@@ -158,4 +158,23 @@ struct KvAppendArgs {
   int32_t reserved;              // zero
 };
 
+struct SiluMulArgs {
+  const RowView gate;  // T [rows, cols] activated
+  const RowView up;    // T [rows, cols] multiplied by it
+  RowView out;         // T [rows, cols] may be gate or up
+  int32_t rows;        // number of rows
+  int32_t cols;        // row length
+};
+
+struct LayerNormArgs {
+  const RowView x;     // T [rows, hidden] input
+  const void* weight;  // W [hidden] gain
+  const void* bias;    // W [hidden] added last; null for none
+  RowView out;         // U [rows, hidden] (x - mean) / sqrt(variance + eps) * weight + bias
+  int32_t rows;        // number of rows
+  int32_t hidden;      // row length
+  float eps;           // added to the variance
+  int32_t reserved;    // zero
+};
+
 #endif  // CUPYATTN_PARAMS_H

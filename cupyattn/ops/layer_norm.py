@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer normalisation. Kernel: ``cuda_src/layer_norm.cu``."""
+
+import functools
+
+from ..runtime import Plan, Specialisation, arch_of, launch, make_args
+from ..runtime.arrays import alignment, array_namespace, as_rows, row_view
+from ..runtime.checks import FLOATS, check_dtype, check_last_axis, check_shape, check_writeable
+
+
+def _spec(x, weight, out, bias, vec):
+    return Specialisation("layer_norm", "layer_norm", "LayerNormArgs",
+                          {"T": x, "W": weight, "U": out, "BIAS": int(bias), "VEC": vec})
+
+
+CORE = [_spec(*case) for case in (
+    ("float16", "float16", "float16", True, 8), ("bfloat16", "bfloat16", "bfloat16", True, 8),
+    ("float32", "float32", "float32", True, 4), ("float32", "float32", "float32", False, 4),
+    ("float16", "float32", "float16", False, 4), ("bfloat16", "float32", "bfloat16", False, 1),
+    ("float32", "float32", "float16", True, 1), ("float16", "float16", "float32", False, 1),
+    ("bfloat16", "bfloat16", "float32", True, 4), ("float32", "float32", "bfloat16", True, 4),
+)]
+ALL = [_spec(x, w, u, bias, vec) for x in FLOATS for w in dict.fromkeys((x, "float32")) for u in FLOATS
+       for bias in (False, True) for vec in ((1, 4) if "float32" in (x, w, u) else (1, 8))]
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_layer_norm(rows, hidden, x, weight, out, bias, align, arch):
+    """Plan from sizes, dtype names, the presence of a bias, the common alignment in bytes, and arch."""
+    wide = 4 if "float32" in (x, weight, out) else 8
+    vec = wide if align == 16 and hidden % wide == 0 else 1
+    if arch == "cpu":
+        threads = 32   # a fiber costs more than a few more elements
+    else:
+        threads = min(1024, -(-hidden // (32 * vec)) * 32)
+    note = f"{vec} elements per load" if vec > 1 else f"one element per load: alignment {align}, hidden {hidden}"
+    return Plan(_spec(x, weight, out, bias, vec), arch, (rows,), (threads,), shared_bytes=256, note=note)
+
+
+def layer_norm(x, weight, bias=None, /, *, eps=1e-5, out_dtype=None, out=None):
+    """Layer normalisation over the last axis.
+
+    out = (x - mean(x)) / sqrt(mean((x - mean(x))**2) + eps) * weight + bias
+
+    Parameters
+    ----------
+    x : ndarray [..., hidden], float16, bfloat16 or float32
+        Rows may be strided (a slice of a wider array); the last axis is contiguous.
+    weight : ndarray [hidden], float32 or x.dtype
+        Gain per channel.
+    bias : ndarray [hidden], weight.dtype, optional
+        Added per channel.
+    eps : float
+        Added to the variance. Default 1e-5.
+    out_dtype : dtype, optional
+        Default ``x.dtype``; ignored when `out` is given.
+    out : ndarray [..., hidden], optional
+        Where to write; float16, bfloat16 or float32. May be `x`.
+
+    Returns
+    -------
+    out : ndarray [..., hidden]
+        Same kind (NumPy or CuPy) as `x`.
+
+    Raises
+    ------
+    TypeError
+        NumPy and CuPy arrays mixed, or an unsupported dtype.
+    ValueError
+        Shapes that do not fit, or a last axis that is not contiguous.
+
+    Notes
+    -----
+    Computed in float32 with one rounding on store; the variance is taken around the mean in a second pass, so a large
+    common offset costs no accuracy. On CuPy arrays asynchronous on the current stream.
+    Kernel: ``cuda_src/layer_norm.cu``.
+
+    Examples
+    --------
+    >>> import numpy as np, cupyattn
+    >>> cupyattn.layer_norm(np.float32([[1, 3]]), np.ones(2, np.float32), np.float32([0, 10]), eps=0.0)
+    array([[-1., 11.]], dtype=float32)
+    """
+    xp = array_namespace("layer_norm", x=x, weight=weight, bias=bias, out=out)
+    check_dtype("layer_norm", "x", x, FLOATS)
+    hidden = x.shape[-1] if x.ndim else 0
+    check_dtype("layer_norm", "weight", weight, ("float32", x.dtype.name))
+    channels = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    for name, array in channels.items():
+        check_shape("layer_norm", name, array, (hidden,), "[hidden]")
+        check_dtype("layer_norm", name, array, weight.dtype.name)
+        check_last_axis("layer_norm", name, array)
+    if out is None:
+        out = xp.empty(x.shape, x.dtype if out_dtype is None else out_dtype)
+    check_dtype("layer_norm", "out", out, FLOATS)
+    check_shape("layer_norm", "out", out, x.shape, "[..., hidden]")
+    check_writeable("layer_norm", "out", out)
+    x_rows, out_rows = as_rows("layer_norm", "x", x), as_rows("layer_norm", "out", out)
+    if x.size == 0:
+        return out
+    plan = _plan_layer_norm(
+        x_rows.shape[0], hidden, x.dtype.name, weight.dtype.name, out.dtype.name, bias is not None,
+        min(alignment(a) for a in (x_rows, out_rows, *channels.values())), arch_of(xp))
+    launch(plan, make_args(plan, x=row_view(x_rows), weight=weight, bias=bias, out=row_view(out_rows),
+                           rows=x_rows.shape[0], hidden=hidden, eps=eps, reserved=0))
+    return out
