@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `bench` fixture: correctness first, then time, bytes and flops per second, and share of the measured limit.
+
+``pytest perf`` checks every bench's result once; ``pytest perf --benchmark-enable`` times them and prints the table.
+"""
+
+import numpy as np
+import pytest
+from timing import DEVICE, seconds_per_call
+
+ROWS = []
+
+
+class Bench:
+    """Measures one call; see `__call__`."""
+
+    def __init__(self, benchmark, op):
+        self._benchmark = benchmark
+        self._op = op
+
+    def __call__(self, shape, make, call, expected, *, tolerance, nbytes, flops=0, baseline=None):
+        """Check `call` against `expected`, then time it.
+
+        Parameters
+        ----------
+        shape : str
+            Row label: model, batch, dtype.
+        make : callable
+            ``make(rng)`` returns a tuple of NumPy arrays, outputs included.
+        call : callable
+            ``call(*arrays)`` runs the op without allocating and returns the array to check.
+        expected : callable
+            ``expected(*numpy arrays)``: the reference result.
+        tolerance : (float, float)
+            atol and rtol of the check.
+        nbytes, flops : int
+            What one call must move and compute.
+        baseline : callable, optional
+            ``baseline(*arrays)``: the same result by the array library alone.
+        """
+        host = make(np.random.default_rng(1))
+        arrays = [DEVICE.array(a) for a in host]
+        result = DEVICE.numpy(call(*arrays)).astype(np.float64)
+        np.testing.assert_allclose(result, np.asarray(expected(*host)).astype(np.float64), atol=tolerance[0],
+                                   rtol=tolerance[1], err_msg=f"{self._op} {shape}: nothing is timed that is wrong")
+        if self._benchmark.disabled:
+            self._benchmark(lambda: None)
+            return
+        copies = DEVICE.copies(sum(a.nbytes for a in arrays))
+        sets = [arrays, *([DEVICE.array(a) for a in host] for _ in range(copies - 1))]
+        calls = DEVICE.calls_for(seconds_per_call(call, sets, rounds=1))
+        self._benchmark.pedantic(DEVICE.repeated(call, sets, calls), rounds=20, warmup_rounds=2)
+        row = {"op": self._op, "shape": shape, "device": DEVICE.name, "nbytes": nbytes, "flops": flops,
+               "calls_per_round": calls, "seconds": self._benchmark.stats.stats.median / calls}
+        if DEVICE.is_gpu:
+            from ceilings import read_bandwidth
+
+            row["share_of_read_bandwidth"] = nbytes / row["seconds"] / read_bandwidth()
+        if baseline is not None:
+            row["baseline_seconds"] = seconds_per_call(baseline, sets)
+        self._benchmark.extra_info.update(row)
+        ROWS.append(row)
+
+
+@pytest.fixture
+def bench(benchmark, request):
+    """A `Bench` for the op the file is named after."""
+    return Bench(benchmark, request.path.stem.removeprefix("bench_"))
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name.startswith("bench_"):
+            item.add_marker(pytest.mark.benchmark(timer=DEVICE.now, group=item.path.stem.removeprefix("bench_")))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if ROWS:
+        from table import markdown
+
+        terminalreporter.write_line(markdown(ROWS))

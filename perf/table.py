@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Result rows as a Markdown table: what the benches print and what README shows of ``perf/results/<gpu>.json``."""
+
+import json
+import sys
+from pathlib import Path
+
+
+def _cells(row):
+    seconds = row["seconds"]
+    rate = f"{row['flops'] / seconds / 1e12:.2f} TFLOP/s" if row["flops"] > 100 * row["nbytes"] else \
+        f"{row['nbytes'] / seconds / 1e9:.1f} GB/s"
+    share = row.get("share_of_read_bandwidth")
+    baseline = row.get("baseline_seconds")
+    return (row["op"], row["shape"], f"{seconds * 1e6:.1f}", rate, "" if share is None else f"{share:.0%}",
+            "" if baseline is None else f"{baseline / seconds:.2f}x")
+
+
+def markdown(rows):
+    """Table of bench rows, one line per op and shape, headed by the device that ran them."""
+    lines = [f"Measured on: {', '.join(dict.fromkeys(row['device'] for row in rows))}", "",
+             "| op | shape | µs | rate | of read bandwidth | vs array library |", "|---|---|---:|---:|---:|---:|"]
+    lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
+    return "\n".join(lines)
+
+
+def main(paths):
+    for path in paths:
+        print(markdown(json.loads(Path(path).read_text())["benches"]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or sorted(Path(__file__).parent.glob("results/*.json")))
