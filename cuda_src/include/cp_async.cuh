@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// cp_async.cuh - copies from global to shared memory that run behind the thread's back (cp.async, sm_80).
+//
+// A thread issues copies, closes them into a group with cp_async_commit(), and after cp_async_wait<N>() all but its
+// N youngest groups have landed; other threads see them after a barrier. Below sm_80 every copy is done at once.
+// On the CPU too, except in the checking build, where data lands as late as the rules allow.
+#ifndef CUPYATTN_CP_ASYNC_CUH
+#define CUPYATTN_CP_ASYNC_CUH
+
+#include "prelude.cuh"
+
+#if CA_CPU || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800)
+
+// BYTES from global to shared, or BYTES zeros.
+template <int BYTES>
+__device__ __forceinline__ void cp_async(void* shared, const void* global, bool valid) {
+#if CA_CPU && CA_CHECK
+  ca::ca_cp_async(shared, global, BYTES, valid);
+#else
+  struct alignas(BYTES) Chunk {
+    uint32_t words[BYTES / 4];
+  };
+  *static_cast<Chunk*>(shared) = valid ? *static_cast<const Chunk*>(global) : Chunk{};
+#endif
+}
+
+__device__ __forceinline__ void cp_async_commit() {
+#if CA_CPU && CA_CHECK
+  ca::ca_cp_async_commit();
+#endif
+}
+
+// Waits until at most PENDING of this thread's groups are still on their way.
+template <int PENDING>
+__device__ __forceinline__ void cp_async_wait() {
+#if CA_CPU && CA_CHECK
+  ca::ca_cp_async_wait(PENDING);
+#endif
+}
+
+#else
+
+// 16 bytes bypass L1 and bring their 128-byte line into L2; smaller copies exist only through L1.
+template <int BYTES>
+__device__ __forceinline__ void cp_async(void* shared, const void* global, bool valid) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const int read = valid ? BYTES : 0;  // the rest of the destination is filled with zeros
+  if constexpr (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(read) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(BYTES), "r"(read)
+                 : "memory");
+  }
+}
+
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most PENDING of this thread's groups are still on their way.
+template <int PENDING>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+#endif
+
+// Both addresses aligned to the size. Zeros when !valid; `global` is then not read.
+__device__ __forceinline__ void cp_async4(void* shared, const void* global, bool valid = true) {
+  cp_async<4>(shared, global, valid);
+}
+__device__ __forceinline__ void cp_async8(void* shared, const void* global, bool valid = true) {
+  cp_async<8>(shared, global, valid);
+}
+__device__ __forceinline__ void cp_async16(void* shared, const void* global, bool valid = true) {
+  cp_async<16>(shared, global, valid);
+}
+
+#endif  // CUPYATTN_CP_ASYNC_CUH
