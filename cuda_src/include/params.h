@@ -177,4 +177,30 @@ struct LayerNormArgs {
   int32_t reserved;    // zero
 };
 
+struct QuantGemmArgs {
+  const RowView x;        // T [tokens, columns] activations
+  RowView out;            // U [tokens, rows] x @ W.T
+  const uint8_t* packed;  // uint8 [row_tiles, column_tiles, tile bytes] weights, see cupyattn/quant/layout.py
+  const void* bias;       // B [rows] added to every row of out; null for none
+  int64_t stride_bias;    // elements between entries of bias
+  int32_t tokens;         // rows of x
+  int32_t rows;           // out_features of the weight
+  int32_t columns;        // in_features of the weight, a multiple of 8
+  int32_t row_tiles;      // ceil(rows / 16)
+  int32_t column_tiles;   // ceil(columns / 64)
+  int32_t accumulate;     // 1: add what out holds
+};
+
+struct EmbeddingArgs {
+  const RowView table;    // W [rows, columns] when the table is a plain array
+  RowView out;            // U [tokens, columns] the rows picked
+  const uint8_t* packed;  // uint8 [row_tiles, column_tiles, tile bytes] when the table is a packed weight
+  const void* ids;        // int32 or int64 [tokens] row to pick; outside [0, rows) gives NaN
+  int64_t stride_id;      // elements between entries of ids
+  int32_t tokens;         // number of ids
+  int32_t rows;           // rows of the table
+  int32_t columns;        // length of a row
+  int32_t column_tiles;   // ceil(columns / 64)
+};
+
 #endif  // CUPYATTN_PARAMS_H

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+// online_softmax.cuh - softmax over keys that arrive in pieces: running state of a row, and merging of pieces.
+//
+// A piece is (top, sum, acc): scores s are kept times log2(e), top = max s, sum = sum 2^(s - top),
+// acc = sum 2^(s - top) v. No key yet: top = -inf, sum = 0, acc = 0. Results are out = acc / sum and the natural
+// lse = ln(2) * (top + log2(sum)); an empty row gives 0 and -inf, never NaN.
+#ifndef CUPYATTN_ONLINE_SOFTMAX_CUH
+#define CUPYATTN_ONLINE_SOFTMAX_CUH
+
+#include "prelude.cuh"
+
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float LN_2 = 0.6931471805599453f;
+constexpr float NEG_INF = -__builtin_bit_cast(float, 0x7f800000u);  // NVRTC has neither INFINITY nor __builtin_inff
+
+// What exponents are taken relative to: `top`, or 0 while there is no key (-inf minus -inf would be NaN).
+__device__ __forceinline__ float softmax_origin(float top) { return top == NEG_INF ? 0.0f : top; }
+
+__device__ __forceinline__ float natural_lse(float top, float sum) {
+  return sum == 0.0f ? NEG_INF : LN_2 * (top + log2f(sum));
+}
+
+// Score in log2 units from a dot product: softmax_scale, then softcap.
+__device__ __forceinline__ float scaled_score(float dot, float softmax_scale, float softcap) {
+  const float score = dot * softmax_scale;
+  return LOG2_E * (softcap > 0.0f ? softcap * tanhf(score / softcap) : score);
+}
+
+// Share of a row's probability that its keys keep when a sink joins as one more logit: e^lse / (e^lse + e^sink).
+__device__ __forceinline__ float sink_share(float lse, float sink) {
+  return lse == NEG_INF ? 0.0f : 1.0f / (1.0f + exp2f(LOG2_E * (sink - lse)));
+}
+
+// Weighted sum of N outputs of partial results, taken in a fixed order. Merging one partial gives its bits back.
+template <int N>
+struct PartialMerge {
+  float acc[N];
+  float total;
+  float top;  // largest natural lse of all partials
+
+  __device__ __forceinline__ explicit PartialMerge(float largest_lse) : total(0.0f), top(largest_lse) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) acc[j] = 0.0f;
+  }
+
+  // `lse` > -inf
+  __device__ __forceinline__ void add(const float (&values)[N], float lse) {
+    const float weight = exp2f(LOG2_E * (lse - top));
+    total += weight;
+#pragma unroll
+    for (int j = 0; j < N; ++j) acc[j] += weight * values[j];
+  }
+
+  // Normalises acc; returns the merged natural lse.
+  __device__ __forceinline__ float finish() {
+    const float scale = total == 0.0f ? 0.0f : 1.0f / total;
+#pragma unroll
+    for (int j = 0; j < N; ++j) acc[j] *= scale;
+    return total == 0.0f ? NEG_INF : top + LN_2 * log2f(total);
+  }
+};
+
+#endif  // CUPYATTN_ONLINE_SOFTMAX_CUH

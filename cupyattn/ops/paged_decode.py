@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of new tokens over a paged cache. Kernels: ``cuda_src/paged_decode.cu``, ``cuda_src/split_reduce.cu``."""
+
+import functools
+
+import numpy as np
+
+from ..runtime import Plan, Specialisation, arch_of, env, launch, make_args, workspace
+from ..runtime.arrays import alignment, array_namespace, kv_view, page_table, strides
+from ..runtime.checks import FLOATS, check_dtype, check_element_strides, check_last_axis, check_shape
+from .split_reduce import check_outputs, check_sinks, launch_split_reduce, split_out
+
+CHUNK = 1024   # tokens of a partial result; CHUNK in the kernel
+MAX_Q_LEN = 8
+MAX_HEAD_DIM = 256
+_ROWS = (1, 2, 4, 8)   # query rows of a block
+_TILE, _STEP = 32, 8   # of the kernel
+_AXES = {3: "[batch, num_heads, head_dim]", 4: "[batch, q_len, num_heads, head_dim]"}
+_CACHE_AXES = "[num_pages, page_size, num_kv_heads, head_dim]"
+
+
+def _spec(q, kv, rows, aligned):
+    return Specialisation("paged_decode", "paged_decode", "PagedDecodeArgs",
+                          {"T": q, "KV": kv, "ROWS": rows, "ALIGNED": int(aligned)})
+
+
+CORE = [_spec(*case) for case in (
+    ("float16", "float16", 4, True), ("bfloat16", "bfloat16", 4, True), ("float32", "float32", 4, True),
+    ("float16", "bfloat16", 1, False), ("bfloat16", "float32", 1, True), ("float32", "float16", 1, True),
+    ("float16", "float32", 2, True), ("bfloat16", "float16", 2, False), ("float32", "bfloat16", 2, True),
+    ("float16", "float16", 8, True), ("bfloat16", "bfloat16", 8, True), ("float32", "float32", 8, False),
+)]
+ALL = [_spec(q, kv, rows, aligned) for q in FLOATS for kv in FLOATS for rows in _ROWS for aligned in (True, False)]
+
+
+def _shared_bytes(rows, head_dim, item, warps):
+    """Dynamic shared memory of the CUDA-core kernel: struct Layout of the kernel."""
+    groups = 32 // (head_dim // _STEP)
+    key = (head_dim * item // 16 | 1) * 16
+    warp = max(_TILE * key, groups * rows * head_dim * 4) + 4 * _TILE * 8 + _TILE * rows * 4 + 2 * rows * 4
+    return warps * warp + rows * head_dim * 4 + rows * 2 * 4
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_paged_decode(batch, q_len, num_heads, num_kv_heads, head_dim, capacity, q, kv, align, arch):
+    """Plan from sizes, the tokens a table row can hold, dtype names, the common alignment of k, v and out, arch."""
+    packed = q_len * (num_heads // num_kv_heads)
+    rows = next((r for r in _ROWS if r >= packed), _ROWS[-1])
+    row_tiles = -(-packed // rows)
+    num_chunks = max(1, -(-capacity // CHUNK))
+    item = 4 if kv == "float32" else 2
+    warps = max(1, min(4, 1024 // (head_dim * item)))   # staged keys of a block stay below 48 KiB
+    aligned = align == 16
+    total = batch * q_len * num_heads
+    note = f"{rows} of {packed} query rows per block, {num_chunks} chunks"
+    if not aligned:
+        note += f", one element per load: alignment {align}"
+    return Plan(_spec(q, kv, rows, aligned), arch, (batch * num_kv_heads * row_tiles, num_chunks), (32 * warps,),
+                shared_bytes=_shared_bytes(rows, head_dim, item, warps),
+                workspace_bytes=num_chunks * total * (head_dim + 1) * 4 if num_chunks > 1 else 0, note=note)
+
+
+def paged_decode(q, k_cache, v_cache, /, *, block_table, cache_seqlens, cache_starts=None, softmax_scale=None,
+                 window_size=0, softcap=0.0, sinks=None, out=None, return_lse=False):
+    """Attention of the newest tokens of each sequence over its paged cache.
+
+    Query i of sequence b stands at token n = cache_seqlens[b] - q_len + i and sees the tokens t with
+    max(cache_starts[b], n - window_size + 1) <= t <= n:
+
+    out[b,i,h] = sum_t exp(s[t]) v[t,g] / (sum_t exp(s[t]) + exp(sinks[h])),   s[t] = softmax_scale * q[b,i,h] . k[t,g]
+
+    with g = h // (num_heads // num_kv_heads) and, with softcap, s[t] = softcap * tanh(s[t] / softcap).
+
+    Parameters
+    ----------
+    q : ndarray [batch, num_heads, head_dim] or [batch, q_len, num_heads, head_dim], float16, bfloat16 or float32
+        Queries after RoPE; q_len from 1 to 8, the first form means 1. head_dim is a multiple of 8 up to 256.
+    k_cache, v_cache : ndarray [num_pages, page_size, num_kv_heads, head_dim], float16, bfloat16 or float32
+        The new tokens are in it already. Any strides with a contiguous last axis: a head-major pool is passed as
+        its transposed view. The dtype may differ from q's. num_kv_heads divides num_heads.
+    block_table : ndarray [batch, max_pages], int32
+        Page of token t of sequence b is ``block_table[b, t // page_size]``. Entries of pages without a visible
+        token are not read.
+    cache_seqlens : ndarray [batch], int32
+        Tokens to attend to, the new ones included. 0 gives zeros and lse = -inf.
+    cache_starts : ndarray [batch], int32, optional
+        First visible key of each sequence. Default 0.
+    softmax_scale : float, optional
+        Default ``head_dim ** -0.5``.
+    window_size : int
+        Visible tokens, the query's own included; 0 (default) for all.
+    softcap : float
+        0 (default) is off.
+    sinks : ndarray [num_heads], float32, optional
+        One more logit per head that takes probability and adds no value.
+    out : ndarray like q, or with ``return_lse=True`` the pair ``(out, lse)``, optional
+        Where to write. May be `q`.
+    return_lse : bool
+        Also return the log-sum-exp of the scores.
+
+    Returns
+    -------
+    out : ndarray, shape and dtype of q
+    lse : ndarray [batch, num_heads] or [batch, q_len, num_heads], float32, natural log
+        Only with ``return_lse=True``. Of the keys alone, never the sink; ``-inf`` for a row that sees no key, whose
+        out is zeros.
+
+    Raises
+    ------
+    TypeError
+        NumPy and CuPy arrays mixed, or an unsupported dtype.
+    ValueError
+        Shapes or strides that do not fit. For NumPy arrays also page ids or lengths out of range; for CuPy arrays
+        only with ``CUPYATTN_CHECK=1``, else such tokens are invisible.
+
+    Notes
+    -----
+    Keys are summed in chunks of 1024 tokens from each sequence's start, merged in order: the bits of a sequence do
+    not depend on the batch around it, on the width of the page table or on the number of multiprocessors, and no
+    length is read on the host. Asynchronous on the current CuPy stream.
+    Kernels: ``cuda_src/paged_decode.cu``, ``cuda_src/split_reduce.cu``.
+
+    Examples
+    --------
+    >>> import numpy as np, cupyattn
+    >>> cache = np.zeros((3, 16, 1, 8), np.float16)
+    >>> cache[2, :2] = np.float16([1, 3]).reshape(2, 1, 1)     # two tokens, in page 2
+    >>> q = np.zeros((1, 1, 8), np.float16)
+    >>> cupyattn.paged_decode(q, cache, cache, block_table=np.int32([[2]]), cache_seqlens=np.int32([2]))[0, 0, 0]
+    np.float16(2.0)
+    """
+    op = "paged_decode"
+    out, lse = split_out(op, out, return_lse)
+    xp = array_namespace(op, q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table,
+                         cache_seqlens=cache_seqlens, cache_starts=cache_starts, sinks=sinks, out=out, lse=lse)
+    _check_arrays(op, q, k_cache, v_cache)
+    queries = q if q.ndim == 4 else q[:, None]
+    batch, q_len, num_heads, head_dim = queries.shape
+    _check_table(op, block_table, cache_seqlens, cache_starts, batch)
+    check_sinks(op, sinks, num_heads)
+    if window_size < 0 or softcap < 0:
+        raise ValueError(f"{op}: window_size and softcap must be ≥ 0 (0 is off), got {window_size} and {softcap}")
+    if out is None:
+        out = xp.empty(q.shape, q.dtype)
+    if return_lse and lse is None:
+        lse = xp.empty(q.shape[:-1], np.float32)
+    check_outputs(op, out, lse, q.shape, _AXES[q.ndim], (q.dtype.name,))
+    if xp is np or env.check():
+        _check_content(op, block_table, cache_seqlens, cache_starts, k_cache, q_len, window_size)
+    if out.size:
+        _launch(xp, queries, k_cache, v_cache, block_table, cache_seqlens, cache_starts,
+                head_dim ** -0.5 if softmax_scale is None else softmax_scale, window_size, softcap, sinks,
+                out if out.ndim == 4 else out[:, None], lse)
+    return (out, lse) if return_lse else out
+
+
+def _check_arrays(op, q, k_cache, v_cache):
+    """q and the caches fit each other."""
+    for name, array in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        check_dtype(op, name, array, FLOATS)
+    if q.ndim not in _AXES or (q.ndim == 4 and not 1 <= q.shape[1] <= MAX_Q_LEN):
+        raise ValueError(f"{op}: q must be {_AXES[3]} or {_AXES[4]} with q_len from 1 to {MAX_Q_LEN}, got "
+                         f"{list(q.shape)}")
+    num_heads, head_dim = q.shape[-2:]
+    if not 0 < head_dim <= MAX_HEAD_DIM or head_dim % _STEP:
+        raise ValueError(f"{op}: q must have a head_dim that is a multiple of {_STEP} up to {MAX_HEAD_DIM}, got "
+                         f"{head_dim}")
+    check_shape(op, "k_cache", k_cache, (None, None, None, head_dim), _CACHE_AXES)
+    check_shape(op, "v_cache", v_cache, k_cache.shape, _CACHE_AXES)
+    check_dtype(op, "v_cache", v_cache, k_cache.dtype.name)
+    _, page_size, num_kv_heads, _ = k_cache.shape
+    if page_size == 0 or num_kv_heads == 0 or num_heads % num_kv_heads:
+        raise ValueError(f"{op}: k_cache must have a page_size ≥ 1 and a num_kv_heads that divides the {num_heads} "
+                         f"heads of q, got {list(k_cache.shape)}")
+    for name, array in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        check_element_strides(op, name, array)
+        check_last_axis(op, name, array)
+
+
+def _check_table(op, block_table, cache_seqlens, cache_starts, batch):
+    """The page table and the lengths have one entry per sequence."""
+    check_dtype(op, "block_table", block_table, "int32")
+    check_shape(op, "block_table", block_table, (batch, None), "[batch, max_pages]")
+    check_element_strides(op, "block_table", block_table)
+    check_last_axis(op, "block_table", block_table)
+    for name, array in (("cache_seqlens", cache_seqlens), ("cache_starts", cache_starts)):
+        if array is not None:
+            check_dtype(op, name, array, "int32")
+            check_shape(op, name, array, (batch,), "[batch]")
+            check_element_strides(op, name, array)
+
+
+def _check_content(op, block_table, cache_seqlens, cache_starts, cache, q_len, window_size):
+    """Lengths fit the table, and every page with a visible token exists."""
+    host = np.asarray if isinstance(cache_seqlens, np.ndarray) else lambda a: a.get()
+    table, lengths = host(block_table), host(cache_seqlens).astype(np.int64)
+    num_pages, page_size = cache.shape[:2]
+    capacity = table.shape[1] * page_size
+    if lengths.size == 0:
+        return
+    if lengths.min() < 0 or lengths.max() > capacity:
+        raise ValueError(f"{op}: cache_seqlens must be from 0 to {capacity} (max_pages * page_size), got "
+                         f"{lengths.min()} to {lengths.max()}")
+    first = np.zeros_like(lengths) if cache_starts is None else host(cache_starts).astype(np.int64)
+    if first.min() < 0:
+        raise ValueError(f"{op}: cache_starts must be ≥ 0, got {first.min()}")
+    if window_size:
+        first = np.maximum(first, lengths - q_len + 1 - window_size)
+    columns = np.arange(table.shape[1])
+    read = (columns >= (first // page_size)[:, None]) & (columns < -(-lengths // page_size)[:, None])
+    bad = read & ((table < 0) | (table >= num_pages))
+    if bad.any():
+        b, column = (int(i) for i in np.argwhere(bad)[0])
+        raise ValueError(f"{op}: block_table must hold page ids from 0 to {num_pages - 1}, got "
+                         f"{table[b, column]} at [{b}, {column}]")
+
+
+def _sequence_view(array):
+    """SequenceView of `array` [batch, q_len, heads, head_dim]."""
+    seq, token, head, _ = strides(array)
+    return {"data": array, "stride_seq": seq, "stride_token": token, "stride_head": head}
+
+
+def _launch(xp, q, k_cache, v_cache, block_table, cache_seqlens, cache_starts, softmax_scale, window_size, softcap,
+            sinks, out, lse):
+    """Launch the chunks and, when there are several, their merge. q and out are [batch, q_len, heads, head_dim]."""
+    batch, q_len, num_heads, head_dim = q.shape
+    num_kv_heads = k_cache.shape[2]
+    arch = arch_of(xp)
+    plan = _plan_paged_decode(batch, q_len, num_heads, num_kv_heads, head_dim,
+                              block_table.shape[1] * k_cache.shape[1], q.dtype.name, k_cache.dtype.name,
+                              min(alignment(k_cache), alignment(v_cache), alignment(out)), arch)
+    num_chunks = plan.grid[1]
+    partial_out = partial_lse = None
+    if num_chunks > 1:
+        rows = num_chunks * batch * q_len * num_heads
+        floats = workspace(xp, plan.workspace_bytes)[:plan.workspace_bytes].view(np.float32)
+        partial_out, partial_lse = floats[:rows * head_dim], floats[rows * head_dim:]
+    launch(plan, make_args(
+        plan, q=_sequence_view(q), k=kv_view(k_cache), v=kv_view(v_cache), table=page_table(block_table, k_cache),
+        out=_sequence_view(out), cache_seqlens=cache_seqlens, cache_starts=cache_starts, sinks=sinks, lse=lse,
+        partial_out=partial_out, partial_lse=partial_lse, stride_seqlens=cache_seqlens.strides[0] // 4,
+        stride_starts=0 if cache_starts is None else cache_starts.strides[0] // 4, batch=batch, q_len=q_len,
+        num_kv_heads=num_kv_heads, heads_per_kv=num_heads // num_kv_heads, head_dim=head_dim,
+        row_tiles=plan.grid[0] // (batch * num_kv_heads), num_chunks=num_chunks, window_size=window_size,
+        softmax_scale=softmax_scale, softcap=softcap))
+    if num_chunks > 1:
+        shape = (num_chunks, batch * q_len, num_heads)
+        launch_split_reduce(arch, [(partial_out.reshape(*shape, head_dim), partial_lse.reshape(shape))], sinks, out,
+                            lse)

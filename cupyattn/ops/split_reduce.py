@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merging of attention results over disjoint key sets. Kernel: ``cuda_src/split_reduce.cu``."""
+
+import functools
+
+import numpy as np
+
+from ..runtime import Plan, Specialisation, arch_of, launch, make_args
+from ..runtime.arrays import alignment, array_namespace, strides
+from ..runtime.checks import (FLOATS, check_dtype, check_element_strides, check_last_axis, check_shape,
+                              check_writeable)
+
+MAX_PARTS = 8   # fields of PartialList
+_THREADS = 128
+_NO_PART = {"out": None, "lse": None, "stride_split": 0, "stride_token": 0, "stride_head": 0, "lse_split": 0,
+            "lse_token": 0, "lse_head": 0}
+
+
+def _spec(out, vec):
+    return Specialisation("split_reduce", "split_reduce", "SplitReduceArgs", {"U": out, "VEC": vec})
+
+
+CORE = ALL = [_spec(out, vec) for out in FLOATS for vec in (4, 1)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_split_reduce(rows, head_dim, out, align, out_align, arch):
+    """Plan from row count, row length, the dtype name of out, alignments in bytes of partials and out, and arch."""
+    item = 4 if out == "float32" else 2
+    vec = 4 if head_dim % 4 == 0 and align == 16 and out_align >= 4 * item else 1
+    note = f"{vec} outputs per thread"
+    if vec == 1:
+        note += f": alignment {align} of partials, {out_align} of out, head_dim {head_dim}"
+    blocks = -(-rows * (head_dim // vec) // _THREADS)
+    return Plan(_spec(out, vec), arch, (blocks,), (_THREADS,), note=note)
+
+
+def _part(out, lse):
+    """PartialView of out [splits, tokens, heads, head_dim] and lse [splits, tokens, heads]."""
+    split, token, head, _ = strides(out)
+    lse_split, lse_token, lse_head = strides(lse)
+    return {"out": out, "lse": lse, "stride_split": split, "stride_token": token, "stride_head": head,
+            "lse_split": lse_split, "lse_token": lse_token, "lse_head": lse_head}
+
+
+def launch_split_reduce(arch, parts, sinks, out, lse):
+    """Merge `parts`, pairs (out [splits, tokens, heads, head_dim], lse), into out [batch, q_len, heads, head_dim].
+
+    Arguments are taken as they are: callers have checked them.
+    """
+    splits, tokens, heads, head_dim = parts[0][0].shape
+    seq, token, head, _ = strides(out)
+    plan = _plan_split_reduce(tokens * heads, head_dim, out.dtype.name, min(alignment(p) for p, _ in parts),
+                              alignment(out), arch)
+    views = [_part(*part) for part in parts] + [_NO_PART] * (MAX_PARTS - len(parts))
+    launch(plan, make_args(
+        plan, parts={f"part{i}": view for i, view in enumerate(views)},
+        out={"data": out, "stride_seq": seq, "stride_token": token, "stride_head": head}, lse=lse, sinks=sinks,
+        num_parts=len(parts), splits=splits, tokens=tokens, heads=heads, head_dim=head_dim, q_len=out.shape[1]))
+
+
+def split_reduce(partial_out, partial_lse, /, *, sinks=None, out=None, return_lse=False):
+    """Attention over a union of disjoint key sets, from the attention over each set.
+
+    lse = log(sum_s exp(partial_lse[s])),   out = sum_s exp(partial_lse[s] - lse) * partial_out[s],
+    and with sinks out is multiplied by exp(lse) / (exp(lse) + exp(sink))
+
+    Parameters
+    ----------
+    partial_out : ndarray [splits, tokens, heads, head_dim], float32, or a list of up to 8 [tokens, heads, head_dim]
+        Normalised attention over each key set. Any strides with a contiguous last axis; a list is read in place.
+    partial_lse : ndarray [splits, tokens, heads], float32, or a list of [tokens, heads]
+        Natural log-sum-exp of each key set. Where it is ``-inf``, `partial_out` is not read.
+    sinks : ndarray [heads], float32, optional
+        One more logit per head that takes probability and adds no value. Only for partials that do not hold it yet.
+    out : ndarray [tokens, heads, head_dim], or with ``return_lse=True`` the pair ``(out, lse)``, optional
+        Where to write; float16, bfloat16 or float32. Default: a new float32 array.
+    return_lse : bool
+        Also return the merged lse.
+
+    Returns
+    -------
+    out : ndarray [tokens, heads, head_dim]
+        Zeros where every split is empty.
+    lse : ndarray [tokens, heads], float32, natural log
+        Only with ``return_lse=True``. Of the keys alone, never the sink; ``-inf`` where every split is empty.
+
+    Raises
+    ------
+    TypeError
+        NumPy and CuPy arrays mixed, or an unsupported dtype.
+    ValueError
+        Shapes that do not fit, or a last axis that is not contiguous.
+    NotImplementedError
+        A list of more than 8 partials; stack them in one array.
+
+    Notes
+    -----
+    Splits are added in their order, so results are the same on every run; merging one partial returns its bits.
+    On CuPy arrays asynchronous on the current stream. Kernel: ``cuda_src/split_reduce.cu``.
+
+    Examples
+    --------
+    >>> import numpy as np, cupyattn
+    >>> partial_out = np.float32([1, 4]).reshape(2, 1, 1, 1)
+    >>> partial_lse = np.log(np.float32([2, 1])).reshape(2, 1, 1)
+    >>> cupyattn.split_reduce(partial_out, partial_lse)   # (2 * 1 + 1 * 4) / 3
+    array([[[2.]]], dtype=float32)
+    """
+    op = "split_reduce"
+    if isinstance(partial_out, (list, tuple)):
+        parts = _listed(partial_out, partial_lse)
+    else:
+        array_namespace(op, partial_out=partial_out, partial_lse=partial_lse)
+        parts = [(partial_out, partial_lse)]
+    if parts[0][0].ndim != 4:
+        raise ValueError(f"{op}: partial_out must be [splits, tokens, heads, head_dim], got "
+                         f"{list(partial_out.shape)}")
+    splits, tokens, heads, head_dim = parts[0][0].shape
+    if splits == 0:
+        raise ValueError(f"{op}: partial_out must hold at least one split, got {list(partial_out.shape)}")
+    for values, weights in parts:
+        check_shape(op, "partial_out", values, (splits, tokens, heads, head_dim), "[splits, tokens, heads, head_dim]")
+        check_shape(op, "partial_lse", weights, (splits, tokens, heads), "[splits, tokens, heads]")
+        for name, array in (("partial_out", values), ("partial_lse", weights)):
+            check_dtype(op, name, array, "float32")
+            check_element_strides(op, name, array)
+        check_last_axis(op, "partial_out", values)
+    out, lse = split_out(op, out, return_lse)
+    xp = array_namespace(op, partial_out=parts[0][0], partial_lse=parts[0][1], sinks=sinks, out=out, lse=lse)
+    if out is None:
+        out = xp.empty((tokens, heads, head_dim), np.float32)
+    if return_lse and lse is None:
+        lse = xp.empty((tokens, heads), np.float32)
+    check_outputs(op, out, lse, (tokens, heads, head_dim), "[tokens, heads, head_dim]", FLOATS)
+    check_sinks(op, sinks, heads)
+    if out.size:
+        launch_split_reduce(arch_of(xp), parts, sinks, out[:, None], lse)
+    return (out, lse) if return_lse else out
+
+
+def _listed(partial_out, partial_lse):
+    """The parts of a list of partials: [tokens, heads, head_dim] becomes [1, tokens, heads, head_dim]."""
+    if not partial_out or not isinstance(partial_lse, (list, tuple)) or len(partial_out) != len(partial_lse):
+        raise ValueError("split_reduce: partial_out and partial_lse must be lists of the same length ≥ 1, got "
+                         f"{len(partial_out)} and "
+                         f"{len(partial_lse) if isinstance(partial_lse, (list, tuple)) else type(partial_lse).__name__}")
+    if len(partial_out) > MAX_PARTS:
+        raise NotImplementedError(f"split_reduce: a list of partials may hold up to {MAX_PARTS}, got "
+                                  f"{len(partial_out)}; stack them in one array")
+    names = {f"{what}[{i}]": a for what, arrays in (("partial_out", partial_out), ("partial_lse", partial_lse))
+             for i, a in enumerate(arrays)}
+    array_namespace("split_reduce", **names)
+    return [(out[None], lse[None]) for out, lse in zip(partial_out, partial_lse, strict=True)]
+
+
+def split_out(op, out, return_lse):
+    """(out, lse) from the `out` argument of an op: with ``return_lse=True`` it is a pair."""
+    if not return_lse or out is None:
+        return out, None
+    if not isinstance(out, tuple) or len(out) != 2:
+        raise TypeError(f"{op}: out must be the pair (out, lse) with return_lse=True, got {type(out).__name__}")
+    return out
+
+
+def check_outputs(op, out, lse, shape, axes, dtypes):
+    """out has `shape` and one of `dtypes`; lse, if any, is contiguous float32 of `shape` without the last axis."""
+    check_dtype(op, "out", out, dtypes)
+    check_shape(op, "out", out, shape, axes)
+    check_element_strides(op, "out", out)
+    check_last_axis(op, "out", out)
+    check_writeable(op, "out", out)
+    if lse is not None:
+        check_dtype(op, "lse", lse, "float32")
+        check_shape(op, "lse", lse, shape[:-1], axes.replace(", head_dim", ""))
+        check_writeable(op, "lse", lse)
+        if not lse.flags.c_contiguous:
+            raise ValueError(f"{op}: lse must be contiguous, got strides {lse.strides}")
+
+
+def check_sinks(op, sinks, heads):
+    """sinks, if any, is contiguous float32 [heads]."""
+    if sinks is not None:
+        check_dtype(op, "sinks", sinks, "float32")
+        check_shape(op, "sinks", sinks, (heads,), "[heads]")
+        check_last_axis(op, "sinks", sinks)
