@@ -7,9 +7,11 @@ NumPy arrays in: the `.cu` source runs on the CPU. CuPy arrays in: it runs on th
 from .errors import CompileError, KernelCheckError
 from .ops.kv_append import kv_append
 from .ops.layer_norm import layer_norm
+from .ops.paged_decode import paged_decode
 from .ops.rms_norm import rms_norm
 from .ops.rope import rope
 from .ops.silu_mul import silu_mul
+from .ops.split_reduce import split_reduce
 
-__all__ = ["CompileError", "KernelCheckError", "kv_append", "layer_norm", "rms_norm", "rope", "silu_mul"]
+__all__ = ["CompileError", "KernelCheckError", "kv_append", "layer_norm", "paged_decode", "rms_norm", "rope", "silu_mul", "split_reduce"]
 __version__ = "0.1.0"
