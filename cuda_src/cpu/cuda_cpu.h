@@ -58,6 +58,15 @@ using Meet = void (*)(void* const* operands, uint32_t mask);
 CA_API void ca_collective(uint32_t mask, Meet meet, void* operand);
 CA_API void ca_barrier(int id, uint32_t threads, int arrive_only);  // id 0 and threads 0: __syncthreads
 
+// Asynchronous copies as a checked launch sees them: the data lands when the thread waits for its group.
+CA_API void ca_cp_async(void* to, const void* from, uint32_t bytes, int valid);
+CA_API void ca_cp_async_commit(void);
+CA_API void ca_cp_async_wait(uint32_t pending);
+
+// Counted in checked launches.
+enum Event { COUNT_MMA, COUNT_LDMATRIX, COUNT_SHUFFLE };
+CA_API void ca_count(int event, uint64_t amount);
+
 template <typename Operand, void (*MEET)(Operand* const*, uint32_t)>
 inline void collective(uint32_t mask, Operand& operand) {
   ca_collective(mask, [](void* const* all, uint32_t m) { MEET(reinterpret_cast<Operand* const*>(all), m); }, &operand);
@@ -71,7 +80,8 @@ inline void collective(uint32_t mask, Operand& operand) {
 #define gridDim (ca::ca_self->block->grid)
 #define CA_DYN_SMEM(type, name) type* const name = reinterpret_cast<type*>(ca::ca_self->block->shared)
 
-inline void __syncthreads() { ca::ca_barrier(0, 0, 0); }
+// always inline: the barrier's return address is the line a divergence is reported with
+__forceinline__ void __syncthreads() { ca::ca_barrier(0, 0, 0); }
 inline void __syncwarp(uint32_t mask = 0xffffffffu) { ca::ca_collective(mask, [](void* const*, uint32_t) {}, nullptr); }
 
 namespace ca {

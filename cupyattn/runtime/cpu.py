@@ -321,8 +321,10 @@ def _location(kernel, pc):
     if not pc or base is None:
         return None
     try:
-        out = subprocess.run(["addr2line", "-e", str(kernel.path), hex(pc - 1 - base)], capture_output=True, text=True)
+        out = subprocess.run(["addr2line", "-i", "-e", str(kernel.path), hex(pc - 1 - base)], capture_output=True,
+                             text=True)
     except OSError:
         return None
-    found = out.stdout.split()
-    return found[0] if found and not found[0].startswith("??") else None
+    # innermost first: the line of the .cu file says more than the helper inlined into it
+    frames = [line.split(" ")[0] for line in out.stdout.splitlines() if not line.startswith("??")]
+    return next((f for f in frames if ".cu:" in f), frames[0] if frames else None)
