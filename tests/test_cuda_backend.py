@@ -154,7 +154,7 @@ def test_arrays_and_copies(xp, dtype):
 
 def test_numpy_arrays_cannot_be_assigned(xp):
     a = xp.module.zeros((2, 3), np.float32)
-    with pytest.raises(TypeError, match="Unsupported type"):
+    with pytest.raises(TypeError):
         a[...] = np.ones((2, 3), np.float32)   # ndarray.__setitem__ takes scalars and CuPy arrays
 
 

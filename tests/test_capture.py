@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An op that is given its outputs only launches: it can be captured in a CUDA graph and replayed."""
+
+import numpy as np
+import pytest
+
+import cupyattn
+
+rng = np.random.default_rng(3)
+
+
+def _normal(xp, *shape, dtype=np.float16):
+    return xp.array(rng.standard_normal(shape).astype(dtype))
+
+
+def _paged(xp):
+    """Two sequences of 1500 and 20 tokens in pages of 16: caches, table, lengths."""
+    table = np.arange(2 * 100, dtype=np.int32).reshape(2, 100)
+    return (_normal(xp, 200, 16, 2, 64), _normal(xp, 200, 16, 2, 64), xp.array(table),
+            xp.array(np.int32([1500, 20])))
+
+
+def _rms_norm(xp):
+    x, weight, residual = _normal(xp, 3, 64), _normal(xp, 64), xp.array(np.zeros((3, 64), np.float32))
+    out = xp.module.zeros((3, 64), np.float16)
+    return lambda: cupyattn.rms_norm(x, weight, residual=residual, out=out), [out, residual]
+
+
+def _layer_norm(xp):
+    x, weight, bias, out = _normal(xp, 3, 64), _normal(xp, 64), _normal(xp, 64), xp.module.zeros((3, 64), np.float16)
+    return lambda: cupyattn.layer_norm(x, weight, bias, out=out), [out]
+
+
+def _rope(xp):
+    x, out = _normal(xp, 3, 4, 64), xp.module.zeros((3, 4, 64), np.float16)
+    cos, sin = _normal(xp, 50, 32, dtype=np.float32), _normal(xp, 50, 32, dtype=np.float32)
+    positions = xp.array(np.int32([0, 7, 49]))
+    return lambda: cupyattn.rope(x, cos=cos, sin=sin, positions=positions, out=out), [out]
+
+
+def _kv_append(xp):
+    k_cache, v_cache, table, lengths = _paged(xp)
+    k, v = _normal(xp, 2, 2, 64), _normal(xp, 2, 2, 64)
+    return lambda: cupyattn.kv_append(k, v, k_cache, v_cache, block_table=table, positions=lengths), [k_cache, v_cache]
+
+
+def _paged_decode(xp):
+    k_cache, v_cache, table, lengths = _paged(xp)
+    q, out = _normal(xp, 2, 6, 64), xp.module.zeros((2, 6, 64), np.float16)
+    lse = xp.module.zeros((2, 6), np.float32)
+    return lambda: cupyattn.paged_decode(q, k_cache, v_cache, block_table=table, cache_seqlens=lengths,
+                                         out=(out, lse), return_lse=True), [out, lse]
+
+
+def _split_reduce(xp):
+    partial, lse = _normal(xp, 3, 2, 4, 64, dtype=np.float32), _normal(xp, 3, 2, 4, dtype=np.float32)
+    out = xp.module.zeros((2, 4, 64), np.float16)
+    return lambda: cupyattn.split_reduce(partial, lse, out=out), [out]
+
+
+def _silu_mul(xp):
+    gate, up, out = _normal(xp, 3, 64), _normal(xp, 3, 64), xp.module.zeros((3, 64), np.float16)
+    return lambda: cupyattn.silu_mul(gate, up, out=out), [out]
+
+
+CASES = {"rms_norm": _rms_norm, "layer_norm": _layer_norm, "rope": _rope, "kv_append": _kv_append,
+         "paged_decode": _paged_decode, "split_reduce": _split_reduce, "silu_mul": _silu_mul}
+
+
+@pytest.mark.parametrize("xp", ["standin", pytest.param("cupy", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize("name", CASES)
+def test_capture(xp, name):
+    call, outputs = CASES[name](xp)
+    before = [xp.numpy(a) for a in outputs]
+    xp.module.cuda.runtime.deviceSynchronize()
+    stream = xp.module.cuda.Stream(non_blocking=True)
+    with stream:
+        call()   # compiles, and makes this stream's workspace
+        stream.synchronize()
+        eager = [xp.numpy(a) for a in outputs]
+        assert any((a != b).any() for a, b in zip(before, eager, strict=True))
+        for array, content in zip(outputs, before, strict=True):
+            array.set(content)
+        stream.synchronize()
+        if xp.name == "standin":
+            xp.events.clear()
+        stream.begin_capture()
+        call()
+        graph = stream.end_capture()
+        if xp.name == "standin":
+            assert set(xp.events) == {"launches"}, "an op may not allocate, copy or wait"
+        for array, content in zip(outputs, before, strict=True):
+            np.testing.assert_array_equal(xp.numpy(array), content, err_msg="ran during capture")
+        graph.launch(stream)
+        stream.synchronize()
+        for array, content in zip(outputs, eager, strict=True):
+            np.testing.assert_array_equal(xp.numpy(array), content)
