@@ -46,7 +46,9 @@ def compiled(request):
 
 def _check(spec, arch, compiled):
     resources, found = compiled[spec, arch].result()
-    assert max(resources.spill_bytes, resources.stack_bytes) <= spec.spill_bytes, resources
+    assert resources.spill_bytes <= spec.spill_bytes, resources
+    # ptxas may pick one of a few values through the stack; an array that lives there was meant for registers
+    assert resources.stack_bytes <= max(32, spec.spill_bytes), resources
     assert not set(spec.expects) - found, f"{set(spec.expects) - found} not in {sorted(found)}"
 
 
