@@ -46,12 +46,14 @@ __device__ __forceinline__ TokenSlot destination(const KvAppendArgs& args, int64
 }
 
 CA_KERNEL __launch_bounds__(256) void kv_append(const __grid_constant__ KvAppendArgs args) {
-  for (int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.z + threadIdx.z; token < args.tokens;
-       token += static_cast<int64_t>(gridDim.x) * blockDim.z) {
+  const int lane = threadIdx.x, step_lane = blockDim.x;
+  const int first_row = blockIdx.y * blockDim.y + threadIdx.y, step_row = gridDim.y * blockDim.y;
+  const int64_t first_token = static_cast<int64_t>(blockIdx.x) * blockDim.z + threadIdx.z;
+  const int64_t step_token = static_cast<int64_t>(gridDim.x) * blockDim.z;
+  for (int64_t token = first_token; token < args.tokens; token += step_token) {
     const TokenSlot at = destination(args, token);
     if (at.page < 0) continue;
-    for (int row = blockIdx.y * blockDim.y + threadIdx.y; row < 2 * args.num_kv_heads;
-         row += gridDim.y * blockDim.y) {
+    for (int row = first_row; row < 2 * args.num_kv_heads; row += step_row) {
       const bool is_value = row >= args.num_kv_heads;
       const int64_t head = is_value ? row - args.num_kv_heads : row;
       const HeadView& from = is_value ? args.v : args.k;
@@ -60,7 +62,7 @@ CA_KERNEL __launch_bounds__(256) void kv_append(const __grid_constant__ KvAppend
       const T* x = static_cast<const T*>(from.data) + token * from.stride_token + head * from.stride_head;
       KV* out = static_cast<KV*>(to.data) + at.page * to.stride_page + at.slot * to.stride_token +
                 head * to.stride_head;
-      for (int d = threadIdx.x * VEC; d < dims; d += blockDim.x * VEC) store_row(load_vec<T, VEC>(x + d), out + d);
+      for (int d = lane * VEC; d < dims; d += step_lane * VEC) store_row(load_vec<T, VEC>(x + d), out + d);
     }
   }
 }

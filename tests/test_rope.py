@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 from compare import ROUNDING, assert_close, assert_same_bits, dtype_of, poison
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
 
 import cupyattn
 from cupyattn.reference.rope import rope as expected_rope
@@ -142,6 +139,8 @@ def test_position_out_of_range(xp, rotary_dim):
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("rotary_dim", [16, 8])
 def test_against_onnxruntime(xp, style, rotary_dim):
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
     tokens, heads, head_dim = 6, 3, 16
     x = rng.standard_normal((tokens, heads, head_dim)).astype(np.float32)
     cos, sin = tables(50, rotary_dim)
@@ -149,11 +148,11 @@ def test_against_onnxruntime(xp, style, rotary_dim):
     node = helper.make_node("RotaryEmbedding", ["x", "cos", "sin", "positions"], ["out"],
                             interleaved=int(style == "interleaved"), rotary_embedding_dim=rotary_dim % head_dim)
     graph = helper.make_graph([node], "rope", [
-        helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, heads, tokens, head_dim]),
-        helper.make_tensor_value_info("cos", TensorProto.FLOAT, cos.shape),
-        helper.make_tensor_value_info("sin", TensorProto.FLOAT, sin.shape),
-        helper.make_tensor_value_info("positions", TensorProto.INT64, [1, tokens])],
-        [helper.make_tensor_value_info("out", TensorProto.FLOAT, [1, heads, tokens, head_dim])])
+        helper.make_tensor_value_info("x", float32, [1, heads, tokens, head_dim]),
+        helper.make_tensor_value_info("cos", float32, cos.shape),
+        helper.make_tensor_value_info("sin", float32, sin.shape),
+        helper.make_tensor_value_info("positions", onnx.TensorProto.INT64, [1, tokens])],
+        [helper.make_tensor_value_info("out", float32, [1, heads, tokens, head_dim])])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
     onnx.checker.check_model(model)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])

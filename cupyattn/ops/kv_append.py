@@ -70,7 +70,7 @@ def _check_places(cache, slots, block_table, positions, batch_indices):
         places = pages * np.int64(page_size) + positions % page_size
     if places.size > 1:
         seen = set()
-        for token, place in enumerate(places.tolist()):
+        for place in places.tolist():
             if place >= 0 and (place in seen or seen.add(place)):
                 raise ValueError(f"kv_append: places must differ from token to token, got page {place // page_size} "
                                  f"slot {place % page_size} twice")

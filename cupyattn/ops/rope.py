@@ -41,7 +41,8 @@ def _plan_rope(tokens, heads, head_dim, rotary_dim, x, table, style, table_strid
     spec = _spec(x, table, style, table_stride, vec)
     if arch == "cpu":  # one thread strides over everything: a second one must be worth its start
         return Plan(spec, arch, (min(tokens, -(-tokens * heads * head_dim // 16384)),), (1,), note=note)
-    lanes = min(128, rotary_dim // 2 // vec)
+    pairs = vec // 2 if style == "interleaved" and vec > 1 else vec   # of a thread at a time
+    lanes = min(128, rotary_dim // 2 // pairs)
     rows = min(heads, 128 // lanes)
     depth = min(tokens, max(1, 128 // (lanes * rows)))
     # many tokens: a thread keeps its part of the tables for up to four heads; few tokens: more blocks instead
