@@ -32,9 +32,10 @@ struct SharedByte {
   bool written = false, read = false, atomic = false, pending = false;
 };
 
-struct GlobalByte {                   // last write of this launch; all zero: none
-  uint32_t block;                     // number + 1
+struct GlobalByte {                   // last write and last read of this launch; all zero: none
+  uint32_t block;                     // that wrote, number + 1
   uint32_t clock : 21, thread : 10, atomic : 1;
+  uint32_t reader, reader_thread;     // block that read, number + 1
 };
 
 struct Request {                      // the lanes of a warp at one instruction, one after another
@@ -143,6 +144,21 @@ void on_shared(Worker* w, Checker* c, std::vector<SharedByte>& shadow, size_t of
   }
 }
 
+[[noreturn]] void fail_global(Worker* w, Checker* c, int buffer, size_t byte, bool elsewhere, uint64_t block, uint32_t thread,
+                              const char* order, const char* access, const void* pc) {
+  const uint32_t* grid = c->launch->grid;
+  CaError& e = *w->error;
+  e.argument = c->launch->buffers[buffer].argument;
+  e.other_block[0] = block % grid[0], e.other_block[1] = block / grid[0] % grid[1];
+  e.other_block[2] = static_cast<uint32_t>(block / grid[0] / grid[1]);
+  const uint3 t = w->fibers[thread].index;
+  e.other_thread[0] = t.x, e.other_thread[1] = t.y, e.other_thread[2] = t.z;
+  const uint32_t* o = e.other_block;
+  fail(w, elsewhere ? CA_GLOBAL_RACE : CA_RACE, pc,
+       "byte %zu is %s a %s by block (%u, %u, %u), thread (%u, %u, %u), and nothing orders the two", byte, order, access,
+       o[0], o[1], o[2], t.x, t.y, t.z);
+}
+
 void on_global(Worker* w, Checker* c, int buffer, uintptr_t address, size_t bytes, bool write, bool atomic,
                const void* pc) {
   GlobalByte* shadow = c->written[buffer];
@@ -155,19 +171,17 @@ void on_global(Worker* w, Checker* c, int buffer, uintptr_t address, size_t byte
     if (g.block && !(atomic && g.atomic)) {
       const bool elsewhere = g.block != block;
       if (elsewhere ? !c->acquired : g.thread != uint32_t(self) && g.clock > (now[g.thread] & 0x1fffff)) {
-        const uint64_t other = g.block - 1;
-        const uint32_t* grid = c->launch->grid;
-        CaError& e = *w->error;
-        e.argument = c->launch->buffers[buffer].argument;
-        e.other_block[0] = other % grid[0], e.other_block[1] = other / grid[0] % grid[1];
-        e.other_block[2] = static_cast<uint32_t>(other / grid[0] / grid[1]);
-        const uint3 t = w->fibers[g.thread].index;
-        e.other_thread[0] = t.x, e.other_thread[1] = t.y, e.other_thread[2] = t.z;
-        fail(w, elsewhere ? CA_GLOBAL_RACE : CA_RACE, pc, "%s of byte %zu, written by another %s without being ordered",
-             write ? "write" : "read", i, elsewhere ? "block of this launch" : "thread");
+        fail_global(w, c, buffer, i, elsewhere, g.block - 1, g.thread, write ? "written after" : "read after", "write", pc);
       }
     }
-    if (write) g = {block, now[self] & 0x1fffff, static_cast<uint32_t>(self), atomic};
+    if (write && g.reader && g.reader != block && !atomic && !c->acquired) {
+      fail_global(w, c, buffer, i, true, g.reader - 1, g.reader_thread, "written after", "read", pc);
+    }
+    if (write) {
+      g.block = block, g.clock = now[self] & 0x1fffff, g.thread = static_cast<uint32_t>(self), g.atomic = atomic;
+    } else if (!atomic) {
+      g.reader = block, g.reader_thread = static_cast<uint32_t>(self);
+    }
   }
 }
 

@@ -50,7 +50,8 @@ struct Thread {  // what kernels see of a fiber
   Block* block;
 };
 
-extern "C" __attribute__((visibility("default"), tls_model("initial-exec"))) thread_local Thread* ca_self;
+// The running fiber. __thread, not thread_local: no initialisation to ask about at every use.
+extern __attribute__((visibility("default"), tls_model("initial-exec"))) __thread Thread* ca_self;
 
 // Runs `meet` once over the operands of all lanes of `mask`, on the stack of the last lane to arrive.
 // operands[lane] is null for a lane outside the mask.

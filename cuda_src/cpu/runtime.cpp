@@ -19,7 +19,7 @@
 #include "executor.h"
 
 namespace ca {
-thread_local Thread* ca_self = nullptr;
+__thread Thread* ca_self = nullptr;
 thread_local Worker* worker = nullptr;
 }  // namespace ca
 
@@ -332,6 +332,7 @@ inline void pause_briefly() {
 void work(bool sliced) {
   if (!worker) worker = new Worker();
   CaError error{};
+  error.argument = -1;
   prepare(worker, &pool->launch, &error);
   worker->checker = pool->checker;
   timespec start, now;
@@ -393,7 +394,6 @@ void fail(Worker* w, int kind, const void* pc, const char* format, ...) {
   CaError& e = *w->error;
   w->failed = true;
   e.kind = kind;
-  if (!e.argument) e.argument = -1;
   e.pc = reinterpret_cast<uint64_t>(pc);
   e.block[0] = w->block.index.x, e.block[1] = w->block.index.y, e.block[2] = w->block.index.z;
   if (ca_self) e.thread[0] = ca_self->index.x, e.thread[1] = ca_self->index.y, e.thread[2] = ca_self->index.z;

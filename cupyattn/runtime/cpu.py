@@ -20,7 +20,7 @@ from . import env, host_compiler, source
 
 _RELEASE = ("-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-DCA_CPU=1")
 _FUSED, _UNFUSED = (*_RELEASE, "-DCA_FUSED=1"), (*_RELEASE, "-DCA_FUSED=0")
-_CHECK = ("-O1", "-g1", "-fsanitize=thread", "-march=native", "-DCA_CPU=1", "-DCA_CHECK=1", "-DCA_FUSED=0")
+_CHECK = ("-O1", "-g1", "-gdwarf-4", "-fsanitize=thread", "-march=native", "-DCA_CPU=1", "-DCA_CHECK=1", "-DCA_FUSED=0")
 _SCHEDULES = {"forward": 0, "reverse": 1, "random": 2}
 _KINDS = ("none", "out_of_bounds", "read_only_write", "uninitialised_shared", "race", "divergent_barrier", "deadlock",
           "collective_mismatch", "stack_overflow", "global_race", "bad_launch", "misaligned")
