@@ -22,6 +22,7 @@ from cupyattn.runtime import (
     Specialisation,
     arch_of,
     compile_all,
+    cpu,
     cuda,
     launch,
     make_args,
@@ -380,6 +381,15 @@ def test_standin_notices_writes_beside_an_allocation():
         with install() as xp:
             out = xp.array(np.zeros(1, np.int64))
             _run(_plan("probe_grid", (2,)), out)
+
+
+def test_standin_launches_can_be_checked():
+    with install() as xp, cpu.settings(check=True):
+        out = xp.array(np.zeros(4, np.int64))
+        _run(_plan("probe_grid", (4,)), out)
+        assert out.get().sum() == 16
+        with pytest.raises(cupyattn.KernelCheckError, match="out of bounds"):
+            _run(_plan("probe_grid", (5,)), out)
 
 
 def test_standin_leaves_cupy_as_it_was():
