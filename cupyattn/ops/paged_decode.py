@@ -206,6 +206,7 @@ def _check_content(op, block_table, cache_seqlens, cache_starts, cache, q_len, w
         raise ValueError(f"{op}: cache_starts must be ≥ 0, got {first.min()}")
     if window_size:
         first = np.maximum(first, lengths - q_len + 1 - window_size)
+    first = np.where(first < lengths, first, capacity)   # such a sequence reads nothing
     columns = np.arange(table.shape[1])
     read = (columns >= (first // page_size)[:, None]) & (columns < -(-lengths // page_size)[:, None])
     bad = read & ((table < 0) | (table >= num_pages))
