@@ -162,27 +162,27 @@ inline uint32_t __float_as_uint(float x) { uint32_t u; memcpy(&u, &x, 4); return
 inline int __float_as_int(float x) { int u; memcpy(&u, &x, 4); return u; }
 inline float __int_as_float(int x) { float f; memcpy(&f, &x, 4); return f; }
 namespace ca {
-// 2^(whole + f), whole an integer in [-150, 128] and |f| <= 0.5, to about 1e-7 relative; below 2^-126 it may flush to 0
+// 2^(whole + f) to about 1e-7 relative, whole an integer and |f| <= 0.5, where the result is a normal number. The
+// power of two goes into the exponent bits: a product of two factors could be reassociated, and then overflow.
 inline float exp2_parts(float whole, float f) {
   float p = 1.5353362e-4f; p = p * f + 1.3398874e-3f; p = p * f + 9.6184373e-3f; p = p * f + 5.5503324e-2f;
   p = p * f + 2.4022648e-1f; p = p * f + 6.9314720e-1f; p = p * f + 1.0f;
-  const int e = static_cast<int>(whole);
-  const float lo = __uint_as_float(static_cast<uint32_t>((e >> 1) + 127) << 23), hi = __uint_as_float(static_cast<uint32_t>(e - (e >> 1) + 127) << 23);
-  return p * lo * hi;
+  return __uint_as_float(__float_as_uint(p) + (static_cast<uint32_t>(static_cast<int>(whole)) << 23));
 }
-// Branch-free, so that loops over them vectorise.
+// Branch-free, so that loops over them vectorise. Results below 2^-126 are 0, as with the GPU's -ftz=true.
 inline float exp2_fast(float x) {
-  const float c = x < -127.0f ? -127.0f : (x > 128.0f ? 128.0f : x);
+  const float c = x < -126.0f ? -126.0f : (x > 127.999f ? 127.999f : x);
   const float whole = __builtin_floorf(c + 0.5f);
   const float r = exp2_parts(whole, c - whole);
-  return x != x ? x : (x < -149.0f ? 0.0f : r);
+  return x != x ? x : x < -126.0f ? 0.0f : x >= 128.0f ? __builtin_huge_valf() : r;
 }
 inline float exp_fast(float x) {
-  const float c = x < -104.0f ? -104.0f : (x > 88.8f ? 88.8f : x);
+  const float c = x < -87.33f ? -87.33f : (x > 88.722f ? 88.722f : x);
   const float whole = __builtin_floorf(c * 1.4426950408889634f + 0.5f);
   // log2(e) in two parts: rounding c * log2(e) would cost as many digits as c has
   const float f = __builtin_fmaf(c, 1.92596303e-8f, __builtin_fmaf(c, 1.44269502f, -whole));
-  return x != x ? x : exp2_parts(whole, f);
+  const float r = exp2_parts(whole, f);
+  return x != x ? x : x < -87.33f ? 0.0f : x > 88.722f ? __builtin_huge_valf() : r;
 }
 }
 #define exp2f(x) ca::exp2_fast(x)
