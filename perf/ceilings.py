@@ -2,6 +2,7 @@
 """What the device can do at best, measured: bytes read per second, and what one launch costs."""
 
 import functools
+import time
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,8 @@ def read_all(x, out, num_sms=1):
 
 
 @functools.cache
-def read_bandwidth():
+def read_bandwidth(nbytes=2**30):
     """Bytes per second of a kernel that only reads, over arrays far larger than any cache. GPU only."""
-    nbytes = 2**30
     sets = [(DEVICE.xp.zeros(nbytes // 4, np.uint32), DEVICE.xp.zeros(1, np.uint32)) for _ in range(2)]
     return nbytes / seconds_per_call(lambda x, out: read_all(x, out, DEVICE.num_sms), sets)
 
@@ -42,8 +42,6 @@ def launch_overhead():
     dict
         ``{"rms_norm call, host": s, "rms_norm in a graph": s}``; on the CPU executor the host side only.
     """
-    import time
-
     x = DEVICE.array(np.ones((1, 64), np.float16))
     weight, out = DEVICE.array(np.ones(64, np.float16)), DEVICE.array(np.ones((1, 64), np.float16))
     cupyattn.rms_norm(x, weight, out=out)

@@ -4,6 +4,8 @@
 ``pytest perf`` checks every bench's result once; ``pytest perf --benchmark-enable`` times them and prints the table.
 """
 
+import json
+
 import numpy as np
 import pytest
 from timing import DEVICE, seconds_per_call
@@ -20,9 +22,10 @@ def now():
 class Bench:
     """Measures one call; see `__call__`."""
 
-    def __init__(self, benchmark, op):
+    def __init__(self, benchmark, op, rows_file):
         self._benchmark = benchmark
         self._op = op
+        self._rows_file = rows_file
 
     def __call__(self, shape, make, call, expected, *, tolerance, nbytes, flops=0, baseline=None):
         """Check `call` against `expected`, then time it.
@@ -66,12 +69,19 @@ class Bench:
             row["baseline_seconds"] = seconds_per_call(baseline, sets)
         self._benchmark.extra_info.update(row)
         ROWS.append(row)
+        if self._rows_file:  # at once: a run stopped by a time limit keeps what it measured
+            with open(self._rows_file, "a") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 @pytest.fixture
 def bench(benchmark, request):
     """A `Bench` for the op the file is named after."""
-    return Bench(benchmark, request.path.stem.removeprefix("bench_"))
+    return Bench(benchmark, request.path.stem.removeprefix("bench_"), request.config.getoption("--rows"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--rows", metavar="FILE", help="append one JSON line per timed bench to FILE")
 
 
 def pytest_collection_modifyitems(items):

@@ -17,9 +17,9 @@ static_assert(sizeof(ReadBandwidthArgs) == CA_SIZEOF_ARGS, "read_bandwidth: Pyth
 
 CA_KERNEL void read_bandwidth(const __grid_constant__ ReadBandwidthArgs args) {
   const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  uint32_t all = 0xffffffffu;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < args.count;
-       i += threads * UNROLL) {
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  uint32_t all = first < args.count ? 0xffffffffu : 0;
+  for (int64_t i = first; i < args.count; i += threads * UNROLL) {
     Vec<uint32_t, 4> piece[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
@@ -29,5 +29,5 @@ CA_KERNEL void read_bandwidth(const __grid_constant__ ReadBandwidthArgs args) {
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) all &= piece[u].v[0] & piece[u].v[1] & piece[u].v[2] & piece[u].v[3];
   }
-  if (all == 0xffffffffu && args.count > 0) args.out[0] = all;
+  if (all == 0xffffffffu) args.out[0] = all;
 }
