@@ -57,8 +57,8 @@ def pretended(step, out):
 
 def test_results_file_and_report(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_suite, "command", pretended)
-    monkeypatch.setattr(gpu_suite, "STEPS", (("conformance", 0.5), ("gpu_tests", 0.1), ("ceilings", 0.5), ("model", 0.5),
-                                             ("benches", 1.0)))
+    shares = {"conformance": 0.5, "gpu_tests": 0.1, "ceilings": 0.5, "model": 0.5, "benches": 1.0}
+    monkeypatch.setattr(gpu_suite, "STEPS", tuple(shares.items()))
     monkeypatch.setattr(gpu_suite, "environment_record", lambda gpu: {"gpu": gpu, "date": "today", "commit": "abc"})
     monkeypatch.setattr(timing, "DEVICE", SimpleNamespace(is_gpu=True, name="Pretend GPU 9000"))
     assert gpu_suite.main(["--budget-s", "25", "--out", str(tmp_path)]) == 1
@@ -96,8 +96,8 @@ def test_comparison_of_two_runs():
 def pretended_gpu(monkeypatch):
     """`timing.Gpu` over the stand-in, in place of the device of the perf modules."""
     with standin.install():
-        properties = cupy.cuda.runtime.getDeviceProperties(0)
-        monkeypatch.setattr(cupy.cuda.runtime, "getDeviceProperties", lambda device: {**properties, "l2CacheSize": 4096})
+        properties = {**cupy.cuda.runtime.getDeviceProperties(0), "l2CacheSize": 4096}
+        monkeypatch.setattr(cupy.cuda.runtime, "getDeviceProperties", lambda device: properties)
         monkeypatch.setattr(cupy.cuda.runtime, "memGetInfo", lambda: (2**20, 2**21))
         gpu = timing.Gpu(cupy)
         import ceilings
@@ -123,7 +123,8 @@ def test_bench_on_a_gpu(pretended_gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(ceilings, "read_bandwidth", lambda: 1e9)
     perf = perf_conftest()
     timed = []
-    benchmark = SimpleNamespace(disabled=False, extra_info={}, stats=SimpleNamespace(stats=SimpleNamespace(median=1e-3)),
+    stats = SimpleNamespace(stats=SimpleNamespace(median=1e-3))
+    benchmark = SimpleNamespace(disabled=False, extra_info={}, stats=stats,
                                 pedantic=lambda run, rounds, warmup_rounds: timed.extend(run() for _ in range(2)))
     seen = set()
 
@@ -132,8 +133,9 @@ def test_bench_on_a_gpu(pretended_gpu, tmp_path, monkeypatch):
         return cupyattn.rms_norm(x, weight, out=out)
 
     bench = perf.Bench(benchmark, "rms_norm", tmp_path / "rows.jsonl")
-    arguments = {"make": lambda rng: (np.ones((2, 64), np.float16), np.ones(64, np.float32), np.zeros((2, 64), np.float16)),
-                 "call": call, "tolerance": (1e-3, 0), "nbytes": 512}
+    x = np.ones((2, 64), np.float16)
+    arguments = {"make": lambda rng: (x, np.ones(64, np.float32), np.zeros_like(x)), "call": call,
+                 "tolerance": (1e-3, 0), "nbytes": 512}
     bench("small", expected=lambda x, weight, out: x, baseline=lambda x, weight, out: None, **arguments)
     assert len(timed) == 2 and len(seen) == 5            # 5 calls over 4 * L2 / 768 bytes = 22 copies
     row = json.loads((tmp_path / "rows.jsonl").read_text())
