@@ -25,7 +25,14 @@ FAULTS = {
     "shared_atomics": {"race"},
 }
 MANY_BLOCKS = {"blocks_collide", "reads_other_block", "last_block_reduces"}
-COMPILERS = [c for c in host_compiler.available()]
+COMPILERS = host_compiler.available()
+
+
+def _sector_aligned(n):
+    """float32 [n] starting at a multiple of 32 bytes, as every GPU allocation does."""
+    raw = np.empty(n + 8, np.float32)
+    start = -raw.__array_interface__["data"][0] % 32 // 4
+    return raw[start:start + n]
 
 
 def _launch(kernel, bug):
@@ -33,7 +40,8 @@ def _launch(kernel, bug):
     n = 64 * blocks
     spec = Specialisation(str(SOURCE), kernel, "PlantedArgs", {"BUG": bug})
     plan = Plan(spec, "cpu", (blocks,), (64,), shared_bytes=512 if kernel == "early_async_read" else 256)
-    x, out, counter = np.arange(n, dtype=np.float32), np.zeros(n, np.float32), np.zeros(1, np.int32)
+    x, out, counter = _sector_aligned(n), _sector_aligned(n), np.zeros(1, np.int32)
+    x[:], out[:] = np.arange(n), 0
     launch(plan, make_args(plan, x=x, out=out, counter=counter, n=n, reserved=0))
     return out
 
