@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // cp_async.cuh - copies from global to shared memory that run behind the thread's back (cp.async, sm_80).
 //
-// A thread issues copies, closes them into a group with cp_async_commit(), and after cp_async_wait<N>() all but its
-// N youngest groups have landed; other threads see them after a barrier. Below sm_80 every copy is done at once.
-// On the CPU too, except in the checking build, where data lands as late as the rules allow.
+// A thread issues copies and closes them into a group with cp_async_commit(); after cp_async_wait<N>() all but its
+// N youngest groups have landed, and other threads see them after a barrier. Below sm_80 and on the CPU a copy is
+// done at once; in the CPU's checking build data lands as late as the rules allow.
 #ifndef CUPYATTN_CP_ASYNC_CUH
 #define CUPYATTN_CP_ASYNC_CUH
 
@@ -46,7 +46,8 @@ __device__ __forceinline__ void cp_async(void* shared, const void* global, bool 
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   const int read = valid ? BYTES : 0;  // the rest of the destination is filled with zeros
   if constexpr (BYTES == 16) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(read) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(read)
+                 : "memory");
   } else {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(BYTES), "r"(read)
                  : "memory");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// mma.cuh - tensor-core tiles: ldmatrix and movmatrix (sm_75), mma.sync (sm_80). All lanes of the warp take part.
+// mma.cuh - tensor-core tiles: ldmatrix and movmatrix (sm_75), mma.sync (sm_80), by all lanes of a warp.
 //
 // Fragments (PTX manual): with g = lane / 4 and t = lane % 4,
 //   8x8 matrix of 16-bit elements   r       = M[g][2t, 2t+1], lower column in the lower half
@@ -7,8 +7,8 @@
 //   B of m16n8k16   b[0..1] = B[2t..][g], B[2t+8..][g]
 //   C, D            d[0..3] = D[g][2t], D[g][2t+1], D[g+8][2t], D[g+8][2t+1]
 //   m16n8k32 (int8) the same with four elements a register: 4t.. and 4t+16..
-// The host body of each is one meeting of the lanes. Its products are exact; 16 (or 32) of them are summed in float32
-// in ascending k and then added to d.
+// The host body of each is one meeting of the lanes. Its products are exact; 16 (or 32) of them are summed in
+// float32 in ascending k and then added to d.
 #ifndef CUPYATTN_MMA_CUH
 #define CUPYATTN_MMA_CUH
 
@@ -16,9 +16,16 @@
 
 #if CA_CPU
 
-#define CA_MEET inline __attribute__((no_sanitize("thread")))  // works on operands only, never on kernel memory
+// Works on operands only, never on the kernel's memory.
+#define CA_MEET inline __attribute__((no_sanitize("thread")))
 
 namespace ca {
+
+CA_INLINE void count_in_checked_launches([[maybe_unused]] Event event) {
+#if CA_CHECK
+  ca_count(event, 1);
+#endif
+}
 
 // ---- matrix movement ------------------------------------------------------------------------------------
 
@@ -29,6 +36,7 @@ struct MatrixRows {
 
 template <int MATRICES>
 CA_MEET void meet_ldmatrix(MatrixRows* const* lanes, uint32_t) {
+  count_in_checked_launches(COUNT_LDMATRIX);
   for (int l = 0; l < 32; ++l) {
     for (int m = 0; m < MATRICES; ++m)
       __builtin_memcpy(&lanes[l]->r[m], &lanes[8 * m + l / 4]->row[2 * (l % 4)], 4);
@@ -37,6 +45,7 @@ CA_MEET void meet_ldmatrix(MatrixRows* const* lanes, uint32_t) {
 
 template <int MATRICES>
 CA_MEET void meet_ldmatrix_trans(MatrixRows* const* lanes, uint32_t) {
+  count_in_checked_launches(COUNT_LDMATRIX);
   for (int l = 0; l < 32; ++l) {
     for (int m = 0; m < MATRICES; ++m) {
       const int row = 8 * m + 2 * (l % 4);
@@ -56,14 +65,14 @@ inline void ldmatrix(uint32_t (&r)[MATRICES], const void* smem_row) {
 CA_MEET void meet_movmatrix(uint32_t* const* lanes, uint32_t) {
   uint16_t m[8][8];
   for (int l = 0; l < 32; ++l) __builtin_memcpy(&m[l / 4][2 * (l % 4)], lanes[l], 4);
-  for (int l = 0; l < 32; ++l) *lanes[l] = m[2 * (l % 4)][l / 4] | static_cast<uint32_t>(m[2 * (l % 4) + 1][l / 4]) << 16;
+  for (int l = 0; l < 32; ++l) {
+    const int row = 2 * (l % 4);
+    *lanes[l] = m[row][l / 4] | static_cast<uint32_t>(m[row + 1][l / 4]) << 16;
+  }
 }
 
 // ---- mma ------------------------------------------------------------------------------------------------
 
-typedef float Columns __attribute__((vector_size(32)));  // the 8 columns of a tile's row
-
-// Registers of the lanes -> rows of A [16][8 words] and rows of B-transposed [8][8 words], elements ascending in k.
 template <typename D>
 struct MmaOperand {
   D (&d)[4];
@@ -71,81 +80,101 @@ struct MmaOperand {
   const uint32_t (&b)[2];
 };
 
+typedef Lanes<8>::f32 Columns;  // one number for each of the tile's 8 columns
+typedef Lanes<8>::u32 ColumnWords;
+
+// Registers of the lanes -> rows of A and rows of B, in words of 2 (or 4) elements ascending in k.
 template <typename D>
 CA_INLINE void gather_fragments(MmaOperand<D>* const* lanes, uint32_t (&a)[16][8], uint32_t (&b)[8][8]) {
+  count_in_checked_launches(COUNT_MMA);
+#pragma GCC unroll 8
   for (int g = 0; g < 8; ++g) {
+#pragma GCC unroll 4
     for (int t = 0; t < 4; ++t) {
       const MmaOperand<D>& own = *lanes[4 * g + t];
       a[g][t] = own.a[0];
       a[g + 8][t] = own.a[1];
       a[g][t + 4] = own.a[2];
       a[g + 8][t + 4] = own.a[3];
-      b[g][t] = own.b[0];
-      b[g][t + 4] = own.b[1];
+      b[t][g] = own.b[0];
+      b[t + 4][g] = own.b[1];
     }
   }
 }
 
-// out[row][:] = sum over k of a[row][k] * b[k][:], eight rows at a time to stay in registers.
-template <int K>
-CA_INLINE void multiply_tile(const float (&a)[16][K], const Columns (&b)[K], Columns (&out)[16]) {
+// d += a . b of the whole tile. Eight rows at a time: their sums stay in registers.
+template <int K, typename D>
+CA_INLINE void multiply_tile(const float (&a)[16][K], const Columns (&b)[K], MmaOperand<D>* const* lanes) {
+  Columns tile[16];
   for (int first = 0; first < 16; first += 8) {
     Columns sum[8] = {};
     for (int k = 0; k < K; ++k) {
 #pragma GCC unroll 8
       for (int row = 0; row < 8; ++row) sum[row] += a[first + row][k] * b[k];
     }
-    for (int row = 0; row < 8; ++row) out[first + row] = sum[row];
+#pragma GCC unroll 8
+    for (int row = 0; row < 8; ++row) tile[first + row] = sum[row];
+  }
+  for (int l = 0; l < 32; ++l) {
+    float own[4];
+    __builtin_memcpy(own, reinterpret_cast<const float*>(&tile[l / 4]) + 2 * (l % 4), 8);
+    __builtin_memcpy(own + 2, reinterpret_cast<const float*>(&tile[l / 4 + 8]) + 2 * (l % 4), 8);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) lanes[l]->d[i] += static_cast<D>(own[i]);
   }
 }
 
-template <typename D>
-CA_INLINE void add_to_fragments(MmaOperand<D>* const* lanes, const Columns (&tile)[16]) {
-  for (int l = 0; l < 32; ++l) {
-    const int g = l / 4, column = 2 * (l % 4);
-    for (int i = 0; i < 4; ++i) lanes[l]->d[i] += static_cast<D>(tile[g + i / 2 * 8][column + i % 2]);
-  }
+CA_INLINE Columns widen_columns(__half, const ColumnWords& codes) {
+  const Lanes<8>::u16 narrow = Lanes<8>::narrow(codes);
+  Columns out;
+  widen_half<8>(&narrow, reinterpret_cast<float*>(&out));
+  return out;
+}
+CA_INLINE Columns widen_columns(__nv_bfloat16, const ColumnWords& codes) {
+  return bit_cast<Columns>(static_cast<ColumnWords>(codes << 16));
 }
 
 template <typename T>
 CA_MEET void meet_mma_16(MmaOperand<float>* const* lanes, uint32_t) {
   uint32_t a_words[16][8], b_words[8][8];
   gather_fragments(lanes, a_words, b_words);
-  float a[16][16], b_rows[8][16];
+  float a[16][16];
   for (int row = 0; row < 16; ++row) to_float(reinterpret_cast<const T(&)[16]>(a_words[row]), a[row]);
-  for (int n = 0; n < 8; ++n) to_float(reinterpret_cast<const T(&)[16]>(b_words[n]), b_rows[n]);
-  Columns b[16], tile[16];
-  for (int k = 0; k < 16; ++k) {
-    for (int n = 0; n < 8; ++n) b[k][n] = b_rows[n][k];
+  Columns b[16];
+#pragma GCC unroll 8
+  for (int pair = 0; pair < 8; ++pair) {
+    const ColumnWords words = bit_cast<ColumnWords>(b_words[pair]);
+    b[2 * pair] = widen_columns(T{}, words & 0xffffu);
+    b[2 * pair + 1] = widen_columns(T{}, words >> 16);
   }
-  multiply_tile(a, b, tile);
-  add_to_fragments(lanes, tile);
+  multiply_tile(a, b, lanes);
 }
 
 // In float32: 32 products of int8 stay below 2^24, so the sum is exact.
 CA_MEET void meet_mma_s8(MmaOperand<int>* const* lanes, uint32_t) {
+  typedef int32_t Signed __attribute__((vector_size(32)));
   uint32_t a_words[16][8], b_words[8][8];
   gather_fragments(lanes, a_words, b_words);
   const auto& a_bytes = reinterpret_cast<const int8_t(&)[16][32]>(a_words);
-  const auto& b_bytes = reinterpret_cast<const int8_t(&)[8][32]>(b_words);
   float a[16][32];
   for (int row = 0; row < 16; ++row) {
     for (int k = 0; k < 32; ++k) a[row][k] = a_bytes[row][k];
   }
-  Columns b[32], tile[16];
+  Columns b[32];
+#pragma GCC unroll 32
   for (int k = 0; k < 32; ++k) {
-    for (int n = 0; n < 8; ++n) b[k][n] = b_bytes[n][k];
+    const Signed words = bit_cast<Signed>(b_words[k / 4]);
+    b[k] = __builtin_convertvector(words << (24 - k % 4 * 8) >> 24, Columns);
   }
-  multiply_tile(a, b, tile);
-  add_to_fragments(lanes, tile);
+  multiply_tile(a, b, lanes);
 }
 
 }  // namespace ca
 
 #endif  // CA_CPU
 
-// Loads 8x8 matrices of 16-bit elements from shared memory. Lane l gives the address of row l % 8 (16 bytes, aligned)
-// of matrix l / 8; the addresses of lanes past 8 * matrices are not used. `trans`: r holds M transposed.
+// Loads 8x8 matrices of 16-bit elements from shared memory. Lane l gives the address of row l % 8 (16 aligned
+// bytes) of matrix l / 8; lanes past 8 * matrices give none that is used. `trans`: r holds M transposed.
 #if CA_CPU
 #define CA_LDMATRIX(name, meet, count, qualifiers, registers, outputs)                         \
   __device__ __forceinline__ void name(uint32_t (&r)[count], const void* smem_row) {           \
@@ -204,7 +233,8 @@ __device__ __forceinline__ void mma_m16n8k32_s8(int (&d)[4], const uint32_t (&a)
                : constraint(d[0]), constraint(d[1]), constraint(d[2]), constraint(d[3])                     \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
 template <>
-__device__ __forceinline__ void mma_m16n8k16<__half>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+__device__ __forceinline__ void mma_m16n8k16<__half>(float (&d)[4], const uint32_t (&a)[4],
+                                                     const uint32_t (&b)[2]) {
   CA_MMA("m16n8k16.row.col.f32.f16.f16.f32", "+f");
 }
 template <>
