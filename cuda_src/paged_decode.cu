@@ -11,118 +11,39 @@
 // a normalised partial result and its lse (-inf for a chunk without visible keys, whose partial_out is left alone);
 // split_reduce merges them. When the table holds one chunk at most, the result is written directly, same bits.
 //
+// Two versions: CUDA cores (below; any types, any alignment, sm_75) and tensor cores (paged_decode_mma.cuh; T == KV of
+// 16 bits, 16-byte rows, sm_80).
+//
 // launch     grid (batch * num_kv_heads * row_tiles, num_chunks), block (32 * warps); a block owns ROWS of the
-//            q_len * heads_per_kv query rows that share a KV head. Dynamic shared memory: see shared_bytes in
-//            ops/paged_decode.py. A warp takes every warps-th tile of 32 tokens; 3 warp-level meetings per tile,
-//            2 block barriers in all.
+//            q_len * heads_per_kv query rows that share a KV head. Dynamic shared memory: struct Layout. A warp takes
+//            every warps-th tile of 32 tokens; 3 warp-level meetings per tile, 2 block barriers in all.
 // aliasing   none allowed
 // traffic    every visible key and value row once per row tile
 #include "prelude.cuh"
 #include "params.h"
-#include "online_softmax.cuh"
-#include "page_table.cuh"
 #include "warp.cuh"
 
-using T = CA_T;                           // q and out
-using KV = CA_KV;                         // caches
-constexpr int ROWS = CA_ROWS;             // query rows of a block
-constexpr bool ALIGNED = CA_ALIGNED;      // k, v and out rows start at multiples of 16 bytes
-constexpr int CHUNK = 1024;               // tokens
-constexpr int TILE = 32;                  // tokens of a warp's step, one per lane
-constexpr int STEP = 8;                   // elements a lane handles at a time
+using T = CA_T;                       // q and out
+using KV = CA_KV;                     // caches
+constexpr int ROWS = CA_ROWS;         // query rows of a block
+constexpr int HEAD_DIM = CA_HEAD_DIM; // tensor cores: head_dim padded to this; CUDA cores: 0, any
+constexpr bool ALIGNED = CA_ALIGNED;  // k, v and out rows start at multiples of 16 bytes
+constexpr int CHUNK = 1024;           // tokens
+constexpr int STEP = 8;               // elements a thread handles at a time
 static_assert(sizeof(PagedDecodeArgs) == CA_SIZEOF_ARGS, "paged_decode: Python and CUDA disagree on PagedDecodeArgs");
 
-// 8 elements, in 16-byte pieces or one by one. (A whole Vec<float, 8> in memory would have to be 32-byte aligned.)
-template <bool IS_ALIGNED, typename E>
-__device__ __forceinline__ Vec<E, STEP> load_step(const E* p) {
-  constexpr int WIDTH = IS_ALIGNED ? 16 / static_cast<int>(sizeof(E)) : 1;
-  Vec<E, STEP> out;
-#pragma unroll
-  for (int i = 0; i < STEP; i += WIDTH) store_vec(out.v + i, load_vec<E, WIDTH>(p + i));
-  return out;
+#include "paged_decode_rows.cuh"
+
+#if CA_TENSOR_CORES
+#include "paged_decode_mma.cuh"
+
+CA_KERNEL __launch_bounds__(32 * WARPS) void paged_decode_mma(const __grid_constant__ PagedDecodeArgs args) {
+  decode_on_tensor_cores(args);
 }
 
-template <bool IS_ALIGNED, typename E>
-__device__ __forceinline__ void store_step(E* p, const Vec<E, STEP>& x) {
-  constexpr int WIDTH = IS_ALIGNED ? 16 / static_cast<int>(sizeof(E)) : 1;
-#pragma unroll
-  for (int i = 0; i < STEP; i += WIDTH) store_vec(p + i, load_vec<E, WIDTH>(x.v + i));
-}
+#else
 
-// The query rows of a block and the tokens they see.
-struct RowTile {
-  int64_t seq;       // sequence
-  int64_t kv_head;   // KV head
-  int first_row;     // of the q_len * heads_per_kv rows of (seq, kv_head), token-major
-  int num_rows;      // of this block, at most ROWS
-  int position;      // token of query 0
-  int start;         // first visible key of the sequence
-  int window;        // window_size, or past any length
-
-  __device__ __forceinline__ explicit RowTile(const PagedDecodeArgs& args) {
-    const int block = blockIdx.x;
-    const int pair = block / args.row_tiles;
-    seq = pair / args.num_kv_heads;
-    kv_head = pair - seq * args.num_kv_heads;
-    first_row = (block - pair * args.row_tiles) * ROWS;
-    num_rows = min(ROWS, args.q_len * args.heads_per_kv - first_row);
-    position = args.cache_seqlens[seq * args.stride_seqlens] - args.q_len;
-    start = args.cache_starts == nullptr ? 0 : max(0, args.cache_starts[seq * args.stride_starts]);
-    window = args.window_size > 0 ? args.window_size : 0x7fffffff;
-  }
-  __device__ __forceinline__ int query(const PagedDecodeArgs& args, int r) const {
-    return (first_row + r) / args.heads_per_kv;
-  }
-  __device__ __forceinline__ int head(const PagedDecodeArgs& args, int r) const {
-    return static_cast<int>(kv_head) * args.heads_per_kv + (first_row + r) % args.heads_per_kv;
-  }
-  // Visible tokens of row r: [first_key, last_key], empty for rows past num_rows.
-  __device__ __forceinline__ int last_key(const PagedDecodeArgs& args, int r) const {
-    return r < num_rows ? position + query(args, r) : -1;
-  }
-  __device__ __forceinline__ int first_key(const PagedDecodeArgs& args, int r) const {
-    const int n = position + query(args, r);
-    return max(start, n < window ? 0 : n - window + 1);
-  }
-  // Index of row r in arrays [batch, q_len, num_heads].
-  __device__ __forceinline__ int64_t flat(const PagedDecodeArgs& args, int r) const {
-    return (seq * args.q_len + query(args, r)) * (args.num_kv_heads * args.heads_per_kv) + head(args, r);
-  }
-};
-
-__device__ __forceinline__ int64_t total_rows(const PagedDecodeArgs& args) {
-  return static_cast<int64_t>(args.batch) * args.q_len * args.num_kv_heads * args.heads_per_kv;
-}
-
-// Marks this block's rows of chunk blockIdx.y as having seen no key.
-__device__ __forceinline__ void store_empty(const PagedDecodeArgs& args, const RowTile& rows) {
-  const int r = threadIdx.x;
-  if (r < rows.num_rows) args.partial_lse[blockIdx.y * total_rows(args) + rows.flat(args, r)] = NEG_INF;
-}
-
-// Stores 8 outputs of row r from `dim` on and, once per row, its lse: as the final result or as a partial one.
-__device__ __forceinline__ void store_row(const PagedDecodeArgs& args, const RowTile& rows, int r, int dim,
-                                          float (&values)[STEP], float lse) {
-  const int64_t flat = rows.flat(args, r);
-  if (args.num_chunks > 1) {
-    const int64_t row = blockIdx.y * total_rows(args) + flat;
-    Vec<float, STEP> out;
-#pragma unroll
-    for (int j = 0; j < STEP; ++j) out.v[j] = values[j];
-    store_step<true>(args.partial_out + row * args.head_dim + dim, out);
-    if (dim == 0) args.partial_lse[row] = lse;
-    return;
-  }
-  if (args.sinks != nullptr) {
-    const float share = sink_share(lse, args.sinks[rows.head(args, r)]);
-#pragma unroll
-    for (int j = 0; j < STEP; ++j) values[j] *= share;
-  }
-  T* out = static_cast<T*>(args.out.data) + rows.seq * args.out.stride_seq +
-           rows.query(args, r) * args.out.stride_token + rows.head(args, r) * args.out.stride_head;
-  store_step<ALIGNED>(out + dim, from_float<T, STEP>(values));
-  if (dim == 0 && args.lse != nullptr) args.lse[flat] = lse;
-}
+constexpr int TILE = 32;  // tokens of a warp's step, one per lane
 
 // Dynamic shared memory, in bytes from its start; mirrored by _shared_bytes in ops/paged_decode.py.
 struct Layout {
@@ -152,7 +73,7 @@ struct Layout {
 };
 
 CA_KERNEL __launch_bounds__(128) void paged_decode(const __grid_constant__ PagedDecodeArgs args) {
-  CA_DYN_SMEM(unsigned char, smem);
+  CA_DYN_SMEM(char, smem);
   const RowTile rows(args);
   const int head_dim = args.head_dim;
   const int warps = blockDim.x / 32;
@@ -173,7 +94,7 @@ CA_KERNEL __launch_bounds__(128) void paged_decode(const __grid_constant__ Paged
   int* keys = reinterpret_cast<int*>(smem + at.keys);
   float* probs = reinterpret_cast<float*>(smem + at.probs) + warp * TILE * ROWS;
   const KV** slots = reinterpret_cast<const KV**>(smem + at.slots) + warp * 4 * TILE;
-  unsigned char* stage = smem + at.stage + warp * at.warp_bytes;
+  char* stage = smem + at.stage + warp * at.warp_bytes;
 
   // 2. queries as float32, visible range of each row
   for (int i = threadIdx.x; i < ROWS * head_dim; i += blockDim.x) {
@@ -311,26 +232,8 @@ CA_KERNEL __launch_bounds__(128) void paged_decode(const __grid_constant__ Paged
   }
   __syncthreads();
 
-  // 5. merge warps and groups in their order; a thread owns 8 outputs of a row
-  for (int item = threadIdx.x; item < rows.num_rows * at.lanes; item += blockDim.x) {
-    const int r = item / at.lanes;
-    const int first = (item - r * at.lanes) * STEP;
-    float row_top = NEG_INF, row_sum = 0.0f, out[STEP] = {};
-    for (int w = 0; w < warps; ++w) row_top = fmaxf(row_top, state[w * 2 * ROWS + r]);
-    const float origin = softmax_origin(row_top);
-    for (int w = 0; w < warps; ++w) {
-      const float weight = exp2f(state[w * 2 * ROWS + r] - origin);
-      row_sum += weight * state[(w * 2 + 1) * ROWS + r];
-      const float* part = reinterpret_cast<const float*>(smem + at.stage + w * at.warp_bytes);
-      for (int g = 0; g < at.groups; ++g) {
-        const Vec<float, STEP> x = load_step<true>(part + (g * ROWS + r) * head_dim + first);
-#pragma unroll
-        for (int j = 0; j < STEP; ++j) out[j] += weight * x.v[j];
-      }
-    }
-    const float scale = row_sum == 0.0f ? 0.0f : 1.0f / row_sum;
-#pragma unroll
-    for (int j = 0; j < STEP; ++j) out[j] *= scale;
-    store_row(args, rows, r, first, out, natural_lse(row_top, row_sum));
-  }
+  // 5. merge and store
+  merge_and_store(args, rows, {state, smem + at.stage, at.warp_bytes, head_dim, at.groups});
 }
+
+#endif  // CA_TENSOR_CORES

@@ -6,7 +6,7 @@
 //   with sinks: out[t,h] *= exp(lse[t,h]) / (exp(lse[t,h]) + exp(sinks[h])); lse stays that of the keys
 //   A split with lse = -inf is not read. All splits -inf: out = 0, lse = -inf. Order of the sum: part by part.
 //
-// launch     grid (ceil_div(tokens * heads * head_dim / VEC, 128)), block (128); a thread owns VEC outputs of a row
+// launch     any grid and block; a thread takes VEC outputs of a row at a time, striding over the grid
 //            shared memory 0, barriers none, warp ops none
 // aliasing   none allowed
 // traffic    4 * parts * splits * tokens * heads * (head_dim + 1) bytes read, the output written
@@ -21,43 +21,45 @@ static_assert(sizeof(SplitReduceArgs) == CA_SIZEOF_ARGS, "split_reduce: Python a
 CA_KERNEL __launch_bounds__(128) void split_reduce(const __grid_constant__ SplitReduceArgs args) {
   const PartialView* parts = reinterpret_cast<const PartialView*>(&args.parts);
   const int pieces = args.head_dim / VEC;
-  const int64_t item = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t row = item / pieces;
-  const int dim = static_cast<int>(item - row * pieces) * VEC;
-  if (row >= static_cast<int64_t>(args.tokens) * args.heads) return;
-  const int64_t token = row / args.heads;
-  const int64_t head = row - token * args.heads;
+  const int64_t items = static_cast<int64_t>(args.tokens) * args.heads * pieces;
+  for (int64_t item = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; item < items;
+       item += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+    const int64_t row = item / pieces;
+    const int dim = static_cast<int>(item - row * pieces) * VEC;
+    const int64_t token = row / args.heads;
+    const int64_t head = row - token * args.heads;
 
-  // 1. the largest lse: every thread of a row reads all of them, which is cheaper than agreeing on one reader
-  float top = NEG_INF;
-  for (int p = 0; p < args.num_parts; ++p) {
-    const float* lse = parts[p].lse + token * parts[p].lse_token + head * parts[p].lse_head;
-    for (int s = 0; s < args.splits; ++s) top = fmaxf(top, lse[s * parts[p].lse_split]);
-  }
-
-  // 2. weighted sum
-  PartialMerge<VEC> merge(top);
-  for (int p = 0; p < args.num_parts; ++p) {
-    const PartialView& part = parts[p];
-    const float* lse = part.lse + token * part.lse_token + head * part.lse_head;
-    const float* values = part.out + token * part.stride_token + head * part.stride_head + dim;
-    for (int s = 0; s < args.splits; ++s) {
-      const float weight = lse[s * part.lse_split];
-      if (weight == NEG_INF) continue;
-      merge.add(load_vec<float, VEC>(values + s * part.stride_split).v, weight);
+    // 1. the largest lse: every thread of a row reads all of them, which is cheaper than agreeing on one reader
+    float top = NEG_INF;
+    for (int p = 0; p < args.num_parts; ++p) {
+      const float* lse = parts[p].lse + token * parts[p].lse_token + head * parts[p].lse_head;
+      for (int s = 0; s < args.splits; ++s) top = fmaxf(top, lse[s * parts[p].lse_split]);
     }
-  }
-  const float lse = merge.finish();
 
-  // 3. sink, store
-  if (args.sinks != nullptr) {
-    const float share = sink_share(lse, args.sinks[head]);
+    // 2. weighted sum
+    PartialMerge<VEC> merge(top);
+    for (int p = 0; p < args.num_parts; ++p) {
+      const PartialView& part = parts[p];
+      const float* lse = part.lse + token * part.lse_token + head * part.lse_head;
+      const float* values = part.out + token * part.stride_token + head * part.stride_head + dim;
+      for (int s = 0; s < args.splits; ++s) {
+        const float weight = lse[s * part.lse_split];
+        if (weight == NEG_INF) continue;
+        merge.add(load_vec<float, VEC>(values + s * part.stride_split).v, weight);
+      }
+    }
+    const float lse = merge.finish();
+
+    // 3. sink, store
+    if (args.sinks != nullptr) {
+      const float share = sink_share(lse, args.sinks[head]);
 #pragma unroll
-    for (int j = 0; j < VEC; ++j) merge.acc[j] *= share;
+      for (int j = 0; j < VEC; ++j) merge.acc[j] *= share;
+    }
+    const int64_t seq = token / args.q_len;
+    U* out = static_cast<U*>(args.out.data) + seq * args.out.stride_seq +
+             (token - seq * args.q_len) * args.out.stride_token + head * args.out.stride_head + dim;
+    store_vec(out, from_float<U, VEC>(merge.acc));
+    if (args.lse != nullptr && dim == 0) args.lse[row] = lse;
   }
-  const int64_t seq = token / args.q_len;
-  U* out = static_cast<U*>(args.out.data) + seq * args.out.stride_seq +
-           (token - seq * args.q_len) * args.out.stride_token + head * args.out.stride_head + dim;
-  store_vec(out, from_float<U, VEC>(merge.acc));
-  if (args.lse != nullptr && dim == 0) args.lse[row] = lse;
 }

@@ -93,6 +93,13 @@ def check(case, xp=Numpy, **options):
     assert_close(lse, want_lse, 2e-6, 1e-6)
 
 
+@pytest.fixture(params=["cores", "mma"])
+def version(request, monkeypatch):
+    """Both versions of the kernel, whichever the plan would choose."""
+    monkeypatch.setattr(op, "_version", lambda *args: (request.param, "chosen by the test"))
+    return request.param
+
+
 # ---- values ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype, kv_dtype", [("float16", None), ("bfloat16", None), ("float32", None),
@@ -157,6 +164,34 @@ def test_pages_outside_the_window_may_be_gone():
     case.table[:, :10] = WILD
     case.table[1, :60] = -1
     check(case, window_size=100)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("head_dim", [8, 64, 72, 128, 200, 256])
+def test_tensor_cores_head_dims(version, head_dim, dtype):
+    check(make([70, 31, 0, 1], head_dim=head_dim, dtype=dtype))
+
+
+@pytest.mark.parametrize("length", [15, 16, 17, 63, 64, 65, 1023, 1025])
+def test_tensor_cores_lengths(version, length):
+    check(make([length, 16], heads=2, kv_heads=1, head_dim=16, dtype="float16", page_size=5))
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (9, 3), (17, 1), (40, 1)])
+@pytest.mark.parametrize("q_len", [1, 3, 8])
+def test_tensor_cores_row_tiles(version, heads, kv_heads, q_len):
+    check(make([50, 33, 2], heads=heads, kv_heads=kv_heads, q_len=q_len, dtype="float16"))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_tensor_cores_options(version, options):
+    check(make([45, 1060, 20], q_len=3, dtype="float16", starts=[2, 1000, 0]), **options)
+
+
+def test_tensor_cores_huge_scores(version):
+    case = make([50, 1200], dtype="bfloat16")
+    case.q = (case.q.astype(np.float32) * 1e4).astype(case.q.dtype)
+    check(case)
 
 
 # ---- layouts ---------------------------------------------------------------------------------------------
@@ -232,8 +267,8 @@ def test_offsets_beyond_two_to_the_31():
 
 # ---- independence ----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("q_len", [None, 3])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_a_sequence_does_not_see_its_batch(xp, dtype, q_len):
     """Bit for bit the result it gets alone, whether its table holds one chunk or several."""
     case = make([20, 1500, 0, 1024, 300], heads=6, q_len=q_len, dtype=dtype)
@@ -245,7 +280,16 @@ def test_a_sequence_does_not_see_its_batch(xp, dtype, q_len):
         assert_same_bits(lse[b:b + 1], one_lse)
 
 
-def test_unused_slots_never_matter():
+def test_tensor_cores_do_not_see_the_batch(version):
+    case = make([20, 1100, 0, 300], heads=6, q_len=2, dtype="float16")
+    out, lse = decode(case)
+    for b in range(len(case.lengths)):
+        one, one_lse = decode(case.alone(b))
+        assert_same_bits(out[b:b + 1], one)
+        assert_same_bits(lse[b:b + 1], one_lse)
+
+
+def test_unused_slots_never_matter(version):
     """NaN, infinity or zero in slots and table entries past the length: the same bits."""
     case = make([20, 1500], dtype="float16")
     want = decode(case)
@@ -365,14 +409,15 @@ def test_shapes(lengths, group, kv_heads, head_dim, page_size, q_len, window):
                q_len=q_len), window_size=window)
 
 
-@pytest.mark.parametrize("dtype, head_dim", [("float16", 64), ("float32", 40)])
-def test_paged_decode_checked(dtype, head_dim):
+@pytest.mark.parametrize("head_dim", [40, 64])
+def test_paged_decode_checked(version, head_dim):
     """The checker finds nothing, and every order of threads gives the same bits."""
+    dtype = "float16" if version == "mma" or head_dim == 64 else "float32"
     case = make([45, 0, 1060], heads=6, head_dim=head_dim, dtype=dtype, q_len=2)
     results = []
     for schedule, seed in (("forward", 0), ("reverse", 0), ("random", 1)):
         with settings(check=True, schedule=schedule, seed=seed):
-            results.append(decode(case, window_size=700, sinks=np.zeros(6, np.float32)))
+            results.append(decode(case, window_size=300, sinks=np.zeros(6, np.float32)))
     for out, lse in results[1:]:
         assert_same_bits(out, results[0][0])
         assert_same_bits(lse, results[0][1])
@@ -380,16 +425,25 @@ def test_paged_decode_checked(dtype, head_dim):
 
 # ---- plans -----------------------------------------------------------------------------------------------
 
+def plan(arch="cpu", q="float16", kv="float16", align=16, q_len=1, heads=32, kv_heads=8, head_dim=128, capacity=2048):
+    version = op._version(q, kv, align, arch)
+    return op._plan_paged_decode(4, q_len, heads, kv_heads, head_dim, capacity, q, kv, align, arch, version)
+
+
 def test_plan_says_why():
-    plan = op._plan_paged_decode(4, 1, 32, 8, 128, 2048, "float16", "float16", 16, "sm_90a")
-    assert plan.grid == (32, 2, 1) and plan.shared_bytes <= 48 * 1024
-    assert "one element per load: alignment 4" in op._plan_paged_decode(1, 1, 1, 1, 64, 64, "float16", "float16", 4,
-                                                                        "cpu").note
+    assert plan("sm_90a").spec.kernel == "paged_decode_mma" and plan("sm_90a").note.startswith("tensor cores")
+    for changes, reason in (({"arch": "cpu"}, "an mma costs the executor more than it saves"),
+                            ({"arch": "sm_75"}, "sm_75 has no cp.async"), ({"align": 4}, "alignment 4"),
+                            ({"kv": "bfloat16"}, "q float16, caches bfloat16"), ({"q": "float32"}, "q float32")):
+        got = plan(**{"arch": "sm_120a", **changes})
+        assert got.spec.kernel == "paged_decode" and reason in got.note
+    assert plan().grid == (32, 2, 1) and plan(capacity=0).grid == (32, 1, 1)
 
 
 @pytest.mark.parametrize("head_dim", range(8, 257, 8))
-def test_shared_memory_needs_no_opting_in(head_dim):
-    for kv in ("float16", "float32"):
-        for q_len in (1, 8):
-            plan = op._plan_paged_decode(1, q_len, 4, 1, head_dim, 64, "float16", kv, 16, "cpu")
-            assert plan.shared_bytes <= 48 * 1024
+def test_shared_memory_fits(head_dim):
+    """CUDA cores: what every block has without opting in. Tensor cores: what every GPU from sm_80 on can give."""
+    for q_len in (1, 8):
+        for kv in ("float16", "float32"):
+            assert plan("sm_75", kv=kv, q_len=q_len, head_dim=head_dim).shared_bytes <= 48 * 1024
+        assert plan("sm_120a", q_len=q_len, head_dim=head_dim).shared_bytes <= 99 * 1024

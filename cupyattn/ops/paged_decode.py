@@ -13,7 +13,8 @@ from .split_reduce import check_outputs, check_sinks, launch_split_reduce, split
 CHUNK = 1024   # tokens of a partial result; CHUNK in the kernel
 MAX_Q_LEN = 8
 MAX_HEAD_DIM = 256
-_ROWS = (1, 2, 4, 8)   # query rows of a block
+_ROWS = (1, 2, 4, 8)   # query rows of a block on CUDA cores
+_MMA_HEAD_DIMS = (64, 128, 256)   # what tensor cores pad head_dim to
 _TILE, _STEP = 32, 8   # of the kernel
 _AXES = {3: "[batch, num_heads, head_dim]", 4: "[batch, q_len, num_heads, head_dim]"}
 _CACHE_AXES = "[num_pages, page_size, num_kv_heads, head_dim]"
@@ -21,16 +22,25 @@ _CACHE_AXES = "[num_pages, page_size, num_kv_heads, head_dim]"
 
 def _spec(q, kv, rows, aligned):
     return Specialisation("paged_decode", "paged_decode", "PagedDecodeArgs",
-                          {"T": q, "KV": kv, "ROWS": rows, "ALIGNED": int(aligned)})
+                          {"T": q, "KV": kv, "ROWS": rows, "ALIGNED": int(aligned), "TENSOR_CORES": 0,
+                           "HEAD_DIM": 0})
 
 
-CORE = [_spec(*case) for case in (
+def _spec_mma(dtype, head_dim):
+    return Specialisation("paged_decode", "paged_decode_mma", "PagedDecodeArgs",
+                          {"T": dtype, "KV": dtype, "ROWS": 16, "ALIGNED": 1, "TENSOR_CORES": 1,
+                           "HEAD_DIM": head_dim}, min_sm=80, expects=("HMMA", "LDSM", "LDGSTS"))
+
+
+_MMA = [_spec_mma(dtype, head_dim) for dtype in ("float16", "bfloat16") for head_dim in _MMA_HEAD_DIMS]
+CORE = _MMA + [_spec(*case) for case in (
     ("float16", "float16", 4, True), ("bfloat16", "bfloat16", 4, True), ("float32", "float32", 4, True),
     ("float16", "bfloat16", 1, False), ("bfloat16", "float32", 1, True), ("float32", "float16", 1, True),
     ("float16", "float32", 2, True), ("bfloat16", "float16", 2, False), ("float32", "bfloat16", 2, True),
     ("float16", "float16", 8, True), ("bfloat16", "bfloat16", 8, True), ("float32", "float32", 8, False),
 )]
-ALL = [_spec(q, kv, rows, aligned) for q in FLOATS for kv in FLOATS for rows in _ROWS for aligned in (True, False)]
+ALL = _MMA + [_spec(q, kv, rows, aligned) for q in FLOATS for kv in FLOATS for rows in _ROWS
+              for aligned in (True, False)]
 
 
 def _shared_bytes(rows, head_dim, item, warps):
@@ -41,23 +51,42 @@ def _shared_bytes(rows, head_dim, item, warps):
     return warps * warp + rows * head_dim * 4 + rows * 2 * 4
 
 
+def _version(q, kv, align, arch):
+    """("mma" or "cores", why): the version of the kernel for these dtypes, this alignment and arch."""
+    if arch == "cpu":
+        return "cores", "CUDA cores: an mma costs the executor more than it saves"
+    if q != kv or q == "float32":
+        return "cores", f"CUDA cores: q {q}, caches {kv}"
+    if align < 16:
+        return "cores", f"CUDA cores: alignment {align}"
+    if int(arch[3:].rstrip("af")) < 80:
+        return "cores", f"CUDA cores: {arch} has no cp.async"
+    return "mma", "tensor cores"
+
+
 @functools.lru_cache(maxsize=4096)
-def _plan_paged_decode(batch, q_len, num_heads, num_kv_heads, head_dim, capacity, q, kv, align, arch):
+def _plan_paged_decode(batch, q_len, num_heads, num_kv_heads, head_dim, capacity, q, kv, align, arch, version):
     """Plan from sizes, the tokens a table row can hold, dtype names, the common alignment of k, v and out, arch."""
+    name, note = version
     packed = q_len * (num_heads // num_kv_heads)
-    rows = next((r for r in _ROWS if r >= packed), _ROWS[-1])
-    row_tiles = -(-packed // rows)
+    if name == "mma":
+        rows, padded = 16, next(d for d in _MMA_HEAD_DIMS if d >= head_dim)
+        warps, stages = 4 if padded <= 128 else 2, 4 if padded <= 64 else 3
+        spec = _spec_mma(q, padded)
+        shared = warps * (stages * 2 * 16 * padded * 2 + 2 * 2 * 16 * 8 + 2 * rows * 4)
+    else:
+        rows = next((r for r in _ROWS if r >= packed), _ROWS[-1])
+        item = 4 if kv == "float32" else 2
+        warps = max(1, min(4, 1024 // (head_dim * item)))   # staged keys of a block stay below 48 KiB
+        spec = _spec(q, kv, rows, align == 16)
+        shared = _shared_bytes(rows, head_dim, item, warps)
     num_chunks = max(1, -(-capacity // CHUNK))
-    item = 4 if kv == "float32" else 2
-    warps = max(1, min(4, 1024 // (head_dim * item)))   # staged keys of a block stay below 48 KiB
-    aligned = align == 16
-    total = batch * q_len * num_heads
-    note = f"{rows} of {packed} query rows per block, {num_chunks} chunks"
-    if not aligned:
+    note += f"; {packed} query rows in tiles of {rows}, {num_chunks} chunks"
+    if align < 16:
         note += f", one element per load: alignment {align}"
-    return Plan(_spec(q, kv, rows, aligned), arch, (batch * num_kv_heads * row_tiles, num_chunks), (32 * warps,),
-                shared_bytes=_shared_bytes(rows, head_dim, item, warps),
-                workspace_bytes=num_chunks * total * (head_dim + 1) * 4 if num_chunks > 1 else 0, note=note)
+    partials = num_chunks * batch * q_len * num_heads * (head_dim + 1) * 4 if num_chunks > 1 else 0
+    return Plan(spec, arch, (batch * num_kv_heads * -(-packed // rows), num_chunks), (32 * warps,),
+                shared_bytes=shared, workspace_bytes=partials, note=note)
 
 
 def paged_decode(q, k_cache, v_cache, /, *, block_table, cache_seqlens, cache_starts=None, softmax_scale=None,
@@ -228,9 +257,10 @@ def _launch(xp, q, k_cache, v_cache, block_table, cache_seqlens, cache_starts, s
     batch, q_len, num_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[2]
     arch = arch_of(xp)
+    dtypes_and_arch = (q.dtype.name, k_cache.dtype.name,
+                       min(alignment(k_cache), alignment(v_cache), alignment(out)), arch)
     plan = _plan_paged_decode(batch, q_len, num_heads, num_kv_heads, head_dim,
-                              block_table.shape[1] * k_cache.shape[1], q.dtype.name, k_cache.dtype.name,
-                              min(alignment(k_cache), alignment(v_cache), alignment(out)), arch)
+                              block_table.shape[1] * k_cache.shape[1], *dtypes_and_arch, _version(*dtypes_and_arch))
     num_chunks = plan.grid[1]
     partial_out = partial_lse = None
     if num_chunks > 1:

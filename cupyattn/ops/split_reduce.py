@@ -11,7 +11,6 @@ from ..runtime.checks import (FLOATS, check_dtype, check_element_strides, check_
                               check_writeable)
 
 MAX_PARTS = 8   # fields of PartialList
-_THREADS = 128
 _NO_PART = {"out": None, "lse": None, "stride_split": 0, "stride_token": 0, "stride_head": 0, "lse_split": 0,
             "lse_token": 0, "lse_head": 0}
 
@@ -31,8 +30,10 @@ def _plan_split_reduce(rows, head_dim, out, align, out_align, arch):
     note = f"{vec} outputs per thread"
     if vec == 1:
         note += f": alignment {align} of partials, {out_align} of out, head_dim {head_dim}"
-    blocks = -(-rows * (head_dim // vec) // _THREADS)
-    return Plan(_spec(out, vec), arch, (blocks,), (_THREADS,), note=note)
+    items = rows * (head_dim // vec)
+    threads = 32 if arch == "cpu" else 128
+    per_thread = 16 if arch == "cpu" else 1   # a fiber costs more than a few more outputs
+    return Plan(_spec(out, vec), arch, (-(-items // (threads * per_thread)),), (threads,), note=note)
 
 
 def _part(out, lse):
