@@ -77,7 +77,7 @@ def _check_places(cache, slots, block_table, positions, batch_indices):
 
 
 def _check_metadata(k, v, k_cache, v_cache):
-    """Kinds, dtypes, shapes and strides of the four big arrays."""
+    """Dtypes, shapes and strides of the four big arrays; returns the dtype names of the new ones and the caches."""
     tokens, num_kv_heads, head_dim = k.shape if k.ndim == 3 else (None, None, None)
     check_shape("kv_append", "k", k, (tokens, num_kv_heads, head_dim), "[tokens, num_kv_heads, head_dim]")
     check_shape("kv_append", "v", v, (tokens, num_kv_heads, None), "[tokens, num_kv_heads, head_dim_v]")
@@ -87,15 +87,16 @@ def _check_metadata(k, v, k_cache, v_cache):
                 "[num_pages, page_size, num_kv_heads, head_dim_v]")
     if k_cache.shape[1] == 0:
         raise ValueError(f"kv_append: k_cache must have a page_size of at least 1, got {list(k_cache.shape)}")
-    check_dtype("kv_append", "k", k, FLOATS)
-    check_dtype("kv_append", "v", v, k.dtype.name)
-    check_dtype("kv_append", "k_cache", k_cache, FLOATS)
-    check_dtype("kv_append", "v_cache", v_cache, k_cache.dtype.name)
+    new = check_dtype("kv_append", "k", k, FLOATS)
+    check_dtype("kv_append", "v", v, new)
+    cache = check_dtype("kv_append", "k_cache", k_cache, FLOATS)
+    check_dtype("kv_append", "v_cache", v_cache, cache)
     for name, array in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
         check_last_axis("kv_append", name, array)
         check_element_strides("kv_append", name, array)
     check_writeable("kv_append", "k_cache", k_cache)
     check_writeable("kv_append", "v_cache", v_cache)
+    return new, cache
 
 
 def _check_index(name, array, length, axes, dtypes=("int32",)):
@@ -177,7 +178,7 @@ def kv_append(k, v, k_cache, v_cache, /, *, slots=None, block_table=None, positi
     """
     xp = array_namespace("kv_append", k=k, v=v, k_cache=k_cache, v_cache=v_cache, slots=slots,
                          block_table=block_table, positions=positions, batch_indices=batch_indices)
-    _check_metadata(k, v, k_cache, v_cache)
+    new, cache = _check_metadata(k, v, k_cache, v_cache)
     tokens, num_kv_heads, head_dim = k.shape
     head_dim_v = v.shape[2]
     _check_choice(tokens, slots, block_table, positions, batch_indices)
@@ -188,7 +189,7 @@ def kv_append(k, v, k_cache, v_cache, /, *, slots=None, block_table=None, positi
     elif env.check():
         _check_places(k_cache, *(None if a is None else a.get() for a in (slots, block_table, positions,
                                                                           batch_indices)))
-    plan = _plan_kv_append(tokens, num_kv_heads, head_dim, head_dim_v, k.dtype.name, k_cache.dtype.name,
+    plan = _plan_kv_append(tokens, num_kv_heads, head_dim, head_dim_v, new, cache,
                            min(alignment(a) for a in (k, v, k_cache, v_cache)), arch_of(xp))
     by_table = block_table is not None
     table = page_table(block_table, k_cache) if by_table else {

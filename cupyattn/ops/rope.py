@@ -52,12 +52,14 @@ def _plan_rope(tokens, heads, head_dim, rotary_dim, x, table, style, table_strid
 
 
 def _check_table(name, table, rotary_dim):
-    check_dtype("rope", name, table, TABLES)
+    """Check a table; returns its dtype's name."""
+    dtype = check_dtype("rope", name, table, TABLES)
     if table.ndim != 2 or table.shape[1] not in (rotary_dim // 2, rotary_dim):
         raise ValueError(f"rope: {name} must be [max_pos, {rotary_dim // 2}] or [max_pos, {rotary_dim}], got "
                          f"{list(table.shape)}; give rotary_dim= when fewer dims than head_dim are rotated")
     check_last_axis("rope", name, table)
     check_element_strides("rope", name, table)
+    return dtype
 
 
 def _check_positions(positions, max_pos):
@@ -117,7 +119,7 @@ def rope(x, /, *, cos, sin, positions, style="neox", rotary_dim=None, out=None):
            [[-4.,  3.]]], dtype=float32)
     """
     xp = array_namespace("rope", x=x, cos=cos, sin=sin, positions=positions, out=out)
-    check_dtype("rope", "x", x, FLOATS)
+    dtype = check_dtype("rope", "x", x, FLOATS)
     check_shape("rope", "x", x, (None, None, None), "[tokens, num_heads, head_dim]")
     tokens, heads, head_dim = x.shape
     if style not in STYLES:
@@ -127,15 +129,15 @@ def rope(x, /, *, cos, sin, positions, style="neox", rotary_dim=None, out=None):
         raise ValueError(f"rope: rotary_dim must be even and in [2, head_dim={head_dim}], got {rotary_dim}")
     if out is None:
         out = xp.empty(x.shape, x.dtype)
-    check_dtype("rope", "out", out, x.dtype.name)
+    check_dtype("rope", "out", out, dtype)
     check_shape("rope", "out", out, x.shape, "[tokens, num_heads, head_dim]")
     check_writeable("rope", "out", out)
     for name, array in (("x", x), ("out", out)):
         check_last_axis("rope", name, array)
         check_element_strides("rope", name, array)
-    _check_table("cos", cos, rotary_dim)
+    table = _check_table("cos", cos, rotary_dim)
     check_shape("rope", "sin", sin, cos.shape, "the shape of cos")
-    check_dtype("rope", "sin", sin, cos.dtype.name)
+    check_dtype("rope", "sin", sin, table)
     _check_table("sin", sin, rotary_dim)
     max_pos, width = cos.shape
     table_stride = 2 if style == "interleaved" and width == rotary_dim else 1
@@ -146,7 +148,7 @@ def rope(x, /, *, cos, sin, positions, style="neox", rotary_dim=None, out=None):
         return out
     if xp is np or env.check():
         _check_positions(positions, max_pos)
-    plan = _plan_rope(tokens, heads, head_dim, rotary_dim, x.dtype.name, cos.dtype.name, style, table_stride,
+    plan = _plan_rope(tokens, heads, head_dim, rotary_dim, dtype, table, style, table_stride,
                       min(alignment(a) for a in (x, out, cos, sin)), arch_of(xp))
     launch(plan, make_args(
         plan, x=head_view(x), out=head_view(out), cos=cos, sin=sin, positions=positions, stride_cos=strides(cos)[0],

@@ -155,15 +155,16 @@ def fill(struct, values):
                         f"the fields are {', '.join(struct.fields)}")
     flat, arrays = [], []
     for leaf in struct.leaves:
-        value = values[leaf.top]
-        for name in leaf.sub:
+        top, sub, is_pointer, _, pointee, _ = leaf   # unpacked at once: this loop is a good part of a small call
+        value = values[top]
+        for name in sub:
             value = None if value is None else value[name]
-        if leaf.is_pointer:
+        if is_pointer:
             if value is None:
                 flat.append(0)
                 continue
-            if leaf.pointee is not None and value.dtype != leaf.pointee:
-                raise TypeError(f"{struct.name}.{leaf.path}: must be {leaf.pointee}, got {value.dtype.name}")
+            if pointee is not None and value.dtype != pointee:
+                raise TypeError(f"{struct.name}.{leaf.path}: must be {pointee}, got {value.dtype.name}")
             flat.append(address(value))
             arrays.append((leaf, value))
         else:
