@@ -25,7 +25,8 @@ FAULTS = {
     "shared_atomics": {"race"},
 }
 MANY_BLOCKS = {"blocks_collide", "reads_other_block", "last_block_reduces"}
-COMPILERS = host_compiler.available()
+COMPILERS = [pytest.param(c, id=c.family, marks=[pytest.mark.full] if i else [])
+             for i, c in enumerate(host_compiler.available())]
 
 
 def _sector_aligned(n):
@@ -46,7 +47,7 @@ def _launch(kernel, bug):
     return out
 
 
-@pytest.mark.parametrize("compiler", [pytest.param(c, id=c.family) for c in COMPILERS])
+@pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("kernel", FAULTS)
 def test_fault_is_caught_and_twin_passes(kernel, compiler):
     for schedule, seed in (("forward", 0), ("reverse", 0), ("random", 3)):

@@ -131,7 +131,20 @@ CA_INLINE void narrow_lanes(const float* x, void* codes) {
   __builtin_memcpy(codes, &raw, sizeof(raw));
 }
 
-#if defined(__F16C__)
+#if defined(__F16C__) && defined(__clang__)
+template <int N>
+CA_INLINE void widen_half(const void* codes, float* out) {
+  _Float16 raw[N];
+  __builtin_memcpy(raw, codes, sizeof(raw));
+  for (int i = 0; i < N; ++i) out[i] = static_cast<float>(raw[i]);
+}
+template <int N>
+CA_INLINE void narrow_half(const float* x, void* codes) {
+  _Float16 raw[N];
+  for (int i = 0; i < N; ++i) raw[i] = static_cast<_Float16>(x[i]);
+  __builtin_memcpy(codes, raw, sizeof(raw));
+}
+#elif defined(__F16C__)
 typedef short v8i16 __attribute__((vector_size(16)));
 typedef float v4f32 __attribute__((vector_size(16)));
 typedef float v8f32 __attribute__((vector_size(32)));

@@ -56,8 +56,14 @@ extern __attribute__((visibility("default"), tls_model("initial-exec"))) __threa
 // Runs `meet` once over the operands of all lanes of `mask`, on the stack of the last lane to arrive.
 // operands[lane] is null for a lane outside the mask.
 using Meet = void (*)(void* const* operands, uint32_t mask);
-CA_API void ca_collective(uint32_t mask, Meet meet, void* operand);
-CA_API void ca_barrier(int id, uint32_t threads, int arrive_only);  // id 0 and threads 0: __syncthreads
+// clang would merge the calls of two branches into one, and hide a divergence
+#if defined(__clang__)
+#define CA_KEEP __attribute__((nomerge))
+#else
+#define CA_KEEP
+#endif
+CA_API CA_KEEP void ca_collective(uint32_t mask, Meet meet, void* operand);
+CA_API CA_KEEP void ca_barrier(int id, uint32_t threads, int arrive_only);  // id 0 and threads 0: __syncthreads
 
 // Asynchronous copies as a checked launch sees them: the data lands when the thread waits for its group.
 CA_API void ca_cp_async(void* to, const void* from, uint32_t bytes, int valid);

@@ -14,6 +14,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <numeric>
 #include <thread>
 
 #include "executor.h"
@@ -251,7 +252,7 @@ uint64_t block_at(const CaLaunch* l, uint64_t i, uint64_t total) {
   if (l->schedule == 1) return total - 1 - i;
   if (l->schedule == 2) {
     uint64_t step = (l->seed * 2654435761u | 1) % total;
-    while (std::__gcd(step, total) != 1) step = (step + 1) % total;
+    while (std::gcd(step, total) != 1) step = (step + 1) % total;
     return (i * step + l->seed) % total;
   }
   return i;
