@@ -8,10 +8,18 @@ from .errors import CompileError, KernelCheckError
 from .ops.kv_append import kv_append
 from .ops.layer_norm import layer_norm
 from .ops.paged_decode import paged_decode
+from .ops.quant_gemm import quant_gemm
 from .ops.rms_norm import rms_norm
 from .ops.rope import rope
 from .ops.silu_mul import silu_mul
 from .ops.split_reduce import split_reduce
+from .pages import PageManager
+from .params import PagedParams, Params
+from .quant import QMatrix
+from .rope_params import RopeParams
 
-__all__ = ["CompileError", "KernelCheckError", "kv_append", "layer_norm", "paged_decode", "rms_norm", "rope", "silu_mul", "split_reduce"]
+__all__ = [
+    "CompileError", "KernelCheckError", "PagedParams", "PageManager", "Params", "QMatrix", "RopeParams",
+    "kv_append", "layer_norm", "paged_decode", "quant_gemm", "rms_norm", "rope", "silu_mul", "split_reduce",
+]
 __version__ = "0.1.0"

@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: Apache-2.0
+// dequant.cuh - reading weights in the packed layout of cupyattn/quant/layout.py, one 16 x 64 tile per warp step.
+//
+// Lane L = 4r + c owns rows r and r + 8 of a tile and, of each 16-column step t, columns 2c, 2c+8, 2c+1, 2c+9. Those
+// 16 columns in the order (t, these four) are the lane's run; a tile gives a lane two runs of 16 weights. The first
+// eight belong to group 0 (32 columns), the others to group 1.
+//
+// A format is a struct with CHUNKS (16-byte loads of codes per lane and tile), SCALES (float16 numbers per lane and
+// tile: 0, 4, or 8 with a minimum) and codes(chunks, half), the run of row r + 8 * half as floats.
+//   weight = code * scale + minimum,   rounded once: bit for bit what the format's definition gives
+#ifndef CUPYATTN_DEQUANT_CUH
+#define CUPYATTN_DEQUANT_CUH
+
+#include "prelude.cuh"
+
+constexpr int TILE_ROWS = 16;
+constexpr int TILE_COLUMNS = 64;
+constexpr int RUN = 16;
+
+// ---- a run of 16 floats and sums over runs ---------------------------------------------------------------------
+
+#if CA_CPU && CA_FUSED
+namespace ca {
+typedef float Floats16 __attribute__((vector_size(64)));
+typedef float Floats16Unaligned __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t Ints16 __attribute__((vector_size(64)));
+typedef uint8_t Bytes16 __attribute__((vector_size(16), aligned(1), may_alias));
+typedef int8_t SignedBytes16 __attribute__((vector_size(16), aligned(1), may_alias));
+}  // namespace ca
+
+struct Run {
+  ca::Floats16 v;
+};
+// 16 running sums on the host, where they are one vector register; added up by total().
+struct RunSum {
+  ca::Floats16 v = {};
+  CA_INLINE void add_product(const Run& a, const Run& b) { v += a.v * b.v; }
+  CA_INLINE float total() const {
+    float sum[16];
+    __builtin_memcpy(sum, &v, sizeof(sum));
+#pragma GCC unroll 4
+    for (int width = 8; width > 0; width /= 2) {
+      for (int i = 0; i < width; ++i) sum[i] += sum[i + width];
+    }
+    return sum[0];
+  }
+};
+CA_INLINE Run load_run(const float* p) { return {*reinterpret_cast<const ca::Floats16Unaligned*>(p)}; }
+#else
+struct Run {
+  float v[RUN];
+};
+struct RunSum {
+  float v = 0.0f;
+  __device__ __forceinline__ void add_product(const Run& a, const Run& b) {
+#pragma unroll
+    for (int i = 0; i < RUN; ++i) v = fmaf(a.v[i], b.v[i], v);
+  }
+  __device__ __forceinline__ float total() const { return v; }
+};
+// 64 bytes of shared memory at a multiple of 16
+__device__ __forceinline__ Run load_run(const float* p) {
+  Run run;
+#pragma unroll
+  for (int i = 0; i < RUN; i += 4) {
+    const Vec<float, 4> part = load_vec<float, 4>(p + i);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) run.v[i + j] = part.v[j];
+  }
+  return run;
+}
+#endif
+
+// Four unsigned bytes less ZERO as floats: 2^23 + byte has the byte in its last bits.
+template <int ZERO>
+__device__ __forceinline__ void bytes_to_float(uint32_t four, float* out) {
+#pragma unroll
+  for (int b = 0; b < 4; ++b) out[b] = __uint_as_float(0x4b000000u | (four >> (8 * b) & 0xffu)) - (8388608.0f + ZERO);
+}
+
+__device__ __forceinline__ uint32_t word_of(const uint4& x, int i) {
+  return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
+}
+
+// ---- formats ---------------------------------------------------------------------------------------------------
+
+// Two codes per byte, the low nibble of row r, the high one of row r + 8; ZERO is the nibble that stands for 0.
+template <int ZERO>
+struct Nibbles {
+  static constexpr int CHUNKS = 1;
+  static __device__ __forceinline__ Run codes(const uint4 (&chunks)[CHUNKS], int half) {
+    Run run;
+#if CA_CPU && CA_FUSED
+    ca::Bytes16 bytes;
+    __builtin_memcpy(&bytes, chunks, sizeof(bytes));
+    bytes = half ? bytes >> 4 : bytes & 15;
+    run.v = __builtin_convertvector(__builtin_convertvector(bytes, ca::Ints16) - ZERO, ca::Floats16);
+#else
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      bytes_to_float<ZERO>(word_of(chunks[0], t) >> (4 * half) & 0x0f0f0f0fu, run.v + 4 * t);
+    }
+#endif
+    return run;
+  }
+};
+struct Q4_0 : Nibbles<8> {
+  static constexpr int SCALES = 4;
+};
+struct Q4_1 : Nibbles<0> {
+  static constexpr int SCALES = 8;
+};
+
+struct Q8_0 {
+  static constexpr int CHUNKS = 2;
+  static constexpr int SCALES = 4;
+  static __device__ __forceinline__ Run codes(const uint4 (&chunks)[CHUNKS], int half) {
+    Run run;
+#if CA_CPU && CA_FUSED
+    ca::SignedBytes16 bytes;
+    __builtin_memcpy(&bytes, &chunks[half], sizeof(bytes));
+    run.v = __builtin_convertvector(__builtin_convertvector(bytes, ca::Ints16), ca::Floats16);
+#else
+#pragma unroll
+    for (int t = 0; t < 4; ++t) bytes_to_float<128>(word_of(chunks[half], t) ^ 0x80808080u, run.v + 4 * t);
+#endif
+    return run;
+  }
+};
+
+// Weights kept as they are: no scales, CHUNKS / 2 chunks for each of the two rows.
+template <typename W>
+struct Dense {
+  static constexpr int CHUNKS = 2 * sizeof(W);
+  static constexpr int SCALES = 0;
+  static __device__ __forceinline__ Run codes(const uint4 (&chunks)[CHUNKS], int half) {
+    constexpr int PER_CHUNK = 16 / sizeof(W);
+    Run run;
+#pragma unroll
+    for (int i = 0; i < CHUNKS / 2; ++i) {
+      const uint4 chunk = chunks[half * (CHUNKS / 2) + i];
+      float part[PER_CHUNK];
+      to_float(*reinterpret_cast<const Vec<W, PER_CHUNK>*>(&chunk), part);
+#pragma unroll
+      for (int j = 0; j < PER_CHUNK; ++j) run.v[i * PER_CHUNK + j] = part[j];
+    }
+    return run;
+  }
+};
+
+// ---- a lane's share of a tile ----------------------------------------------------------------------------------
+
+template <typename F>
+struct LaneTile {
+  static constexpr int CODE_BYTES = 512 * F::CHUNKS;
+  static constexpr int TILE_BYTES = CODE_BYTES + 16 * F::SCALES;
+  static constexpr int PARAMETERS = F::SCALES > 0 ? F::SCALES : 1;
+
+  uint4 chunks[F::CHUNKS];
+  Vec<__half, PARAMETERS> scales;  // (r, group 0), (r, group 1), (r + 8, group 0), (r + 8, group 1), then the minima
+
+  __device__ __forceinline__ void load(const uint8_t* tile, int lane) {
+    const uint4* codes = reinterpret_cast<const uint4*>(tile);
+#pragma unroll
+    for (int i = 0; i < F::CHUNKS; ++i) chunks[i] = codes[32 * i + lane];
+    if constexpr (F::SCALES > 0) {
+      scales = load_vec<__half, PARAMETERS>(reinterpret_cast<const __half*>(tile + CODE_BYTES) + lane / 4 * PARAMETERS);
+    }
+  }
+
+  // The lane's weights of row r (weights[0]) and row r + 8 (weights[1]).
+  __device__ __forceinline__ void dequantize(Run (&weights)[2]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) weights[half] = F::codes(chunks, half);
+    if constexpr (F::SCALES > 0) {
+      float p[PARAMETERS];
+      to_float(scales, p);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        scale_groups(weights[half], p[2 * half], p[2 * half + 1]);
+        if constexpr (F::SCALES == 8) add_groups(weights[half], p[4 + 2 * half], p[5 + 2 * half]);
+      }
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ void scale_groups(Run& run, float s0, float s1) {
+#if CA_CPU && CA_FUSED
+    run.v *= ca::Floats16{s0, s0, s0, s0, s0, s0, s0, s0, s1, s1, s1, s1, s1, s1, s1, s1};
+#else
+#pragma unroll
+    for (int i = 0; i < RUN; ++i) run.v[i] *= i < 8 ? s0 : s1;
+#endif
+  }
+  static __device__ __forceinline__ void add_groups(Run& run, float m0, float m1) {
+#if CA_CPU && CA_FUSED
+    run.v += ca::Floats16{m0, m0, m0, m0, m0, m0, m0, m0, m1, m1, m1, m1, m1, m1, m1, m1};
+#else
+#pragma unroll
+    for (int i = 0; i < RUN; ++i) run.v[i] += i < 8 ? m0 : m1;
+#endif
+  }
+};
+
+#endif  // CUPYATTN_DEQUANT_CUH

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Activations times a packed weight. Kernel: ``cuda_src/quant_gemm.cu``."""
+
+import functools
+
+from ..quant import QMatrix
+from ..quant.layout import FORMATS, tiles
+from ..runtime import Plan, Specialisation, arch_of, launch, make_args
+from ..runtime.arrays import alignment, array_namespace, as_rows, row_view
+from ..runtime.checks import FLOATS, check_dtype, check_shape, check_writeable
+
+_MAX_SLICE_TILES = 24   # MAX_SLICE_TILES of the kernel
+
+
+def _spec(x, out, bias, format, m_tile, row_tiles, warps, vec):
+    return Specialisation("quant_gemm", "quant_gemm", "QuantGemmArgs",
+                          {"T": x, "U": out, "B": bias, "FORMAT": FORMATS[format].trait, "M_TILE": m_tile,
+                           "ROW_TILES": row_tiles, "WARPS": warps, "VEC": vec})
+
+
+CORE = [_spec(*case) for case in (
+    ("float16", "float16", "float32", "q4_1", 1, 4, 1, 8), ("float16", "float32", "float16", "q8_0", 1, 4, 1, 8),
+    ("float32", "float32", "float32", "q4_1", 8, 2, 1, 4), ("float32", "float16", "float32", "q4_0", 2, 1, 1, 1),
+    ("bfloat16", "bfloat16", "bfloat16", "q4_0", 4, 1, 4, 8), ("bfloat16", "float32", "float32", "q8_0", 8, 1, 4, 8),
+    ("float16", "bfloat16", "float32", "float16", 4, 2, 1, 8), ("float32", "float32", "float32", "float32", 1, 1, 4, 4),
+    ("bfloat16", "float16", "float32", "bfloat16", 2, 1, 4, 1), ("float16", "float16", "float32", "q4_1", 8, 1, 4, 1),
+)]
+ALL = [*CORE, *(spec for x in FLOATS for u in FLOATS for b in dict.fromkeys((x, "float32")) for f in FORMATS
+                for m in (1, 2, 4, 8) for r, w in ((1, 1), (2, 1), (4, 1), (1, 4))
+                for vec in (1, 4 if x == "float32" else 8) if (spec := _spec(x, u, b, f, m, r, w, vec)) not in CORE)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_quant_gemm(tokens, shape, format, x, out, bias, align, arch):
+    """Plan from the number of rows of x, the weight's shape and format, dtype names, x's alignment and arch."""
+    row_tiles, column_tiles = tiles(shape)
+    m_tile = next((m for m in (1, 2, 4) if tokens <= m), 8)
+    vec = 16 // (4 if x == "float32" else 2) if align == 16 else 1
+    if arch == "cpu":
+        # one warp per block: threads are dear here, and every warp of a block adds some
+        warps, tiles_per_block = 1, next((n for n in (4, 2) if row_tiles // n >= 24), 1)
+    else:
+        warps, tiles_per_block = 4, 1
+    shared = 4 * m_tile * (64 * _MAX_SLICE_TILES + warps * tiles_per_block * 16)
+    note = f"{m_tile} rows of x per block, {vec} elements per load"
+    return Plan(_spec(x, out, bias, format, m_tile, tiles_per_block, warps, vec), arch,
+                (-(-row_tiles // tiles_per_block), -(-tokens // m_tile)), (32 * warps,), shared, note=note)
+
+
+def quant_gemm(x, qmatrix, /, *, bias=None, accumulate=False, out=None):
+    """Product of activations and a packed weight matrix.
+
+    out = x @ W.T + bias (+ out with ``accumulate=True``)
+
+    Parameters
+    ----------
+    x : ndarray [..., K], float16, bfloat16 or float32
+        Rows may be strided (a slice of a wider array); the last axis is contiguous.
+    qmatrix : QMatrix [N, K]
+    bias : ndarray [N], float32 or x.dtype, optional
+    accumulate : bool
+        Add to what `out` holds instead of replacing it. Needs `out`.
+    out : ndarray [..., N], float16, bfloat16 or float32, optional
+        Default: a new array of x.dtype. May not overlap `x`.
+
+    Returns
+    -------
+    out : ndarray [..., N]
+        Same kind (NumPy or CuPy) as `x`.
+
+    Raises
+    ------
+    TypeError
+        NumPy and CuPy arrays mixed, an unsupported dtype, or `qmatrix` no QMatrix.
+    ValueError
+        Shapes that do not fit, a last axis that is not contiguous, or ``accumulate=True`` without `out`.
+
+    Notes
+    -----
+    Weights, products and sums are float32; the store is the only rounding. A row of `out` has the same bits whatever
+    the number of rows. On CuPy arrays asynchronous on the current stream. Kernel: ``cuda_src/quant_gemm.cu``.
+
+    Examples
+    --------
+    >>> import numpy as np, cupyattn
+    >>> w = cupyattn.QMatrix.from_dense(np.eye(2, 8, dtype=np.float16))
+    >>> cupyattn.quant_gemm(np.arange(8, dtype=np.float32), w)
+    array([0., 1.], dtype=float32)
+    """
+    if not isinstance(qmatrix, QMatrix):
+        raise TypeError(f"quant_gemm: qmatrix must be a QMatrix, got {type(qmatrix).__name__}; "
+                        "make one with QMatrix.from_dense(w)")
+    xp = array_namespace("quant_gemm", x=x, qmatrix=qmatrix.packed, bias=bias, out=out)
+    check_dtype("quant_gemm", "x", x, FLOATS)
+    rows, columns = qmatrix.shape
+    if x.ndim == 0 or x.shape[-1] != columns:
+        raise ValueError(f"quant_gemm: x must be [..., in_features={columns}], got {list(x.shape)}")
+    if bias is not None:
+        check_dtype("quant_gemm", "bias", bias, tuple(dict.fromkeys(("float32", x.dtype.name))))
+        check_shape("quant_gemm", "bias", bias, (rows,), "[out_features]")
+    if out is None:
+        if accumulate:
+            raise ValueError("quant_gemm: out must be given with accumulate=True, got None")
+        out = xp.empty((*x.shape[:-1], rows), x.dtype)
+    check_dtype("quant_gemm", "out", out, FLOATS)
+    check_shape("quant_gemm", "out", out, (*x.shape[:-1], rows), "[..., out_features]")
+    check_writeable("quant_gemm", "out", out)
+    x_rows, out_rows = as_rows("quant_gemm", "x", x[None]), as_rows("quant_gemm", "out", out[None])
+    if out.size == 0:
+        return out
+    plan = _plan_quant_gemm(x_rows.shape[0], qmatrix.shape, qmatrix.format, x.dtype.name, out.dtype.name,
+                            "float32" if bias is None else bias.dtype.name, alignment(x_rows), arch_of(xp))
+    row_tiles, column_tiles = qmatrix.packed.shape[:2]
+    launch(plan, make_args(plan, x=row_view(x_rows), out=row_view(out_rows), packed=qmatrix.packed, bias=bias,
+                           stride_bias=0 if bias is None else bias.strides[0] // bias.itemsize,
+                           tokens=x_rows.shape[0], rows=rows, columns=columns, row_tiles=row_tiles,
+                           column_tiles=column_tiles, accumulate=int(accumulate)))
+    return out

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+import time
+
+import gguf
+import ml_dtypes
+import numpy as np
+import pytest
+from compare import assert_same_bits
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from cupyattn import QMatrix
+
+BITS = {"Q4_0": 4.5, "Q4_1": 5, "Q8_0": 8.5}
+rng = np.random.default_rng(3)
+
+
+def _quantized(name, n, k, generator=rng):
+    kind = gguf.GGMLQuantizationType[name]
+    raw = gguf.quants.quantize(generator.standard_normal((n, k)).astype(np.float32), kind)
+    return raw, gguf.quants.dequantize(raw, kind)
+
+
+@pytest.mark.parametrize("name", BITS)
+@pytest.mark.parametrize("shape", [(16, 64), (1, 32), (8, 32), (24, 96), (33, 576), (576, 1536)])
+def test_reconstruct_is_ggufs_dequantizer(xp, name, shape):
+    raw, want = _quantized(name, *shape)
+    kept = raw.copy()
+    matrix = QMatrix.from_gguf(raw, name, shape, xp=xp.module)
+    assert_same_bits(raw, kept)
+    got = matrix.reconstruct()
+    assert isinstance(got, xp.module.ndarray) and isinstance(matrix.packed, xp.module.ndarray)
+    assert_same_bits(xp.numpy(got), want)
+    assert matrix.shape == shape and matrix.format == name.lower()
+    assert repr(matrix) == f"QMatrix({name.lower()}, {shape[0]}x{shape[1]}, {BITS[name]:g} bits per weight)"
+    tiles = -(-shape[0] // 16) * -(-shape[1] // 64)
+    assert matrix.nbytes == tiles * 16 * 64 * BITS[name] / 8
+
+
+@pytest.mark.parametrize("name", BITS)
+def test_every_block_content_is_read_as_gguf_reads_it(name):
+    size = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}[name]
+    raw = rng.integers(0, 256, (48, 4, size), np.uint8)
+    header = 4 if name == "Q4_1" else 2
+    raw[..., :header] = rng.standard_normal((48, 4, header // 2)).astype(np.float16).view(np.uint8)
+    kind = gguf.GGMLQuantizationType[name]
+    want = gguf.quants.dequantize(raw.reshape(48, -1), kind)
+    for spelling in (name, name.lower(), int(kind), kind):
+        np.testing.assert_array_equal(QMatrix.from_gguf(raw, spelling, (48, 128)).reconstruct(), want)
+
+
+def test_type_and_layout_of_dense_gguf_tensors():
+    w = rng.standard_normal((16, 24)).astype(np.float32)
+    for name, dtype in (("F32", np.float32), ("F16", np.float16), ("BF16", ml_dtypes.bfloat16)):
+        values = w.astype(dtype)
+        matrix = QMatrix.from_gguf(values.view(np.uint8), name, (16, 24))
+        assert matrix.format == np.dtype(dtype).name
+        assert_same_bits(matrix.reconstruct(), values.astype(np.float32))
+
+
+def test_one_tile_is_laid_out_as_documented():
+    w = np.arange(16 * 64, dtype=np.float32).reshape(16, 64)
+    packed = QMatrix.from_dense(w).packed
+    chunks = packed[0, 0].view(np.float32).reshape(8, 8, 4, 4)          # [chunk, r, c, 4 values]
+    for r, c, t, half in ((0, 0, 0, 0), (5, 3, 2, 1), (7, 1, 3, 0)):
+        columns = 16 * t + 2 * c + np.array([0, 8, 1, 9])
+        np.testing.assert_array_equal(chunks[4 * half + t, r, c], w[r + 8 * half, columns])
+
+
+def test_concat():
+    parts = [_quantized("Q4_1", n, 96) for n in (32, 16, 7)]
+    joined = QMatrix.concat(QMatrix.from_gguf(raw, "Q4_1", want.shape) for raw, want in parts)
+    assert joined.shape == (55, 96)
+    assert_same_bits(joined.reconstruct(), np.concatenate([want for _, want in parts]))
+    odd, other = QMatrix.from_dense(np.zeros((7, 96), np.float16)), QMatrix.from_dense(np.zeros((16, 8), np.float16))
+    with pytest.raises(ValueError, match="must agree in format and in_features"):
+        QMatrix.concat([joined, odd])
+    with pytest.raises(ValueError, match="must agree in format and in_features"):
+        QMatrix.concat([odd, other])
+    with pytest.raises(ValueError, match="out_features a multiple of 16, got QMatrix"):
+        QMatrix.concat([odd, odd])
+    with pytest.raises(ValueError, match="at least one"):
+        QMatrix.concat([])
+
+
+def test_errors():
+    raw, _ = _quantized("Q4_0", 16, 64)
+    with pytest.raises(NotImplementedError, match="type must be one of Q4_0, Q4_1, Q8_0, F32, F16, BF16, got 'Q6_K'"):
+        QMatrix.from_gguf(raw, "Q6_K", (16, 64))
+    with pytest.raises(ValueError, match="data must hold 64 blocks of 18 bytes, got 576 bytes"):
+        QMatrix.from_gguf(raw, "Q4_0", (16, 128))
+    with pytest.raises(ValueError, match="in_features a multiple of 32 for Q4_0"):
+        QMatrix.from_gguf(raw, "Q4_0", (32, 40))
+    with pytest.raises(TypeError, match="data must be uint8, got float32"):
+        QMatrix.from_gguf(raw.view(np.float32), "Q4_0", (16, 64))
+    with pytest.raises(ValueError, match="in_features a multiple of 8"):
+        QMatrix.from_dense(np.zeros((16, 12), np.float16))
+    with pytest.raises(TypeError, match="w must be float16 or bfloat16 or float32, got float64"):
+        QMatrix.from_dense(np.zeros((16, 16)))
+    with pytest.raises(ValueError, match=r"w must be \[out_features, in_features\]"):
+        QMatrix.from_dense(np.zeros(16, np.float16))
+    with pytest.raises(ValueError, match="both at least 1"):
+        QMatrix.from_gguf(raw[:0], "Q4_0", (0, 64))
+
+
+@pytest.mark.parametrize("name", BITS)
+def test_packing_is_fast(name):
+    raw, _ = _quantized(name, 64, 576)
+    raw = np.tile(raw, (384, 1))
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        QMatrix.from_gguf(raw, name, (64 * 384, 576))
+        seconds.append(time.perf_counter() - start)
+    assert raw.nbytes / min(seconds) > 200e6, f"{raw.nbytes / min(seconds) / 1e6:.0f} MB/s"
+
+
+@hypothesis_settings(max_examples=40, deadline=None, derandomize=True)
+@given(n=st.integers(1, 70), groups=st.integers(1, 9), name=st.sampled_from(list(BITS)), seed=st.integers(0, 2**32 - 1))
+def test_any_shape_round_trips(n, groups, name, seed):
+    raw, want = _quantized(name, n, 32 * groups, np.random.default_rng(seed))
+    assert_same_bits(QMatrix.from_gguf(raw, name, want.shape).reconstruct(), want)
+    for dtype in (np.float16, ml_dtypes.bfloat16, np.float32):
+        dense = want[:, :max(8, 8 * (seed % (4 * groups)))].astype(dtype)
+        assert_same_bits(QMatrix.from_dense(dense).reconstruct(), dense.astype(np.float32))

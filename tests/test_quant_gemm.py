@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+import functools
+
+import gguf
+import numpy as np
+import pytest
+from compare import assert_close, assert_same_bits, dtype_of, poison
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+import cupyattn
+from cupyattn import QMatrix
+from cupyattn.ops.quant_gemm import _plan_quant_gemm
+from cupyattn.reference.quant_gemm import quant_gemm as expected_gemm
+from cupyattn.runtime.cpu import settings
+
+FORMATS = ("q4_0", "q4_1", "q8_0", "float16", "bfloat16", "float32")
+# relative Frobenius error by output type
+BOUND = {"float32": 1e-5, "float16": 3e-4, "bfloat16": 2e-3}
+rng = np.random.default_rng(11)
+
+
+@functools.lru_cache(maxsize=64)
+def _weight(format, n, k):
+    """(QMatrix, its weights by an independent decoder, float32)."""
+    w = np.random.default_rng((n, k)).standard_normal((n, k)).astype(np.float32)
+    if format.startswith("q"):
+        kind = gguf.GGMLQuantizationType[format.upper()]
+        raw = gguf.quants.quantize(w, kind)
+        return QMatrix.from_gguf(raw, kind, (n, k)), gguf.quants.dequantize(raw, kind)
+    dense = w.astype(dtype_of(format))
+    return QMatrix.from_dense(dense), dense.astype(np.float32)
+
+
+def _error(got, want):
+    got, want = np.asarray(got).astype(np.float64), np.asarray(want).astype(np.float64)
+    return np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)
+
+
+def _x(m, k, dtype):
+    return rng.standard_normal((m, k)).astype(dtype_of(dtype))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype, out_dtype", [("float16", "float16"), ("float16", "float32"), ("bfloat16", "bfloat16"),
+                                              ("float32", "float32")])
+def test_against_gguf(xp, format, dtype, out_dtype):
+    matrix, w = _weight(format, 80, 672)
+    x = _x(3, 672, dtype)
+    want = x.astype(np.float64) @ w.astype(np.float64).T
+    out = poison(xp.array(np.empty((3, 80), dtype_of(out_dtype)))) if xp.name == "numpy" \
+        else xp.array(np.full((3, 80), np.nan, dtype_of(out_dtype)))
+    got = cupyattn.quant_gemm(xp.array(x), matrix.to(xp.module), out=out)
+    assert got is out
+    assert _error(xp.numpy(got), want) <= BOUND[out_dtype]
+    assert_close(expected_gemm(x, matrix), want, 1e-12, 1e-12)
+
+
+@pytest.mark.parametrize("m", [0, 1, 2, 3, 7, 8, 9, 17, 33])
+@pytest.mark.parametrize("format", ["q4_1", "q8_0"])
+def test_rows_of_x(xp, m, format):
+    matrix, w = _weight(format, 40, 96)
+    x = _x(m, 96, "float32")
+    got = cupyattn.quant_gemm(xp.array(x), matrix.to(xp.module))
+    assert got.shape == (m, 40) and got.dtype == np.float32
+    if m:
+        assert _error(xp.numpy(got), x.astype(np.float64) @ w.astype(np.float64).T) <= 1e-5
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_one_hot_row_reads_a_column_exactly(format, fused):
+    matrix, w = _weight(format, 24, 1696)       # two slices
+    columns = [0, 1, 7, 8, 15, 16, 31, 32, 63, 64, 127, 128, 1535, 1536, 1695]
+    x = np.zeros((len(columns), 1696), np.float32)
+    x[range(len(columns)), columns] = 1
+    with settings(fused=fused):
+        np.testing.assert_array_equal(cupyattn.quant_gemm(x, matrix), w[:, columns].T)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_row_has_the_same_bits_whatever_stands_around_it(format, fused):
+    matrix, _ = _weight(format, 40, 1632)
+    x = _x(17, 1632, "float16")
+    with settings(fused=fused):
+        whole = cupyattn.quant_gemm(x, matrix)
+        for start, stop in ((0, 1), (16, 17), (3, 5), (3, 6), (1, 9), (2, 14)):
+            assert_same_bits(whole[start:stop], cupyattn.quant_gemm(x[start:stop], matrix))
+
+
+def test_bias_accumulate_and_out_dtype(xp):
+    matrix, w = _weight("q4_1", 40, 96)
+    x, held = _x(5, 96, "float16"), _x(5, 40, "float32")
+    for bias in (_x(1, 40, "float32")[0], _x(1, 40, "float16")[0]):
+        out = xp.array(held)
+        matrix.to(xp.module).matmul(xp.array(x), bias=xp.array(bias), accumulate=True, out=out)
+        want = expected_gemm(x, matrix, bias=bias, accumulate=True, out=held)
+        assert_close(xp.numpy(out), want, 1e-5, 1e-6)
+    reversed_bias = xp.array(np.repeat(bias, 2))[::2]
+    assert_close(xp.numpy(cupyattn.quant_gemm(xp.array(x), matrix.to(xp.module), bias=reversed_bias)),
+                 expected_gemm(x, matrix, bias=bias), 1e-3, 2.0**-11)
+
+
+def test_strided_and_offset_views(xp):
+    matrix, _ = _weight("q8_0", 40, 96)
+    base = _x(6, 120, "bfloat16")
+    want = expected_gemm(base[::2, 5:101], matrix)
+    got = cupyattn.quant_gemm(xp.array(base)[::2, 5:101], matrix.to(xp.module))
+    assert _error(xp.numpy(got), want) <= BOUND["bfloat16"]
+    out = xp.array(np.full((3, 50), np.nan, np.float32))
+    cupyattn.quant_gemm(xp.array(base)[::2, 5:101], matrix.to(xp.module), out=out[:, 3:43])
+    host = xp.numpy(out)
+    assert _error(host[:, 3:43], want) <= 1e-5
+    assert np.isnan(host[:, :3]).all() and np.isnan(host[:, 43:]).all()
+    one = cupyattn.quant_gemm(xp.array(base)[2, 5:101], matrix.to(xp.module))
+    assert_same_bits(xp.numpy(one), xp.numpy(got)[1])
+    three = cupyattn.quant_gemm(xp.array(base[:, 5:101]).reshape(2, 3, 96), matrix.to(xp.module))
+    assert three.shape == (2, 3, 40)
+
+
+def test_nan_and_infinity_stay_in_their_row():
+    matrix, _ = _weight("q4_1", 24, 96)
+    x = _x(9, 96, "float32")
+    clean = cupyattn.quant_gemm(x, matrix)
+    x[2, 5], x[7, 95] = np.nan, np.inf
+    got = cupyattn.quant_gemm(x, matrix)
+    assert np.isnan(got[2]).all() and not np.isfinite(got[7]).any()
+    rest = [i for i in range(9) if i not in (2, 7)]
+    assert_same_bits(got[rest], clean[rest])
+
+
+def test_outliers_and_partial_sums_past_float16():
+    matrix, w = _weight("q8_0", 24, 1632)
+    x = _x(2, 1632, "float16")
+    x[:, ::200] *= 100
+    assert _error(cupyattn.quant_gemm(x, matrix), x.astype(np.float64) @ w.astype(np.float64).T) <= 3e-4
+    ones = QMatrix.from_dense(np.concatenate([np.ones((8, 800)), -np.ones((8, 792))], axis=1).astype(np.float16))
+    got = cupyattn.quant_gemm(np.full((1, 1592), 1000, np.float16), ones)
+    np.testing.assert_array_equal(got, np.full((1, 8), 8000, np.float16))
+
+
+def test_errors():
+    matrix, _ = _weight("q4_1", 40, 96)
+    x = np.zeros((2, 96), np.float16)
+    with pytest.raises(TypeError, match="qmatrix must be a QMatrix, got ndarray"):
+        cupyattn.quant_gemm(x, np.zeros((40, 96), np.float16))
+    with pytest.raises(ValueError, match=r"x must be \[..., in_features=96\], got \[2, 95\]"):
+        cupyattn.quant_gemm(x[:, :95], matrix)
+    with pytest.raises(TypeError, match="x must be float16 or bfloat16 or float32, got float64"):
+        cupyattn.quant_gemm(x.astype(np.float64), matrix)
+    with pytest.raises(ValueError, match=r"bias must be \[out_features\] = \[40\], got \[39\]"):
+        cupyattn.quant_gemm(x, matrix, bias=np.zeros(39, np.float32))
+    with pytest.raises(TypeError, match="bias must be float32 or float16, got bfloat16"):
+        cupyattn.quant_gemm(x, matrix, bias=np.zeros(40, dtype_of("bfloat16")))
+    with pytest.raises(ValueError, match="out must be given with accumulate=True"):
+        cupyattn.quant_gemm(x, matrix, accumulate=True)
+    with pytest.raises(ValueError, match="x must have a contiguous last axis"):
+        cupyattn.quant_gemm(np.zeros((96, 2), np.float16).T, matrix)
+    with pytest.raises(ValueError, match=r"out must be \[..., out_features\] = \[2, 40\], got \[2, 41\]"):
+        cupyattn.quant_gemm(x, matrix, out=np.zeros((2, 41), np.float16))
+
+
+def test_plan_says_what_it_picked():
+    plan = _plan_quant_gemm(3, (576, 1536), "q4_1", "float16", "float32", "float32", 16, "sm_90a")
+    assert plan.grid == (36, 1, 1) and plan.block == (128, 1, 1) and "4 rows of x per block" in repr(plan)
+
+
+@pytest.mark.parametrize("format, dtype", [("q4_0", "float16"), ("q4_1", "bfloat16"), ("q8_0", "float32"),
+                                           ("float16", "float16"), ("float32", "float32")])
+def test_quant_gemm_checked(format, dtype):
+    matrix, _ = _weight(format, 24, 96)
+    x = _x(3, 96, dtype)
+    want = expected_gemm(x, matrix)
+    results = []
+    for schedule, seed in (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2)):
+        with settings(check=True, schedule=schedule, seed=seed):
+            results.append(cupyattn.quant_gemm(x, matrix, out=poison(np.empty((3, 24), np.float32))))
+    assert _error(results[0], want) <= 1e-5
+    for other in results[1:]:
+        assert_same_bits(other, results[0])
+
+
+@hypothesis_settings(max_examples=25, deadline=None, derandomize=True)
+@given(m=st.integers(0, 10), n=st.integers(1, 9).map(lambda i: 8 * i), groups=st.integers(1, 60),
+       format=st.sampled_from(["q4_1", "q8_0"]), offset=st.integers(0, 9), seed=st.integers(0, 2**32 - 1))
+def test_shapes(m, n, groups, format, offset, seed):
+    k = 32 * groups
+    matrix, w = _weight(format, n, k)
+    x = np.random.default_rng(seed).standard_normal((m, k + offset)).astype(np.float32)[:, offset:]
+    got = cupyattn.quant_gemm(x, matrix)
+    assert got.shape == (m, n)
+    if m:
+        assert _error(got, x.astype(np.float64) @ w.astype(np.float64).T) <= 1e-5
