@@ -5,6 +5,7 @@ NumPy arrays in: the `.cu` source runs on the CPU. CuPy arrays in: it runs on th
 """
 
 from .errors import CompileError, KernelCheckError
+from .ops.embedding import embedding
 from .ops.kv_append import kv_append
 from .ops.layer_norm import layer_norm
 from .ops.paged_decode import paged_decode
@@ -20,6 +21,6 @@ from .rope_params import RopeParams
 
 __all__ = [
     "CompileError", "KernelCheckError", "PagedParams", "PageManager", "Params", "QMatrix", "RopeParams",
-    "kv_append", "layer_norm", "paged_decode", "quant_gemm", "rms_norm", "rope", "silu_mul", "split_reduce",
+    "embedding", "kv_append", "layer_norm", "paged_decode", "quant_gemm", "rms_norm", "rope", "silu_mul", "split_reduce",
 ]
 __version__ = "0.1.0"

@@ -34,7 +34,7 @@ def _shapes():
 
 
 @pytest.mark.parametrize("tokens", [1, 8])
-@pytest.mark.parametrize("name, n, k, kind", _shapes(), ids=lambda v: str(v).replace(" ", "-"))
+@pytest.mark.parametrize("name, n, k, kind", list(_shapes()), ids=lambda v: str(v).replace(" ", "-"))
 def bench_quant_gemm(bench, name, n, k, kind, tokens):
     """float16 activations; the baseline multiplies by weights dequantized beforehand (float32 NumPy, float16 CuPy)."""
     matrix, dense = _weight(n, k, kind)
