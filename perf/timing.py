@@ -103,17 +103,16 @@ def find_device():
 DEVICE = find_device()
 
 
-def seconds_per_call(call, sets, rounds=10, device=DEVICE):
+def seconds_per_call(call, sets, rounds=10):
     """Median time of one call over `rounds` rounds on the device."""
-    start = device.now()
-    device.repeated(call, sets, 1)()
-    estimate = device.now() - start
-    calls = device.calls_for(estimate)
-    run = device.repeated(call, sets, calls)
+    start = DEVICE.now()
+    DEVICE.repeated(call, sets, 1)()
+    calls = DEVICE.calls_for(DEVICE.now() - start)
+    run = DEVICE.repeated(call, sets, calls)
     run()
     times = []
     for _ in range(rounds):
-        start = device.now()
+        start = DEVICE.now()
         run()
-        times.append((device.now() - start) / calls)
+        times.append((DEVICE.now() - start) / calls)
     return statistics.median(times)

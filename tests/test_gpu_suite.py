@@ -104,7 +104,6 @@ def pretended_gpu(monkeypatch):
 
         for module in (timing, ceilings):
             monkeypatch.setattr(module, "DEVICE", gpu)
-        monkeypatch.setattr(timing.seconds_per_call, "__defaults__", (2, gpu))
         yield gpu
 
 

@@ -44,6 +44,18 @@ def test_kv_append(xp, dtype, cache_dtype, heads, head_dim):
     check(xp, k, v, empty_caches(3, 4, heads, head_dim, cache_dtype), slots=np.int32([11, 0, -1, 5, 6]))
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("cache_dtype", FLOATS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("page_size", [1, 2, 7, 16, 64, 192, 256])
+@pytest.mark.parametrize("head_dim, head_dim_v", [(8, 8), (72, 80), (96, 64), (100, 33), (128, 128), (192, 128)])
+def test_every_specialisation(xp, dtype, cache_dtype, page_size, head_dim, head_dim_v):
+    for heads in (1, 5, 8):
+        k, v = new_tokens(11, heads, head_dim, dtype, head_dim_v)
+        slots = rng.permutation(11 * page_size)[:11].astype(np.int64)
+        check(xp, k, v, empty_caches(11, page_size, heads, head_dim, cache_dtype, head_dim_v), slots=slots)
+
+
 @pytest.mark.parametrize("slot_dtype", [np.int32, np.int64])
 @pytest.mark.parametrize("page_size", [1, 3, 16])
 def test_slots(xp, slot_dtype, page_size):

@@ -82,6 +82,24 @@ def test_fused_projection_in_place(xp, style):
     assert_same_bits(got[:, rotated:], fused[:, rotated:])
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("table_dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("head_dim", [2, 6, 8, 16, 40, 64, 72, 80, 96, 100, 112, 128, 192, 256])
+def test_every_specialisation(xp, dtype, table_dtype, wide, style, head_dim):
+    for rotary_dim in {head_dim, max(2, head_dim // 4 * 2)}:
+        x = rng.standard_normal((9, 7, head_dim)).astype(dtype_of(dtype))
+        cos, sin = tables(30, rotary_dim, dtype=table_dtype)
+        positions = rng.integers(0, 30, 9).astype(np.int32)
+        want = expected_rope(x, cos=cos, sin=sin, positions=positions, style=style, rotary_dim=rotary_dim)
+        if wide:
+            cos, sin = full_width(cos, style), full_width(sin, style)
+        got = run(xp, xp.array(x), cos, sin, positions, style=style, rotary_dim=rotary_dim)
+        assert_close(xp.numpy(got), want, *tolerance(dtype, x))
+
+
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("start, rotary_dim", [(1, 16), (8, 12), (3, 32)])
 def test_offset_views_and_partial_in_place(xp, style, start, rotary_dim):
