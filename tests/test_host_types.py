@@ -109,15 +109,26 @@ def _round(exact, dtype):
     return min(zip(errors, near & 1, near, strict=True))[2]
 
 
+def _tie_products(dtype):
+    """100 pairs of numbers in [1, 2) whose product is half-way between two numbers of the type."""
+    one, bits = (1024, 11) if dtype == "float16" else (128, 8)
+    a, b = np.meshgrid(np.arange(one, 2 * one), np.arange(one, 2 * one))
+    product = (a * b).ravel()
+    dropped = np.floor(np.log2(product)).astype(int) + 1 - bits
+    at = np.flatnonzero(product % (1 << dropped) == 1 << (dropped - 1))
+    at = np.random.default_rng(1).choice(at, 100, replace=False)
+    return (a.ravel()[at] / one).astype(dtype_of(dtype)), (b.ravel()[at] / one).astype(dtype_of(dtype))
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 def test_arithmetic_rounds_once(xp, dtype):
     kind, rng = dtype_of(dtype), np.random.default_rng(5)
     x, y, z = (rng.integers(0, 1 << 16, 3000, dtype=np.uint16).view(kind) for _ in range(3))
     x[:1500], y[:1500], z[:1500] = (rng.standard_normal(1500).astype(kind) for _ in range(3))
     # a product half-way between two results, and an addend far too small to show in float32 or float64
-    one = 0x3C00 if dtype == "float16" else 0x3F80
-    x[1500:1560], y[1500:1560] = (np.arange(one + odd, one + odd + 120, 2, np.uint16).view(kind) for odd in (1, 3))
-    z[1500:1560] = np.tile(np.array([1e-7, -1e-7] if dtype == "float16" else [1e-30, -1e-30], kind), 30)
+    x[1500:1600], y[1500:1600] = _tie_products(dtype)
+    x[1550:1600] = -x[1550:1600]
+    z[1500:1600] = np.tile(np.array([1e-7, -1e-7] if dtype == "float16" else [1e-30, -1e-30], kind), 50)
 
     got = _run(xp, "arithmetic", np.empty((13, x.size), kind), dtype, x=x, y=y, z=z)
     wide_x, wide_y, wide_z = (v.astype(np.float32) for v in (x, y, z))
