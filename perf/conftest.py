@@ -19,6 +19,11 @@ def now():
     return DEVICE.now() / _round["calls"]
 
 
+def on_device(host):
+    """Copies of arrays and QMatrix objects on the device."""
+    return [a.to(DEVICE.xp) if hasattr(a, "to") else DEVICE.array(a) for a in host]
+
+
 class Bench:
     """Measures one call; see `__call__`."""
 
@@ -35,7 +40,7 @@ class Bench:
         shape : str
             Row label: model, batch, dtype.
         make : callable
-            ``make(rng)`` returns a tuple of NumPy arrays, outputs included.
+            ``make(rng)`` returns a tuple of NumPy arrays and QMatrix objects in host memory, outputs included.
         call : callable
             ``call(*arrays)`` runs the op without allocating and returns the array to check.
         expected : callable
@@ -48,7 +53,7 @@ class Bench:
             ``baseline(*arrays)``: the same result by the array library alone.
         """
         host = make(np.random.default_rng(1))
-        arrays = [DEVICE.array(a) for a in host]
+        arrays = on_device(host)
         result = DEVICE.numpy(call(*arrays)).astype(np.float64)
         np.testing.assert_allclose(result, np.asarray(expected(*host)).astype(np.float64), atol=tolerance[0],
                                    rtol=tolerance[1], err_msg=f"{self._op} {shape}: nothing is timed that is wrong")
@@ -56,7 +61,7 @@ class Bench:
             self._benchmark(lambda: None)
             return
         copies = DEVICE.copies(sum(a.nbytes for a in arrays))
-        sets = [arrays, *([DEVICE.array(a) for a in host] for _ in range(copies - 1))]
+        sets = [arrays, *(on_device(host) for _ in range(copies - 1))]
         calls = _round["calls"] = DEVICE.calls_for(seconds_per_call(call, sets, rounds=1))
         self._benchmark.pedantic(DEVICE.repeated(call, sets, calls), rounds=20, warmup_rounds=2)
         row = {"op": self._op, "shape": shape, "device": DEVICE.name, "nbytes": nbytes, "flops": flops,
@@ -65,8 +70,13 @@ class Bench:
             from ceilings import read_bandwidth
 
             row["share_of_read_bandwidth"] = nbytes / row["seconds"] / read_bandwidth()
-        if baseline is not None:
-            row["baseline_seconds"] = seconds_per_call(baseline, sets)
+        try:
+            if baseline is not None:
+                row["baseline_seconds"] = seconds_per_call(baseline, sets)
+        finally:
+            self._keep(row)
+
+    def _keep(self, row):
         self._benchmark.extra_info.update(row)
         ROWS.append(row)
         if self._rows_file:  # at once: a run stopped by a time limit keeps what it measured

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Named shapes of real models, and the batches they decode."""
 
+import math
 from dataclasses import dataclass
 
+import ml_dtypes
+import numpy as np
 from timing import DEVICE
 
 
@@ -32,13 +35,9 @@ MODELS = {model.name: model for model in (
     Model("gemma2-9b", 3584, 14336, 16, 8, 256, 42, 256000),
 )}
 
-# (sequences, tokens already in the cache of each)
-DECODE = ((1, 1024), (8, 4096), (64, 2048), (1, 131072))
-
-
 def models():
-    """Every model on a GPU; the two small ones on the CPU executor."""
-    names = MODELS if DEVICE.is_gpu else ("smollm2-135m", "llama3-8b")
+    """Models whose projections and rows are timed."""
+    names = ("llama3-8b", "llama3-70b", "smollm2-135m") if DEVICE.is_gpu else ("smollm2-135m", "llama3-8b")
     return [MODELS[name] for name in names]
 
 
@@ -48,5 +47,19 @@ def token_counts():
 
 
 def decode():
-    """(batch, context) pairs; on the CPU executor the one that NumPy is compared with."""
-    return DECODE if DEVICE.is_gpu else ((4, 2048),)
+    """(model, sequences, tokens in the cache of each, dtype); on the CPU executor what NumPy is compared with."""
+    if not DEVICE.is_gpu:
+        return [(MODELS[name], 4, 2048, dtype) for name in ("smollm2-135m", "llama3-8b")
+                for dtype in ("float16", "float32")]
+    lengths = [("llama3-8b", batch, context, "float16")
+               for batch, context in ((1, 1024), (8, 4096), (64, 2048), (1, 131072))]
+    heads = [(name, 8, 4096, "float16") for name in MODELS if name != "llama3-8b"]
+    dtypes = [("llama3-8b", 8, 4096, "bfloat16"), ("llama3-8b", 8, 1024, "float32")]
+    return [(MODELS[name], *rest) for name, *rest in (*lengths, *heads, *dtypes)]
+
+
+def normal(rng, shape, dtype):
+    """Normally distributed numbers; beyond four million they repeat, for drawing them would take longer than timing."""
+    dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    drawn = rng.standard_normal(min(math.prod(shape), 2**22), np.float32).astype(dtype)
+    return np.resize(drawn, shape)
