@@ -26,13 +26,14 @@ inline void meet_reduce(float (*const* values)[N], uint32_t) {
   for (int l = 0; l < 32; ++l) {
     for (int i = 0; i < N; ++i) now[i][l] = values[l] ? (*values[l])[i] : 0.0f;
   }
-  for (int i = 0; i < N; ++i) {
 #pragma GCC unroll 5
-    for (int x = W / 2; x > 0; x /= 2) {
+  for (int x = W / 2; x > 0; x /= 2) {
+    for (int i = 0; i < N; ++i) {
       for (int group = 0; group < 32; group += W) {
         for (int l = group; l < group + x; ++l) now[i][l] = Op()(now[i][l], now[i][l + x]);
       }
     }
+    asm("" : "+m"(now));  // keeps -fassociative-math from joining the steps of the tree
   }
   for (int l = 0; l < 32; ++l) {
     for (int i = 0; values[l] && i < N; ++i) (*values[l])[i] = now[i][l / W * W];
