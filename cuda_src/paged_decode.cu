@@ -21,6 +21,7 @@
 // traffic    every visible key and value row once per row tile
 #include "prelude.cuh"
 #include "params.h"
+#include "cp_async.cuh"
 #include "warp.cuh"
 
 using T = CA_T;                       // q and out
@@ -44,6 +45,17 @@ CA_KERNEL __launch_bounds__(32 * WARPS) void paged_decode_mma(const __grid_const
 #else
 
 constexpr int TILE = 32;  // tokens of a warp's step, one per lane
+constexpr int BATCH = 4;  // value rows a lane loads before it uses them
+
+// 8 elements from global to shared memory, without passing through registers where that is possible.
+__device__ __forceinline__ void copy_step(KV* shared, const KV* global) {
+  if constexpr (ALIGNED) {
+#pragma unroll
+    for (int i = 0; i < STEP; i += 16 / static_cast<int>(sizeof(KV))) cp_async16(shared + i, global + i);
+  } else {
+    store_step<true>(shared, load_step<false>(global));
+  }
+}
 
 // Dynamic shared memory, in bytes from its start; mirrored by _shared_bytes in ops/paged_decode.py.
 struct Layout {
@@ -143,9 +155,10 @@ CA_KERNEL __launch_bounds__(128) void paged_decode(const __grid_constant__ Paged
 
     // 3a. copy the keys to shared memory, whole rows at a time
     for (int t = group < at.groups ? group : TILE; t < TILE; t += stride) {
-      if (key_rows[t] == nullptr) continue;
-      store_step<true>(reinterpret_cast<KV*>(stage + t * at.key_bytes) + dim, load_step<ALIGNED>(key_rows[t] + dim));
+      if (key_rows[t] != nullptr) copy_step(reinterpret_cast<KV*>(stage + t * at.key_bytes) + dim, key_rows[t] + dim);
     }
+    cp_async_commit();
+    cp_async_wait<0>();
     __syncwarp();
 
     // 3b. scores of the lane's token
@@ -196,17 +209,24 @@ CA_KERNEL __launch_bounds__(128) void paged_decode(const __grid_constant__ Paged
     look_up(token + step + lane, slots + (parity ^ 1) * 2 * TILE);
     __syncwarp();
 
-    // 3d. the lane's 8 output dims over the group's tokens
-#pragma unroll 4
-    for (int t = group < at.groups ? group : TILE; t < TILE; t += stride) {
-      if (value_rows[t] == nullptr) continue;
-      float v[STEP];
-      to_float(load_step<ALIGNED>(value_rows[t] + dim), v);
+    // 3d. the lane's 8 output dims over the group's tokens, BATCH rows on their way at a time
+    for (int first = group < at.groups ? group : TILE; first < TILE; first += BATCH * stride) {
+      Vec<KV, STEP> values[BATCH];
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r) {
-        const float p = probs[t * ROWS + r];
+      for (int i = 0; i < BATCH; ++i) {
+        const KV* row = first + i * stride < TILE ? value_rows[first + i * stride] : nullptr;
+        values[i] = row == nullptr ? Vec<KV, STEP>{} : load_step<ALIGNED>(row + dim);
+      }
 #pragma unroll
-        for (int j = 0; j < STEP; ++j) acc[r][j] += p * v[j];
+      for (int i = 0; i < BATCH; ++i) {
+        float v[STEP];
+        to_float(values[i], v);
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+          const float p = probs[(first + i * stride) % TILE * ROWS + r];  // past TILE: of any token, times zeros
+#pragma unroll
+          for (int j = 0; j < STEP; ++j) acc[r][j] += p * v[j];
+        }
       }
     }
   }

@@ -7,8 +7,8 @@
 // that. A row of 16-byte pieces is stored with piece p at p ^ (row % 8), so that the 8 rows of an ldmatrix matrix lie
 // in different banks. Rows of invisible tokens and dims past head_dim are zeros.
 //
-// launch     block (32 * WARPS), one block barrier, dynamic shared memory WARPS * (RING_BYTES + POINTER_BYTES + 128):
-//            rings, row pointers, state; mirrored by _plan_paged_decode in ops/paged_decode.py
+// launch     block (32 * WARPS), at most two block barriers, dynamic shared memory WARPS * (RING_BYTES + POINTER_BYTES + 128)
+//            + Q_BYTES: rings, row pointers, state, queries; mirrored by _plan_paged_decode in ops/paged_decode.py
 #ifndef CUPYATTN_PAGED_DECODE_MMA_CUH
 #define CUPYATTN_PAGED_DECODE_MMA_CUH
 
@@ -17,13 +17,15 @@
 #include "paged_decode_rows.cuh"
 
 constexpr int TILE = 16;                                 // tokens of a warp's step
-constexpr int WARPS = HEAD_DIM > 128 ? 2 : 4;            // the rings of a block fit in 96 KiB
-constexpr int STAGES = HEAD_DIM > 64 ? 3 : 4;            // tiles of a ring
+constexpr int WARPS = HEAD_DIM > 128 ? 2 : 4;            // all shared memory fits in 99 KiB
+constexpr int STAGES = HEAD_DIM > 128 ? 2 : HEAD_DIM > 64 ? 3 : 4;  // tiles of a ring
 constexpr int PIECES = HEAD_DIM / 8;                     // 16-byte pieces of a row
 constexpr int TILE_BYTES = TILE * HEAD_DIM * 2;          // of K or V
 constexpr int RING_BYTES = STAGES * 2 * TILE_BYTES;      // of a warp: [STAGES][K, V][TILE][HEAD_DIM]
 constexpr int OUT_STRIDE = HEAD_DIM + 8;                 // floats between rows of a warp's result, against conflicts
 constexpr int K_STEPS = HEAD_DIM / 16;
+constexpr bool Q_IN_SHARED = HEAD_DIM > 128;             // registers hold the query fragments of smaller heads
+constexpr int Q_BYTES = Q_IN_SHARED ? ROWS * HEAD_DIM * 2 : 0;
 constexpr int POINTER_BYTES = 2 * 2 * TILE * 8;          // of a warp: [2][K, V][TILE]
 static_assert(ROWS == 16 && HEAD_DIM % 64 == 0 && ALIGNED, "paged_decode_mma: one m16 tile of 16-byte aligned rows");
 static_assert(ROWS * OUT_STRIDE * 4 <= RING_BYTES, "paged_decode_mma: a warp's result must fit in its ring");
@@ -33,35 +35,65 @@ __device__ __forceinline__ char* swizzled(char* tile, int row, int piece) {
   return tile + row * (HEAD_DIM * 2) + (piece ^ (row & 7)) * 16;
 }
 
+// The pieces even + odd of one row, `even` known at compile time: few registers hold the addresses of all.
+struct SwizzledRow {
+  const char* start;
+  int flip;
+
+  __device__ __forceinline__ SwizzledRow(const char* tile, int row, int odd)
+      : start(tile + row * (HEAD_DIM * 2)), flip(((row & 7) ^ odd) * 16) {}
+  __device__ __forceinline__ const char* piece(int even) const {
+    return start + even / 8 * 128 + (even % 8 * 16 ^ flip);
+  }
+};
+
 __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
   const float both[2] = {low, high};
   const Vec<T, 2> rounded = from_float<T, 2>(both);
   return *reinterpret_cast<const uint32_t*>(&rounded);
 }
 
-// A fragments of the block's query rows, zeros past num_rows and head_dim.
-__device__ __forceinline__ void load_queries(const PagedDecodeArgs& args, const RowTile& rows,
-                                             uint32_t (&q)[K_STEPS][4]) {
-  const int lane = threadIdx.x % 32;
+// A fragments of the block's query rows, zeros past num_rows and head_dim: in registers, or in shared memory as every
+// warp's lanes want them, [K_STEPS][32] of 16 bytes.
+struct Queries {
+  uint32_t held[Q_IN_SHARED ? 1 : K_STEPS][4];
+  Vec<uint32_t, 4>* shared;
+
+  // With Q_IN_SHARED the warps fill `to` in turns; a block barrier must follow before get().
+  __device__ __forceinline__ Queries(const PagedDecodeArgs& args, const RowTile& rows, char* to)
+      : shared(reinterpret_cast<Vec<uint32_t, 4>*>(to)) {
+    const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int r = lane / 4 + 8 * half;
-    const T* row = static_cast<const T*>(args.q.data) + rows.seq * args.q.stride_seq +
-                   rows.query(args, r) * args.q.stride_token + rows.head(args, r) * args.q.stride_head;
+    for (int k = 0; k < K_STEPS; ++k) {
+      if (Q_IN_SHARED && k % WARPS != threadIdx.x / 32) continue;
+      Vec<uint32_t, 4> fragment;
 #pragma unroll
-    for (int i = 0; i < 2 * K_STEPS; ++i) {
-      const int dim = 8 * i + lane % 4 * 2;
-      Vec<T, 2> pair = from_float<T, 2>({0.0f, 0.0f});
-      if (r < rows.num_rows && dim < args.head_dim) pair = {{row[dim], row[dim + 1]}};
-      q[i / 2][half + i % 2 * 2] = *reinterpret_cast<const uint32_t*>(&pair);
+      for (int i = 0; i < 4; ++i) {  // rows g and g + 8 (i % 2), dims 2t and 2t + 8 (i / 2)
+        const int r = lane / 4 + i % 2 * 8, dim = 16 * k + i / 2 * 8 + lane % 4 * 2;
+        Vec<T, 2> pair = from_float<T, 2>({0.0f, 0.0f});
+        if (r < rows.num_rows && dim < args.head_dim) {
+          const T* row = static_cast<const T*>(args.q.data) + rows.seq * args.q.stride_seq +
+                         rows.query(args, r) * args.q.stride_token + rows.head(args, r) * args.q.stride_head;
+          pair = {{row[dim], row[dim + 1]}};
+        }
+        fragment.v[i] = *reinterpret_cast<const uint32_t*>(&pair);
+        if constexpr (!Q_IN_SHARED) held[k][i] = fragment.v[i];
+      }
+      if constexpr (Q_IN_SHARED) store_vec(shared[k * 32 + lane].v, fragment);
     }
   }
-}
+  __device__ __forceinline__ void get(int k, uint32_t (&fragment)[4]) const {
+    Vec<uint32_t, 4> stored;
+    if constexpr (Q_IN_SHARED) stored = load_vec<uint32_t, 4>(shared[k * 32 + threadIdx.x % 32].v);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) fragment[i] = Q_IN_SHARED ? stored.v[i] : held[Q_IN_SHARED ? 0 : k][i];
+  }
+};
 
 // Starts the copies of one tile; lane l of the warp copies the pieces l, l + 32, ... `somewhere` is a valid address.
 __device__ __forceinline__ void copy_tile(char* tile, const T* const* pointers, int pieces, const void* somewhere) {
   const int lane = threadIdx.x % 32;
-#pragma unroll
+#pragma unroll 4
   for (int i = 0; i < TILE * PIECES / 32; ++i) {
     const int row = (i * 32 + lane) / PIECES, piece = (i * 32 + lane) % PIECES;
     const T* from = pointers[row];
@@ -71,24 +103,27 @@ __device__ __forceinline__ void copy_tile(char* tile, const T* const* pointers, 
 }
 
 // scores[n] of rows g, g + 8 against tokens 8n + 2t, 8n + 2t + 1 (g = lane / 4, t = lane % 4).
-__device__ __forceinline__ void multiply_keys(char* tile, const uint32_t (&q)[K_STEPS][4], float (&scores)[2][4]) {
+__device__ __forceinline__ void multiply_keys(const char* tile, const Queries& q, float (&scores)[2][4]) {
   const int lane = threadIdx.x % 32;
-  const int token = lane % 8 + lane / 16 * 8, half = lane / 8 % 2;
+  const int token = lane % 8 + lane / 16 * 8;
+  const SwizzledRow row(tile, token, lane / 8 % 2);
 #pragma unroll
   for (int k = 0; k < K_STEPS; ++k) {
-    uint32_t keys[4];
-    ldmatrix_x4(keys, swizzled(tile, token, 2 * k + half));
-    mma_m16n8k16<T>(scores[0], q[k], {keys[0], keys[1]});
-    mma_m16n8k16<T>(scores[1], q[k], {keys[2], keys[3]});
+    uint32_t queries[4], keys[4];
+    q.get(k, queries);
+    ldmatrix_x4(keys, row.piece(2 * k));
+    mma_m16n8k16<T>(scores[0], queries, {keys[0], keys[1]});
+    mma_m16n8k16<T>(scores[1], queries, {keys[2], keys[3]});
   }
 }
 
-__device__ __forceinline__ void add_values(char* tile, const uint32_t (&probs)[4], float (&acc)[PIECES][4]) {
+__device__ __forceinline__ void add_values(const char* tile, const uint32_t (&probs)[4], float (&acc)[PIECES][4]) {
   const int lane = threadIdx.x % 32;
+  const SwizzledRow row(tile, lane % 16, lane / 16);
 #pragma unroll
   for (int n = 0; n < PIECES; n += 2) {
     uint32_t values[4];
-    ldmatrix_x4_trans(values, swizzled(tile, lane % 16, n + lane / 16));
+    ldmatrix_x4_trans(values, row.piece(n));
     mma_m16n8k16<T>(acc[n], probs, {values[0], values[1]});
     mma_m16n8k16<T>(acc[n + 1], probs, {values[2], values[3]});
   }
@@ -112,8 +147,8 @@ __device__ __forceinline__ void decode_on_tensor_cores(const PagedDecodeArgs& ar
   const T** pointers = reinterpret_cast<const T**>(smem + WARPS * RING_BYTES + warp * POINTER_BYTES);
   float* state = reinterpret_cast<float*>(smem + WARPS * (RING_BYTES + POINTER_BYTES));  // [WARPS][2][ROWS]
 
-  uint32_t q[K_STEPS][4];
-  load_queries(args, rows, q);
+  const Queries q(args, rows, smem + WARPS * (RING_BYTES + POINTER_BYTES + 2 * ROWS * 4));
+  if constexpr (Q_IN_SHARED) __syncthreads();
   int first_key[2], last_key[2];
   float top[2] = {NEG_INF, NEG_INF}, sum[2] = {0.0f, 0.0f}, acc[PIECES][4];
 #pragma unroll

@@ -71,9 +71,9 @@ def _plan_paged_decode(batch, q_len, num_heads, num_kv_heads, head_dim, capacity
     packed = q_len * (num_heads // num_kv_heads)
     if name == "mma":
         rows, padded = 16, next(d for d in _MMA_HEAD_DIMS if d >= head_dim)
-        warps, stages = 4 if padded <= 128 else 2, 4 if padded <= 64 else 3
+        warps, stages, queries = {64: (4, 4, 0), 128: (4, 3, 0), 256: (2, 2, rows * padded * 2)}[padded]
         spec = _spec_mma(q, padded)
-        shared = warps * (stages * 2 * 16 * padded * 2 + 2 * 2 * 16 * 8 + 2 * rows * 4)
+        shared = warps * (stages * 2 * 16 * padded * 2 + 2 * 2 * 16 * 8 + 2 * rows * 4) + queries
     else:
         rows = next((r for r in _ROWS if r >= packed), _ROWS[-1])
         item = 4 if kv == "float32" else 2
