@@ -48,6 +48,22 @@ class CupyArrays:
         return a.get()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--executor", default="", metavar="K=V[,K=V]",
+                     help="run every test under runtime.cpu.settings(K=V, ...), e.g. fused=0 or sanitize=undefined")
+
+
+@pytest.fixture(autouse=True)
+def executor_settings(request):
+    """Executor settings of the command line, around every test."""
+    from cupyattn.runtime import cpu
+
+    text = request.config.getoption("--executor")
+    pairs = [pair.split("=", 1) for pair in text.split(",") if pair]
+    with cpu.settings(**{key: bool(int(value)) if value in "01" else value for key, value in pairs}):
+        yield
+
+
 @pytest.fixture(params=["numpy", pytest.param("standin", id="standin"),
                         pytest.param("cupy", marks=pytest.mark.gpu)])
 def xp(request):
