@@ -19,24 +19,25 @@ struct MaxFloat {
 namespace ca {
 
 // values[lane] holds the N numbers of a lane. The butterfly gives every lane of a group the same bits, so its halves
-// are folded instead: half the work, one result per group.
+// are folded onto the first lane instead, in place: the compiler cannot join the steps of the tree.
 template <int W, int N, typename Op>
 inline void meet_reduce(float (*const* values)[N], uint32_t) {
-  float now[N][32];
-  for (int l = 0; l < 32; ++l) {
-    for (int i = 0; i < N; ++i) now[i][l] = values[l] ? (*values[l])[i] : 0.0f;
-  }
+  for (int group = 0; group < 32; group += W) {
+    float(*const* lanes)[N] = values + group;
+    if (lanes[W - 1] == nullptr) continue;  // a block's last warp may lack whole groups
 #pragma GCC unroll 5
-  for (int x = W / 2; x > 0; x /= 2) {
-    for (int i = 0; i < N; ++i) {
-      for (int group = 0; group < 32; group += W) {
-        for (int l = group; l < group + x; ++l) now[i][l] = Op()(now[i][l], now[i][l + x]);
+    for (int x = W / 2; x > 0; x /= 2) {
+#pragma GCC unroll 16
+      for (int l = 0; l < x; ++l) {
+        float a[N], b[N];
+        __builtin_memcpy(a, lanes[l], sizeof(a));
+        __builtin_memcpy(b, lanes[l + x], sizeof(b));
+        for (int i = 0; i < N; ++i) a[i] = Op()(a[i], b[i]);
+        __builtin_memcpy(lanes[l], a, sizeof(a));
       }
     }
-    asm("" : "+m"(now));  // keeps -fassociative-math from joining the steps of the tree
-  }
-  for (int l = 0; l < 32; ++l) {
-    for (int i = 0; values[l] && i < N; ++i) (*values[l])[i] = now[i][l / W * W];
+#pragma GCC unroll 32
+    for (int l = 1; l < W; ++l) __builtin_memcpy(lanes[l], lanes[0], sizeof(float[N]));
   }
 }
 
