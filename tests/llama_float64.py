@@ -61,7 +61,7 @@ def _rms_norm(x, gain, eps):
 
 
 def _rotate(x, base):
-    """x [tokens, heads, head_dim]; pair j is elements 2j and 2j+1, as complex numbers turned by position * base^-2j/D."""
+    """x [tokens, heads, head_dim]; pair j, elements 2j and 2j+1, turns by position * base^-2j/D."""
     tokens, heads, dim = x.shape
     angle = np.arange(tokens)[:, None] * base ** (-np.arange(0, dim, 2) / dim)
     pairs = x[..., 0::2] + 1j * x[..., 1::2]

@@ -13,7 +13,7 @@ _CONTROL, _USER_DEFINED = 3, 4  # token types written as they are, never split
 
 
 def _byte_of_character():
-    """GPT-2's map of 256 printable characters to bytes: printable Latin-1 stands for itself, the rest follows U+0100."""
+    """GPT-2's map of 256 printable characters to bytes: printable Latin-1 is itself, the rest follows U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     table = {chr(byte): byte for byte in printable}

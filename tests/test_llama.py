@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SmolLM2 through the kernels against an independent float64 forward, and the promises of `generate`."""
+
+import dataclasses
+import functools
+
+import llama_float64
+import numpy as np
+import pytest
+from llama_float64 import PROMPTS, smollm2_path
+
+from cupyattn import runtime
+from cupyattn.models import GGUF, SMOLLM2_135M, Llama, ModelError, random_llama
+
+SMALL = dataclasses.replace(SMOLLM2_135M, num_layers=2, vocab_size=640, context_length=40)
+
+
+@functools.cache
+def smollm2(dtype="float16", kv_dtype=None):
+    return Llama.from_gguf(smollm2_path(), dtype=dtype, kv_dtype=kv_dtype)
+
+
+@functools.cache
+def prompt_ids():
+    """64 tokens of each prompt."""
+    return [smollm2().tokenizer.encode(text)[:64] for text in PROMPTS]
+
+
+@functools.cache
+def truth():
+    """float64 log-probabilities of `prompt_ids`, computed once."""
+    return llama_float64.log_probs(prompt_ids())
+
+
+@pytest.mark.parametrize(("dtype", "kv_dtype", "max_error", "median_error"), [
+    ("float16", None, 3e-2, 3e-3), ("bfloat16", None, 0.3, 2e-2), ("float32", None, 2e-4, 2e-5)])
+def test_logprobs_against_float64(dtype, kv_dtype, max_error, median_error):
+    model, errors = smollm2(dtype, kv_dtype), []
+    for ids, expected in zip(prompt_ids(), truth(), strict=True):
+        found = model.logprobs(ids)
+        assert found.shape == (64, 49152) and found.dtype == np.float64
+        assert np.allclose(np.exp(found).sum(axis=-1), 1.0, atol=1e-9)
+        rows = np.arange(63)
+        errors.append(np.abs(found - expected)[rows, ids[1:]])
+    errors = np.concatenate(errors)
+    print(f"{dtype}: max {errors.max():.2e}, median {np.median(errors):.2e}")
+    assert errors.max() <= max_error
+    assert np.median(errors) <= median_error
+
+
+@pytest.mark.parametrize(("dtype", "kv_dtype", "max_error"), [("float16", "float32", 3e-2),
+                                                              ("float32", "float16", 3e-2),
+                                                              ("float16", "bfloat16", 0.3)])
+def test_cache_of_another_dtype(dtype, kv_dtype, max_error):
+    ids = prompt_ids()[0][:20]
+    found = smollm2(dtype, kv_dtype).logprobs(ids)
+    assert np.abs(found - truth()[0][:20])[np.arange(19), ids[1:]].max() <= max_error
+
+
+def test_greedy_tokens_are_the_likeliest_of_the_float64_forward():
+    ids = smollm2().tokenizer.encode("The capital of France is")
+    (completion,) = smollm2("float32").generate(["The capital of France is"], max_new_tokens=12)
+    assert completion.text == " Paris.\n\nThe answer is: 201"
+    assert completion.prompt_ids == ids
+    chosen = [token.id for token in completion.tokens]
+    (expected,) = llama_float64.log_probs([[*ids, *chosen]])
+    rows = np.arange(len(ids) - 1, len(ids) - 1 + len(chosen))
+    assert expected[rows].argmax(axis=-1).tolist() == chosen
+    assert np.abs([token.logprob for token in completion.tokens] - expected[rows, chosen]).max() < 2e-4
+    for row, token in zip(rows, completion.tokens, strict=True):
+        best = np.argsort(-expected[row])[:5]
+        assert [id for id, _ in token.top5] == best.tolist()
+        assert np.abs([logprob for _, logprob in token.top5] - expected[row, best]).max() < 2e-4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_together_equals_alone_bit_for_bit(temperature):
+    """Prompts of 1, 10 and 23 tokens; the first to end leaves the batch."""
+    prompts = [prompt_ids()[0][:10], prompt_ids()[1][:1], prompt_ids()[2][:23]]
+    options = dict(temperature=temperature, seed=3, max_new_tokens=10, page_size=5)
+    together = smollm2().generate(prompts, **options)
+    for prompt, found in zip(prompts, together, strict=True):
+        (alone,) = smollm2().generate([prompt], **options)
+        assert found.tokens == alone.tokens  # ids, texts, log-probabilities and top 5, all exact
+
+
+def test_a_prompt_that_ends_leaves_the_batch(monkeypatch):
+    model, batches = smollm2(), []
+    forward = Llama.forward
+    monkeypatch.setattr(Llama, "forward", lambda self, ids, step, cache: batches.append((len(ids), step.q_len)) or
+                        forward(self, ids, step, cache))
+    polite = "<|im_start|>user\nSay hi<|im_end|>\n<|im_start|>assistant\nHi<|im_end|>\n<|im_start|>user\nBye" \
+             "<|im_end|>\n<|im_start|>assistant\nGoodbye!"
+    model.warm_up([model.tokenizer.encode(polite)])
+    batches.clear()
+    ended, full = model.generate([polite, "1, 2, 3,"], max_new_tokens=12)
+    assert ended.tokens[-1].id == 2 and ended.tokens[-1].text == "" and len(ended.tokens) < 12
+    assert len(full.tokens) == 12
+    decode = batches[-11:]  # one step for each token after the first
+    together = len(ended.tokens) - 1
+    assert decode == [(2, 1)] * together + [(1, 1)] * (11 - together)
+    (longer,) = model.generate([polite], max_new_tokens=12, ignore_eos=True)
+    assert len(longer.tokens) == 12
+    assert [t.id for t in longer.tokens][:len(ended.tokens)] == [t.id for t in ended.tokens]
+
+
+def test_page_size_and_unused_slots_change_no_bit(monkeypatch):
+    model = random_llama(SMALL, seed=1)
+    prompt = list(range(3, 14))
+    expected = model.generate([prompt], max_new_tokens=6, page_size=16)[0].tokens
+    new_cache = Llama.new_cache
+
+    def poisoned(self, num_pages, page_size):
+        cache = new_cache(self, num_pages, page_size)
+        cache.k[...] = cache.v[...] = np.nan
+        return cache
+
+    monkeypatch.setattr(Llama, "new_cache", poisoned)
+    for page_size in (1, 3, 64):
+        assert model.generate([prompt], max_new_tokens=6, page_size=page_size)[0].tokens == expected
+
+
+def test_logprobs_do_not_depend_on_the_chunking():
+    """Row i of a long prompt equals the last row of the prompt cut there: decoding sees what prefill saw."""
+    model = random_llama(SMALL, seed=2)
+    ids = list(range(5, 24))
+    whole = model.logprobs(ids)
+    for length in (1, 8, 9, 16):
+        assert np.array_equal(model.logprobs(ids[:length]), whole[:length])
+
+
+def test_random_llama(xp):
+    """The same weights from the same seed on every kind of array; sane distributions."""
+    ids = [7, 8, 9, 600, 0, 1, 2, 3, 4, 5]
+    expected = random_llama(SMALL, seed=5).logprobs(ids)
+    found = random_llama(SMALL, seed=5, xp=xp.module).logprobs(ids)
+    assert np.abs(found - expected).max() < 3e-2
+    other = random_llama(SMALL, seed=6).logprobs(ids)
+    assert np.abs(other - expected).max() > 0.1
+    assert np.isfinite(expected).all() and expected.std(axis=-1).min() > 0.1
+
+
+def test_warm_up_compiles_everything(monkeypatch, tmp_path):
+    model = random_llama(SMALL, seed=1)
+    prompts = [[1, 2, 3], list(range(13))]
+    seen = []
+    model.warm_up(prompts, page_size=4, progress=lambda done, total, spec: seen.append((done, total)))
+    assert seen == [(n, len(seen)) for n in range(1, len(seen) + 1)] and seen
+    monkeypatch.setenv("CUPYATTN_FORBID_COMPILE", "1")
+    monkeypatch.setenv("CUPYATTN_CACHE_DIR", str(tmp_path))
+    assert [len(c.tokens) for c in model.generate(prompts, max_new_tokens=5, page_size=4)] == [5, 5]
+
+
+def test_generation_stops_at_the_context():
+    model = random_llama(SMALL, seed=1)
+    full, room = model.generate([[1] * 40, [1] * 38], max_new_tokens=9)
+    assert (len(full.tokens), len(room.tokens)) == (1, 3)
+    with pytest.raises(ModelError, match="prompt 2 has 41 tokens, more than the model's context of 40"):
+        model.generate([[1], [1] * 41])
+
+
+@pytest.mark.parametrize(("prompt", "options", "error", "message"), [
+    ([], {}, ModelError, "prompt 1 is empty"), ([640], {}, ValueError, "token ids from 0 to 639, got 640"),
+    ([1], {"max_new_tokens": 0}, ValueError, "max_new_tokens"), ([1], {"temperature": -1}, ValueError, "temperature"),
+    ([1], {"temperature": float("nan")}, ValueError, "temperature"), ([1], {"page_size": 0}, ValueError, "page_size")])
+def test_generate_refuses(prompt, options, error, message):
+    with pytest.raises(error, match=message):
+        random_llama(dataclasses.replace(SMALL, num_layers=1), seed=1).generate([prompt], **options)
+
+
+def test_sampling_follows_the_distribution():
+    from cupyattn.models.generate import _Sampler
+
+    logits = np.log(np.float32([0.5, 0.3, 0.1, 0.05, 0.03, 0.02]))
+    model = random_llama(dataclasses.replace(SMALL, num_layers=1), seed=1)
+    sample = _Sampler(model, [1], 1.0, seed=0)
+    counts = np.bincount([sample(logits).id for _ in range(4000)], minlength=6) / 4000
+    assert np.abs(counts - np.exp(logits)).max() < 0.03
+    cold = _Sampler(model, [1], 0.1, seed=0)
+    assert np.mean([cold(logits).id == 0 for _ in range(500)]) > 0.98  # 1 / (1 + 0.6 ** 10) = 0.994
+    assert sample(logits).logprob <= 0 and sample(logits).top5[0][0] == 0
+
+
+def test_on_token_tells_every_token_as_it_comes():
+    seen = []
+    completions = random_llama(SMALL, seed=1).generate(
+        [[1, 2], [3]], max_new_tokens=4, on_token=lambda index, token, finished: seen.append((index, token, finished)))
+    for index, completion in enumerate(completions):
+        mine = [(token, finished) for i, token, finished in seen if i == index]
+        assert [token for token, _ in mine] == completion.tokens
+        assert [finished for _, finished in mine] == [False, False, False, True]
+        assert completion.tokens_per_s > 0
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"token_embd.weight": None}, "token_embd.weight is missing"),
+    ({"token_embd.weight": lambda t: t._replace(type="Q6_K")}, "one of Q4_0, Q4_1, Q8_0"),
+    ({"token_embd.weight": lambda t: t._replace(shape=(576, 49152))}, r"must have shape \[49152, 576\]"),
+    ({"output_norm.weight": lambda t: t._replace(type="F16")}, "must be F32")])
+def test_unusable_tensors(change, message):
+    tensors = dict(GGUF(smollm2_path()).tensors)
+    for name, edit in change.items():
+        tensor = tensors.pop(name)
+        if edit:
+            tensors[name] = edit(tensor)
+    with pytest.raises(ModelError, match=message):
+        Llama(SMOLLM2_135M, tensors)
+
+
+def test_a_tensor_nobody_reads_is_refused():
+    file = GGUF(smollm2_path())
+    tensors = file.tensors | {"blk.0.attn_q.bias": file.tensors["output_norm.weight"]}
+    with pytest.raises(ModelError, match="blk.0.attn_q.bias is not part"):
+        Llama(SMOLLM2_135M, tensors)
+
+
+def test_configuration_is_read_from_the_file():
+    config = smollm2().config
+    assert config.rms_eps == pytest.approx(SMOLLM2_135M.rms_eps, rel=1e-6)
+    assert dataclasses.replace(config, rms_eps=1e-5) == SMOLLM2_135M
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"general.architecture": "mamba"}, "must be llama, got mamba"),
+    ({"llama.block_count": None}, "llama.block_count is missing"),
+    ({"llama.expert_count": 8}, "mixture-of-experts"),
+    ({"llama.rope.scaling.type": "yarn"}, "must be none or linear, got yarn")])
+def test_configurations_that_are_refused(change, message):
+    from cupyattn.models.llama import config_from
+
+    with pytest.raises(ModelError, match=message):
+        config_from(GGUF(smollm2_path()).metadata | change)
+
+
+def test_profile_names_every_op():
+    with runtime.profiling() as profile:
+        random_llama(SMALL, seed=1).generate([[1, 2, 3]], max_new_tokens=2)
+    names = " ".join(name for name, _, _ in profile.rows())
+    for op in ("embedding", "rms_norm", "quant_gemm", "rope", "kv_append", "paged_decode", "silu_mul"):
+        assert op in names
