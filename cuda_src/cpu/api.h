@@ -59,5 +59,6 @@ CA_API int ca_launch(const CaLaunch*, CaError*);  // 0 done, 1 error, 2 time sli
 CA_API int ca_resume(CaError*);
 CA_API void ca_abandon(void);
 CA_API int ca_api_version(void);
+CA_API const char* ca_build_info(void);
 
 #endif

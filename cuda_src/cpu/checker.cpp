@@ -20,6 +20,8 @@
 
 #include "executor.h"
 
+extern "C" void* __tls_get_addr(void* module_and_offset);
+
 namespace ca {
 
 namespace {
@@ -73,8 +75,6 @@ namespace {
 
 uint32_t* clock_of(Checker* c, int threads, int thread) { return c->clocks.data() + size_t(thread) * threads; }
 
-int index_of(const Worker* w, const Thread* t) { return static_cast<int>(static_cast<const Fiber*>(t) - w->fibers); }
-
 void join(std::vector<uint32_t>& into, const uint32_t* from) {
   for (size_t i = 0; i < into.size(); ++i) into[i] = std::max(into[i], from[i]);
 }
@@ -96,8 +96,10 @@ int visit_library(dl_phdr_info* info, size_t, void* data) {
   if (entry < low || entry >= high) return 0;
   c->library_low = low;
   c->library_high = high;
-  if (tls && info->dlpi_tls_data) {
-    c->fixed_low = reinterpret_cast<uintptr_t>(info->dlpi_tls_data);
+  if (tls) {
+    // asks for this OS thread's copy, which is made at its first use
+    size_t module_offset[2] = {info->dlpi_tls_modid, 0};
+    c->fixed_low = reinterpret_cast<uintptr_t>(__tls_get_addr(module_offset));
     c->fixed_high = c->fixed_low + tls;
     c->fixed.resize(tls);
   }
@@ -107,16 +109,16 @@ int visit_library(dl_phdr_info* info, size_t, void* data) {
 [[noreturn]] void fail_race(Worker* w, Checker* c, const SharedByte& s, bool with_write, const void* pc, bool write) {
   const int other = with_write ? s.writer : s.reader;
   const uint3 t = w->fibers[other].index;
-  w->error->other_pc = c->library_low + (with_write ? s.write_pc : s.read_pc);
-  w->error->other_thread[0] = t.x, w->error->other_thread[1] = t.y, w->error->other_thread[2] = t.z;
-  for (int i = 0; i < 3; ++i) w->error->other_block[i] = (&w->block.index.x)[i];
+  w->error.other_pc = c->library_low + (with_write ? s.write_pc : s.read_pc);
+  w->error.other_thread[0] = t.x, w->error.other_thread[1] = t.y, w->error.other_thread[2] = t.z;
+  for (int i = 0; i < 3; ++i) w->error.other_block[i] = (&w->block.index.x)[i];
   fail(w, CA_RACE, pc, "%s of shared memory, not ordered with a %s by another thread; a barrier is missing",
        write ? "write" : "read", with_write ? "write" : "read");
 }
 
 void on_shared(Worker* w, Checker* c, std::vector<SharedByte>& shadow, size_t offset, size_t bytes, bool write,
                bool atomic, const void* pc) {
-  const int self = index_of(w, ca_self);
+  const int self = ca::self()->number;
   const uint32_t* now = clock_of(c, w->threads, self);
   const uint32_t at = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(pc) - c->library_low);
   for (size_t i = offset; i < offset + bytes; ++i) {
@@ -126,7 +128,7 @@ void on_shared(Worker* w, Checker* c, std::vector<SharedByte>& shadow, size_t of
       s.block = c->serial;
     }
     if (!write && !s.written) {
-      w->error->shared_offset = static_cast<int32_t>(i);
+      w->error.shared_offset = static_cast<int32_t>(i);
       fail(w, CA_UNINITIALISED_SHARED, pc, "byte %zu of %s shared memory is read before %s", i,
            &shadow == &c->dynamic ? "dynamic" : "static",
            s.pending ? "its asynchronous copy was waited for" : "it was written");
@@ -147,7 +149,7 @@ void on_shared(Worker* w, Checker* c, std::vector<SharedByte>& shadow, size_t of
 [[noreturn]] void fail_global(Worker* w, Checker* c, int buffer, size_t byte, bool elsewhere, uint64_t block, uint32_t thread,
                               const char* order, const char* access, const void* pc) {
   const uint32_t* grid = c->launch->grid;
-  CaError& e = *w->error;
+  CaError& e = w->error;
   e.argument = c->launch->buffers[buffer].argument;
   e.other_block[0] = block % grid[0], e.other_block[1] = block / grid[0] % grid[1];
   e.other_block[2] = static_cast<uint32_t>(block / grid[0] / grid[1]);
@@ -163,7 +165,7 @@ void on_global(Worker* w, Checker* c, int buffer, uintptr_t address, size_t byte
                const void* pc) {
   GlobalByte* shadow = c->written[buffer];
   if (!shadow) return;
-  const int self = index_of(w, ca_self);
+  const int self = ca::self()->number;
   const uint32_t* now = clock_of(c, w->threads, self);
   const uint32_t block = static_cast<uint32_t>(w->block_number) + 1;
   for (size_t i = address - c->launch->buffers[buffer].base, end = i + bytes; i < end; ++i) {
@@ -194,15 +196,15 @@ void on_global(Worker* w, Checker* c, int buffer, uintptr_t address, size_t byte
     const uint64_t away = address < b.base ? b.base - address : address >= b.base + b.bytes ? address - (b.base + b.bytes) : 0;
     if (away < best) best = away, near = &b;
   }
-  w->error->address = address;
-  w->error->bytes = bytes;
+  w->error.address = address;
+  w->error.bytes = bytes;
   const uintptr_t shared = reinterpret_cast<uintptr_t>(w->block.shared);
   if (address >= shared && address < shared + l->shared_bytes + 4096) {
     fail(w, CA_OUT_OF_BOUNDS, pc, "%zu-byte %s at byte %zu of dynamic shared memory, which has %u bytes", bytes,
          write ? "write" : "read", size_t(address - shared), l->shared_bytes);
   }
   if (near && best < (1u << 20)) {
-    w->error->argument = near->argument;
+    w->error.argument = near->argument;
     const bool before = address < near->base;
     fail(w, CA_OUT_OF_BOUNDS, pc, "%zu-byte %s %llu bytes %s a buffer of %llu bytes", bytes, write ? "write" : "read",
          static_cast<unsigned long long>(before ? near->base - address : address - near->base - near->bytes),
@@ -223,13 +225,7 @@ int find_buffer(const CaLaunch* l, uintptr_t address, size_t bytes, bool write) 
 }
 
 bool on_stack(const Worker* w, uintptr_t address) {
-  for (int i = 0; i < w->threads; ++i) {
-    const Fiber& f = w->fibers[i];
-    if (f.state == State::NEW || f.state == State::DONE) continue;
-    const uintptr_t low = reinterpret_cast<uintptr_t>(f.stack);
-    if (address >= low && address < low + STACK_BYTES) return true;
-  }
-  return false;
+  return address - reinterpret_cast<uintptr_t>(w->stacks) < MAX_THREADS * STACK_STRIDE;
 }
 
 // ---- requests of a warp: sectors and bank conflicts ------------------------------------------------------
@@ -272,7 +268,7 @@ void account(Checker* c, const Request& r) {
 }
 
 void note_request(Worker* w, Checker* c, int buffer, uintptr_t address, size_t bytes, bool write, const void* pc) {
-  const int self = index_of(w, ca_self), lane = self % 32;
+  const int self = ca::self()->number, lane = self % 32;
   Instruction& in = c->instructions[reinterpret_cast<uintptr_t>(pc) * MAX_WARPS + self / 32];
   const uint64_t number = in.times[lane]++ - in.first;
   if (in.open.size() <= number) in.open.resize(number + 1);
@@ -290,12 +286,11 @@ void note_request(Worker* w, Checker* c, int buffer, uintptr_t address, size_t b
 }
 
 void on_access(const void* pointer, size_t bytes, bool write, bool atomic, const void* pc) {
-  Worker* w = worker;
-  if (!w || !ca_self || !w->checker || w->checker->busy || bytes == 0) return;
-  Checker* c = w->checker;
+  if (!ca_self) return;
+  Worker* w = self()->worker;
   const uintptr_t a = reinterpret_cast<uintptr_t>(pointer);
-  const uintptr_t stack = reinterpret_cast<uintptr_t>(static_cast<Fiber*>(ca_self)->stack);
-  if (a >= stack && a < stack + STACK_BYTES) return;
+  if (on_stack(w, a) || !w->checker || w->checker->busy || bytes == 0) return;
+  Checker* c = w->checker;
   const bool counting = c->launch->counters != nullptr;
   const uintptr_t shared = reinterpret_cast<uintptr_t>(w->block.shared);
   if (a >= shared && a + bytes <= shared + c->launch->shared_bytes) {
@@ -303,7 +298,6 @@ void on_access(const void* pointer, size_t bytes, bool write, bool atomic, const
     if (counting) note_request(w, c, -1, a, bytes, write, pc);
     return;
   }
-  if (!c->fixed_high) dl_iterate_phdr(visit_library, c);
   if (a >= c->fixed_low && a + bytes <= c->fixed_high) {
     on_shared(w, c, c->fixed, a - c->fixed_low, bytes, write, atomic, pc);
     if (counting) note_request(w, c, -1, a, bytes, write, pc);
@@ -312,7 +306,7 @@ void on_access(const void* pointer, size_t bytes, bool write, bool atomic, const
   const int buffer = find_buffer(c->launch, a, bytes, write);
   if (buffer >= 0) {
     if (write && !c->launch->buffers[buffer].writeable) {
-      w->error->argument = c->launch->buffers[buffer].argument;
+      w->error.argument = c->launch->buffers[buffer].argument;
       fail(w, CA_READ_ONLY_WRITE, pc, "%zu-byte write to a buffer the argument struct declares const", bytes);
     }
     on_global(w, c, buffer, a, bytes, write, atomic, pc);
@@ -321,17 +315,16 @@ void on_access(const void* pointer, size_t bytes, bool write, bool atomic, const
   }
   const uintptr_t indices = reinterpret_cast<uintptr_t>(w);  // threadIdx and its like
   if (!write && ((a >= indices && a + bytes <= indices + sizeof(Worker)) || pointer == &ca_self)) return;
-  const uintptr_t args = reinterpret_cast<uintptr_t>(c->launch->args);
+  const uintptr_t args = reinterpret_cast<uintptr_t>(w->job->args);
   if (!write && a >= args && a + bytes <= args + c->launch->args_bytes) return;
   if (!write && a >= c->library_low && a + bytes <= c->library_high) return;
-  if (on_stack(w, a)) return;  // operands of other lanes in a collective
   fail_bounds(w, c, a, bytes, write, pc);
 }
 
 // An atomic orders the thread after every earlier atomic on the address.
 void on_atomic(const void* pointer, size_t bytes, const void* pc) {
-  Worker* w = worker;
-  if (!w || !ca_self || !w->checker) return;
+  if (!ca_self || !self()->worker->checker) return;
+  Worker* w = self()->worker;
   Checker* c = w->checker;
   const uintptr_t a = reinterpret_cast<uintptr_t>(pointer);
   const uintptr_t shared = reinterpret_cast<uintptr_t>(w->block.shared);
@@ -339,7 +332,7 @@ void on_atomic(const void* pointer, size_t bytes, const void* pc) {
   if (!in_shared) c->acquired = true;
   on_access(pointer, bytes, false, true, pc);
   on_access(pointer, bytes, true, true, pc);
-  const int self = index_of(w, ca_self);
+  const int self = ca::self()->number;
   uint32_t* own = clock_of(c, w->threads, self);
   std::vector<uint32_t>& all = c->atomic_clocks[a];
   all.resize(w->threads);
@@ -352,7 +345,8 @@ void on_atomic(const void* pointer, size_t bytes, const void* pc) {
 
 // ---- called by the scheduler -----------------------------------------------------------------------------
 
-Checker* new_checker(const CaLaunch* launch) {
+Checker* new_checker(const Job* job) {
+  const CaLaunch* launch = &job->launch;
   Checker* c = new Checker();
   c->launch = launch;
   for (int i = 0; i < launch->num_buffers; ++i) {
@@ -391,6 +385,8 @@ void check_block_end(Worker* w) {
   CaCounters* total = c->launch->counters;
   if (!total) return;
   ++total->blocks;
+  total->switches += w->switches;
+  w->switches = 0;
   total->threads += w->threads;
   for (auto& [key, in] : c->instructions) {
     for (const Request& r : in.open) {
@@ -402,15 +398,15 @@ void check_block_end(Worker* w) {
 
 void check_arrive(Worker* w, const Fiber& fiber, int barrier) {
   Checker* c = w->checker;
-  uint32_t* own = clock_of(c, w->threads, index_of(w, &fiber));
+  uint32_t* own = clock_of(c, w->threads, fiber.number);
   join(c->barrier_clocks[barrier], own);
-  ++own[index_of(w, &fiber)];
+  ++own[fiber.number];
   if (c->launch->counters) ++c->launch->counters->barriers;
 }
 
 void check_release(Worker* w, const Fiber& fiber, int barrier) {
   Checker* c = w->checker;
-  const int self = index_of(w, &fiber);
+  const int self = fiber.number;
   uint32_t* own = clock_of(c, w->threads, self);
   const std::vector<uint32_t>& all = c->barrier_clocks[barrier];
   for (int i = 0; i < w->threads; ++i) {
@@ -432,26 +428,29 @@ void check_meeting(Worker* w, uint32_t warp, uint32_t mask) {
   if (c->launch->counters) ++c->launch->counters->collectives;
 }
 
-void check_async_issue(Worker* w, const void* to, const void* from, uint32_t bytes, uint32_t valid, const void* pc) {
+void check_meet_body(Worker* w, bool running) { w->checker->busy = running; }
+
+void check_async_issue(Worker* w, const AsyncCopy& copy, const void* pc) {
   Checker* c = w->checker;
-  if (reinterpret_cast<uintptr_t>(to) % bytes || (valid && reinterpret_cast<uintptr_t>(from) % bytes)) {
+  const uint32_t bytes = copy.bytes;
+  if (reinterpret_cast<uintptr_t>(copy.to) % bytes || (copy.valid_bytes && reinterpret_cast<uintptr_t>(copy.from) % bytes)) {
     fail(w, CA_MISALIGNED, pc, "cp.async of %u bytes needs addresses that are multiples of %u", bytes, bytes);
   }
-  on_access(from, valid, false, false, pc);
-  on_access(to, bytes, true, false, pc);
-  const uintptr_t offset = reinterpret_cast<uintptr_t>(to) - reinterpret_cast<uintptr_t>(w->block.shared);
+  on_access(copy.from, copy.valid_bytes, false, false, pc);
+  on_access(copy.to, bytes, true, false, pc);
+  const uintptr_t offset = reinterpret_cast<uintptr_t>(copy.to) - reinterpret_cast<uintptr_t>(w->block.shared);
   if (offset < c->launch->shared_bytes) {
     for (uint32_t i = 0; i < bytes; ++i) c->dynamic[offset + i].written = false, c->dynamic[offset + i].pending = true;
   }
   if (c->launch->counters) c->launch->counters->cp_async_bytes += bytes;
 }
 
-void check_async_land(Worker* w, const void* to, uint32_t bytes) {
+void check_async_land(Worker* w, const AsyncCopy& copy) {
   Checker* c = w->checker;
-  const uintptr_t offset = reinterpret_cast<uintptr_t>(to) - reinterpret_cast<uintptr_t>(w->block.shared);
+  const uintptr_t offset = reinterpret_cast<uintptr_t>(copy.to) - reinterpret_cast<uintptr_t>(w->block.shared);
   if (offset >= c->launch->shared_bytes) return;
-  const int self = index_of(w, ca_self);
-  for (uint32_t i = 0; i < bytes; ++i) {
+  const int self = ca::self()->number;
+  for (uint32_t i = 0; i < copy.bytes; ++i) {
     SharedByte& s = c->dynamic[offset + i];
     s.written = true, s.pending = false, s.atomic = false;
     s.writer = self, s.write_clock = clock_of(c, w->threads, self)[self];
@@ -481,6 +480,14 @@ using ca::on_atomic;
   CA_API void __tsan_volatile_write##n(void* p) { on_access(p, n, true, false, PC); }
 PLAIN(1) PLAIN(2) PLAIN(4) PLAIN(8) PLAIN(16)
 #undef PLAIN
+
+CA_API void ca::ca_access(const void* address, uint32_t bytes, uint32_t alignment, int write) {
+  if (ca_self && reinterpret_cast<uintptr_t>(address) % alignment) {
+    fail(self()->worker, CA_MISALIGNED, PC, "%u-byte %s at an address that is no multiple of %u", bytes,
+         write ? "write" : "read", alignment);
+  }
+  on_access(address, bytes, write, false, PC);
+}
 
 CA_API void __tsan_init() {}
 CA_API void __tsan_func_entry(void*) {}

@@ -1,91 +1,147 @@
 // SPDX-License-Identifier: Apache-2.0
-// executor.h - what the scheduler (runtime.cpp) and the checker (checker.cpp) know of each other.
+// executor.h - the state of one OS thread that runs blocks, and what the executor's files know of each other.
+//
+// fibers.cpp schedules the threads of a block, primitives.cpp makes them meet, pool.cpp spreads a grid over OS
+// threads, checker.cpp judges memory accesses.
 #ifndef CUPYATTN_CPU_EXECUTOR_H
 #define CUPYATTN_CPU_EXECUTOR_H
 
-#include <memory>
+#include <atomic>
 #include <vector>
 
-#include "api.h"
 #include "cuda_cpu.h"
 
 namespace ca {
 
-constexpr int MAX_THREADS = 1024;
-constexpr int MAX_WARPS = MAX_THREADS / 32;
-constexpr int BARRIERS = 16;            // barrier 0 is __syncthreads
-constexpr int MEETINGS = 4;             // collectives a warp may have open at once, with disjoint masks
-constexpr size_t STACK_BYTES = 256 * 1024;
+constexpr int WARP = 32, MAX_THREADS = 1024, MAX_WARPS = MAX_THREADS / WARP;
+constexpr int BARRIERS = 16;                 // barrier 0 is __syncthreads
+constexpr size_t PAGE = 4096;
+constexpr size_t STACK_BYTES = 128 * 1024;   // address space; only pages that are touched exist
+constexpr size_t STACK_STRIDE = STACK_BYTES + PAGE;  // a guard page below each
+constexpr uint32_t MAX_DYNAMIC_SHARED = 227 * 1024;
+
+struct Checker;
+struct Worker;
+
+// Where a kernel waits. `pc` is a return address inside the kernel library.
+struct Site {
+  const char* file;
+  int line;
+  const void* pc;
+};
 
 enum class State : uint8_t { NEW, READY, AT_BARRIER, IN_COLLECTIVE, DONE };
 
 struct Fiber : Thread {
   void* sp;          // saved stack pointer while another fiber runs
-  char* stack;       // lowest address, a guard page
-  const void* pc;    // where it waits
+  Worker* worker;
+  int number;        // of the thread in its block, x fastest
+  int stack;         // index of its stack
   State state;
+  int barrier;       // the one it waits at
+  uint32_t mask;     // of the collective it waits in
+  Site site;         // where it waits
 };
 
-struct Meeting {     // one collective of some lanes of a warp
+// A collective that some lanes of a warp have reached.
+struct Meeting {
   uint32_t mask, arrived;
   Meet meet;
-  const void* pc;
-  void* operands[32];
+  Site site;
 };
 
 struct BarrierState {
-  uint32_t arrived;
-  const void* pc;
+  uint32_t arrived, expected;
   uint32_t waiting[MAX_WARPS];  // lanes of each warp
+  int first;                    // thread that came first,
+  Site site;                    // and where
 };
 
-struct AsyncCopy {   // a cp.async whose data is not there yet
+struct AsyncCopy {  // a cp.async whose data is not there yet
   char* to;
   const char* from;
   uint32_t bytes, valid_bytes;
   uint32_t group;
 };
+struct AsyncQueue {  // of one thread, late mode only
+  std::vector<AsyncCopy> copies;
+  uint32_t group = 0;  // the one the next copy joins
+};
 
-struct Checker;
+// One launch, as all workers see it.
+struct Job {
+  CaLaunch launch;
+  std::vector<char> storage;
+  const void* args;                // 64-byte aligned copy of the argument struct
+  uint64_t blocks;
+  uint64_t factor, offset;         // the i-th block taken is (i * factor + offset) % blocks
+  std::atomic<uint64_t> next;      // i
+  std::atomic<bool> stop;          // abandon all blocks
+  std::atomic<bool> failed;        // `error` is taken
+  CaError error;
+  Checker* checker;                // null unless the launch is checked
+};
 
-// What one OS thread needs to run one block at a time.
 struct Worker {
   Fiber fibers[MAX_THREADS];
-  uint32_t runnable[MAX_WARPS];
-  Meeting meetings[MAX_WARPS][MEETINGS];
+  uint32_t runnable[MAX_WARPS];    // lanes ready to run, without the running one
+  uint32_t existing[MAX_WARPS];    // lanes the block has
+  uint32_t runnable_warps;         // warps with a runnable lane
+  Meeting meetings[MAX_WARPS][WARP];  // by the lowest lane of the mask
+  void* operands[MAX_WARPS][WARP];
   BarrierState barriers[BARRIERS];
-  std::vector<char*> stacks;               // unused ones
-  std::vector<char> shared;
-  std::vector<std::vector<AsyncCopy>> copies;  // per thread, only with late_async
-  std::vector<uint32_t> copy_group;            // per thread: group the next cp.async joins
+  AsyncQueue async[MAX_THREADS];
+  int free_stacks[MAX_THREADS], num_free_stacks;
+  bool guarded[MAX_THREADS];
+  char* stacks;
+  size_t shared_capacity;
   Block block;
   uint64_t block_number;
   void* main_sp;
-  int threads, live, warps;
+  Fiber* suspended;                // runs first when the next time slice begins
+  Job* job;
+  CaEntry entry;
+  Checker* checker;
+  CaError error;                   // filled before fail() is called
+  int threads, warps, done, schedule;
   uint64_t random;
-  const CaLaunch* launch;
-  CaError* error;
-  bool failed;
-  Checker* checker;                        // null unless the launch is checked
-  ~Worker();
+  uint64_t switches, idle_yields;
+  uint64_t deadline_ns;            // end of the time slice; 0 on helpers, which have none
+  bool dirty;                      // a block was abandoned half way
 };
 
-extern thread_local Worker* worker;
+inline Fiber* self() { return static_cast<Fiber*>(ca_self); }
 
+// ---- fibers.cpp ------------------------------------------------------------------------------------------
+
+enum class Outcome { DONE, ABANDONED, SUSPENDED };
+
+Worker* new_worker();              // null without memory
+void prepare(Worker* w, Job* job);
+Outcome run_block(Worker* w, uint64_t number);
+Outcome resume_block(Worker* w);
+void wait_as(Fiber* f, State why, const Site& site);  // until make_runnable names it
+void make_runnable(Worker* w, int warp, uint32_t lanes);
+void* map_memory(size_t bytes);    // zeroed and only reserved; null if there is none
+uint64_t now_ns();
+// Names `other` as the second party of the error to come.
+void blame(Worker* w, const Fiber* other, const void* pc);
 // Ends the launch with an error; the calling fiber never comes back.
-[[noreturn]] void fail(Worker* w, int kind, const void* pc, const char* format, ...) __attribute__((format(printf, 4, 5)));
+[[noreturn]] void fail(Worker* w, int kind, const void* pc, const char* format, ...)
+    __attribute__((format(printf, 4, 5)));
 
-// ---- checker.cpp: called by the scheduler when worker->checker is set -----------------------------------
+// ---- checker.cpp: called when worker->checker is set -----------------------------------------------------
 
-Checker* new_checker(const CaLaunch* launch);
+Checker* new_checker(const Job* job);
 void delete_checker(Checker* checker);
 void check_block_start(Worker* w);
 void check_block_end(Worker* w);
-void check_arrive(Worker* w, const Fiber& fiber, int barrier);              // a thread reaches a barrier
-void check_release(Worker* w, const Fiber& fiber, int barrier);             // and leaves it
-void check_meeting(Worker* w, uint32_t warp, uint32_t mask);                // lanes met in a collective
-void check_async_issue(Worker* w, const void* to, const void* from, uint32_t bytes, uint32_t valid, const void* pc);
-void check_async_land(Worker* w, const void* to, uint32_t bytes);
+void check_arrive(Worker* w, const Fiber& fiber, int barrier);   // a thread reaches a barrier
+void check_release(Worker* w, const Fiber& fiber, int barrier);  // and leaves it
+void check_meeting(Worker* w, uint32_t warp, uint32_t mask);     // lanes met in a collective
+void check_meet_body(Worker* w, bool running);                   // what a collective does itself is not judged
+void check_async_issue(Worker* w, const AsyncCopy& copy, const void* pc);
+void check_async_land(Worker* w, const AsyncCopy& copy);
 void check_count(Worker* w, int event, uint64_t amount);
 
 }  // namespace ca

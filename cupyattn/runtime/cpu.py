@@ -257,13 +257,13 @@ def launch(plan, args):
             counts = _Counters(per_buffer=per_buffer)
             request.counters = ctypes.pointer(counts)
     error = _Error()
-    code = kernel.executor.ca_launch(request, error)
-    while code == 2:
-        try:
+    try:
+        code = kernel.executor.ca_launch(request, error)
+        while code == 2:
             code = kernel.executor.ca_resume(error)
-        except KeyboardInterrupt:
-            kernel.executor.ca_abandon()
-            raise
+    except BaseException:   # KeyboardInterrupt between two time slices
+        kernel.executor.ca_abandon()
+        raise
     if code == 1:
         raise _explain(plan, args, kernel, error)
     if collected is not None:
