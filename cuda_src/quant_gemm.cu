@@ -74,6 +74,8 @@ CA_KERNEL __launch_bounds__(32 * WARPS) void quant_gemm(const __grid_constant__ 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int token = blockIdx.y * M_TILE, first_row_tile = blockIdx.x * ROW_TILES;
 
+  prefetch_lines(args.packed + first_row_tile * int64_t{args.column_tiles} * LaneTile<Format>::TILE_BYTES,
+                 min(ROW_TILES, args.row_tiles - first_row_tile) * args.column_tiles * LaneTile<Format>::TILE_BYTES);
   float sums[SUMS] = {};  // [row tile][row of x][row r, row r + 8]
   for (int slice = 0; slice < args.column_tiles; slice += MAX_SLICE_TILES) {
     // 1. stage x

@@ -21,11 +21,112 @@ constexpr int RUN = 16;
 
 #if CA_CPU && CA_FUSED
 namespace ca {
+typedef float Floats4 __attribute__((vector_size(16)));
+typedef float Floats8 __attribute__((vector_size(32)));
 typedef float Floats16 __attribute__((vector_size(64)));
 typedef float Floats16Unaligned __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t Ints16 __attribute__((vector_size(64)));
-typedef uint8_t Bytes16 __attribute__((vector_size(16), aligned(1), may_alias));
-typedef int8_t SignedBytes16 __attribute__((vector_size(16), aligned(1), may_alias));
+typedef uint8_t Bytes16 __attribute__((vector_size(16)));
+typedef int8_t SignedBytes16 __attribute__((vector_size(16)));
+
+// 16 bytes as 16 int32. GCC makes 16 scalar conversions of a vector conversion over two widths.
+#if defined(__clang__)
+CA_INLINE Ints16 widen_bytes(const Bytes16& bytes) { return __builtin_convertvector(bytes, Ints16); }
+CA_INLINE Ints16 widen_bytes(const SignedBytes16& bytes) { return __builtin_convertvector(bytes, Ints16); }
+#elif defined(__AVX512F__)
+typedef char Chars16 __attribute__((vector_size(16)));
+CA_INLINE Ints16 widen_bytes(const Bytes16& bytes) {
+  return __builtin_ia32_pmovzxbd512_mask(bit_cast<Chars16>(bytes), Ints16{}, 0xffff);
+}
+CA_INLINE Ints16 widen_bytes(const SignedBytes16& bytes) {
+  return __builtin_ia32_pmovsxbd512_mask(bit_cast<Chars16>(bytes), Ints16{}, 0xffff);
+}
+#else
+typedef uint16_t Shorts16 __attribute__((vector_size(32)));
+typedef int16_t SignedShorts16 __attribute__((vector_size(32)));
+CA_INLINE Ints16 widen_bytes(const Bytes16& bytes) {
+  return __builtin_convertvector(__builtin_convertvector(bytes, Shorts16), Ints16);
+}
+CA_INLINE Ints16 widen_bytes(const SignedBytes16& bytes) {
+  return __builtin_convertvector(__builtin_convertvector(bytes, SignedShorts16), Ints16);
+}
+#endif
+
+// The 4 or 8 float16 numbers at p as floats, 4 of them twice; kept out of memory, where they would be reloaded wider.
+template <int N>
+CA_INLINE Floats8 widen_scales(const __half* p) {
+#if defined(__F16C__)
+  typedef long long Longs2 __attribute__((vector_size(16)));
+  long long low, high;
+  __builtin_memcpy(&low, p, 8);
+  __builtin_memcpy(&high, p + N - 4, 8);
+  return __builtin_ia32_vcvtph2ps256(bit_cast<v8i16>(Longs2{low, high}));
+#else
+  float wide[8];
+  for (int i = 0; i < 8; ++i) wide[i] = to_float(p[i % N]);
+  return bit_cast<Floats8>(wide);
+#endif
+}
+
+#if __has_builtin(__builtin_shufflevector)
+// p[I] eight times, then p[I + 1] eight times.
+template <int I>
+CA_INLINE Floats16 spread_groups(const Floats8& p) {
+  return __builtin_shufflevector(p, p, I, I, I, I, I, I, I, I, I + 1, I + 1, I + 1, I + 1, I + 1, I + 1, I + 1, I + 1);
+}
+// Elements FIRST, ... of x.
+template <typename V, int FIRST, typename X>
+CA_INLINE V slice(const X& x) {
+  if constexpr (sizeof(V) == sizeof(Floats8)) {
+    return __builtin_shufflevector(x, x, FIRST, FIRST + 1, FIRST + 2, FIRST + 3, FIRST + 4, FIRST + 5, FIRST + 6,
+                                   FIRST + 7);
+  } else {
+    return __builtin_shufflevector(x, x, FIRST, FIRST + 1, FIRST + 2, FIRST + 3);
+  }
+}
+#else  // GCC before 12
+template <int I>
+CA_INLINE Floats16 spread_groups(const Floats8& p) {
+  const float a = p[I], b = p[I + 1];
+  return Floats16{a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b};
+}
+template <typename V, int FIRST, typename X>
+CA_INLINE V slice(const X& x) {
+  V part;
+  __builtin_memcpy(&part, reinterpret_cast<const float*>(&x) + FIRST, sizeof(part));
+  return part;
+}
+#endif
+
+// Pins a value where -fassociative-math would reorder the sums of one kernel differently from those of another:
+// a register the compiler may not look into. No instruction.
+#if defined(__x86_64__)
+#define CA_PIN(x) __asm__("" : "+v"(x))
+#else
+#define CA_PIN(x) __asm__("" : "+w"(x))
+#endif
+CA_INLINE float in_this_order(float x) {
+  CA_PIN(x);
+  return x;
+}
+CA_INLINE Floats16 in_this_order(Floats16 x) {
+#if defined(__AVX512F__)
+  CA_PIN(x);
+#else
+#if defined(__AVX__)
+  typedef Floats8 Register;
+#else
+  typedef float Register __attribute__((vector_size(16)));
+#endif
+  Register parts[sizeof(x) / sizeof(Register)];
+  __builtin_memcpy(parts, &x, sizeof(x));
+#pragma GCC unroll 4
+  for (Register& part : parts) CA_PIN(part);
+  __builtin_memcpy(&x, parts, sizeof(x));
+#endif
+  return x;
+}
+#undef CA_PIN
 }  // namespace ca
 
 struct Run {
@@ -34,15 +135,11 @@ struct Run {
 // 16 running sums on the host, where they are one vector register; added up by total().
 struct RunSum {
   ca::Floats16 v = {};
-  CA_INLINE void add_product(const Run& a, const Run& b) { v += a.v * b.v; }
+  CA_INLINE void add_product(const Run& a, const Run& b) { v = ca::in_this_order(v + a.v * b.v); }
   CA_INLINE float total() const {
-    float sum[16];
-    __builtin_memcpy(sum, &v, sizeof(sum));
-#pragma GCC unroll 4
-    for (int width = 8; width > 0; width /= 2) {
-      for (int i = 0; i < width; ++i) sum[i] += sum[i + width];
-    }
-    return sum[0];
+    const ca::Floats8 half = ca::slice<ca::Floats8, 0>(v) + ca::slice<ca::Floats8, 8>(v);
+    const ca::Floats4 quarter = ca::slice<ca::Floats4, 0>(half) + ca::slice<ca::Floats4, 4>(half);
+    return ca::in_this_order(ca::in_this_order(quarter[0] + quarter[2]) + ca::in_this_order(quarter[1] + quarter[3]));
   }
 };
 CA_INLINE Run load_run(const float* p) { return {*reinterpret_cast<const ca::Floats16Unaligned*>(p)}; }
@@ -94,7 +191,7 @@ struct Nibbles {
     ca::Bytes16 bytes;
     __builtin_memcpy(&bytes, chunks, sizeof(bytes));
     bytes = half ? bytes >> 4 : bytes & 15;
-    run.v = __builtin_convertvector(__builtin_convertvector(bytes, ca::Ints16) - ZERO, ca::Floats16);
+    run.v = __builtin_convertvector(ca::widen_bytes(bytes) - ZERO, ca::Floats16);
 #else
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
@@ -119,7 +216,7 @@ struct Q8_0 {
 #if CA_CPU && CA_FUSED
     ca::SignedBytes16 bytes;
     __builtin_memcpy(&bytes, &chunks[half], sizeof(bytes));
-    run.v = __builtin_convertvector(__builtin_convertvector(bytes, ca::Ints16), ca::Floats16);
+    run.v = __builtin_convertvector(ca::widen_bytes(bytes), ca::Floats16);
 #else
 #pragma unroll
     for (int t = 0; t < 4; ++t) bytes_to_float<128>(word_of(chunks[half], t) ^ 0x80808080u, run.v + 4 * t);
@@ -173,33 +270,46 @@ struct LaneTile {
 #pragma unroll
     for (int half = 0; half < 2; ++half) weights[half] = F::codes(chunks, half);
     if constexpr (F::SCALES > 0) {
+#if CA_CPU && CA_FUSED
+      const ca::Floats8 p = ca::widen_scales<PARAMETERS>(scales.v);
+#else
       float p[PARAMETERS];
       to_float(scales, p);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        scale_groups(weights[half], p[2 * half], p[2 * half + 1]);
-        if constexpr (F::SCALES == 8) add_groups(weights[half], p[4 + 2 * half], p[5 + 2 * half]);
-      }
+#endif
+      scale_groups<0>(weights[0], p);
+      scale_groups<1>(weights[1], p);
     }
   }
 
  private:
-  static __device__ __forceinline__ void scale_groups(Run& run, float s0, float s1) {
+  // Applies scale and minimum of the two groups of row r + 8 * HALF; exact products, one rounding.
+  template <int HALF, typename Scales>
+  static __device__ __forceinline__ void scale_groups(Run& run, const Scales& p) {
 #if CA_CPU && CA_FUSED
-    run.v *= ca::Floats16{s0, s0, s0, s0, s0, s0, s0, s0, s1, s1, s1, s1, s1, s1, s1, s1};
+    run.v *= ca::spread_groups<2 * HALF>(p);
+    if constexpr (F::SCALES == 8) run.v += ca::spread_groups<4 + 2 * HALF>(p);
+    run.v = ca::in_this_order(run.v);
 #else
 #pragma unroll
-    for (int i = 0; i < RUN; ++i) run.v[i] *= i < 8 ? s0 : s1;
-#endif
-  }
-  static __device__ __forceinline__ void add_groups(Run& run, float m0, float m1) {
-#if CA_CPU && CA_FUSED
-    run.v += ca::Floats16{m0, m0, m0, m0, m0, m0, m0, m0, m1, m1, m1, m1, m1, m1, m1, m1};
-#else
-#pragma unroll
-    for (int i = 0; i < RUN; ++i) run.v[i] += i < 8 ? m0 : m1;
+    for (int i = 0; i < RUN; ++i) {
+      run.v[i] *= p[2 * HALF + i / 8];
+      if constexpr (F::SCALES == 8) run.v[i] += p[4 + 2 * HALF + i / 8];
+    }
 #endif
   }
 };
+
+// Asks the threads of the block to bring `bytes` bytes from `p` on into the L2 cache.
+__device__ __forceinline__ void prefetch_lines(const uint8_t* p, int bytes) {
+#if CA_CPU
+  const int share = ceil_div(ceil_div(bytes, 64), static_cast<int>(blockDim.x)) * 64;
+  const uint8_t* end = p + min(bytes, static_cast<int>(threadIdx.x + 1) * share);
+  for (const uint8_t* line = p + threadIdx.x * share; line < end; line += 64) __builtin_prefetch(line, 0, 2);
+#else
+  for (int line = threadIdx.x * 128; line < bytes; line += blockDim.x * 128) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p + line));
+  }
+#endif
+}
 
 #endif  // CUPYATTN_DEQUANT_CUH
