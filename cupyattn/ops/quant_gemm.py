@@ -19,14 +19,14 @@ def _spec(x, out, bias, format, m_tile, row_tiles, warps, vec):
 
 
 CORE = [_spec(*case) for case in (
-    ("float16", "float16", "float32", "q4_1", 1, 4, 1, 8), ("float16", "float32", "float16", "q8_0", 1, 4, 1, 8),
-    ("float32", "float32", "float32", "q4_1", 8, 2, 1, 4), ("float32", "float16", "float32", "q4_0", 2, 1, 1, 1),
+    ("float16", "float16", "float32", "q4_1", 1, 16, 1, 8), ("float16", "float32", "float16", "q8_0", 1, 8, 1, 8),
+    ("float32", "float32", "float32", "q4_1", 8, 8, 1, 4), ("float32", "float16", "float32", "q4_0", 2, 1, 1, 1),
     ("bfloat16", "bfloat16", "bfloat16", "q4_0", 4, 1, 4, 8), ("bfloat16", "float32", "float32", "q8_0", 8, 1, 4, 8),
     ("float16", "bfloat16", "float32", "float16", 4, 2, 1, 8), ("float32", "float32", "float32", "float32", 1, 1, 4, 4),
     ("bfloat16", "float16", "float32", "bfloat16", 2, 1, 4, 1), ("float16", "float16", "float32", "q4_1", 8, 1, 4, 1),
 )]
 ALL = [*CORE, *(spec for x in FLOATS for u in FLOATS for b in dict.fromkeys((x, "float32")) for f in FORMATS
-                for m in (1, 2, 4, 8) for r, w in ((1, 1), (2, 1), (4, 1), (1, 4))
+                for m in (1, 2, 4, 8) for r, w in ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (1, 4)) if r * m <= 64
                 for vec in (1, 4 if x == "float32" else 8) if (spec := _spec(x, u, b, f, m, r, w, vec)) not in CORE)]
 
 
@@ -37,8 +37,8 @@ def _plan_quant_gemm(tokens, shape, format, x, out, bias, align, arch):
     m_tile = next((m for m in (1, 2, 4) if tokens <= m), 8)
     vec = 16 // (4 if x == "float32" else 2) if align == 16 else 1
     if arch == "cpu":
-        # one warp per block: threads are dear here, and every warp of a block adds some
-        warps, tiles_per_block = 1, next((n for n in (4, 2) if row_tiles // n >= 24), 1)
+        # threads are dear here: one warp with as many rows as leave a few blocks to share among the workers
+        warps, tiles_per_block = 1, next((n for n in (16, 8, 4, 2) if row_tiles >= 4 * n and n * m_tile <= 64), 1)
     else:
         warps, tiles_per_block = 4, 1
     shared = 4 * m_tile * (64 * _MAX_SLICE_TILES + warps * tiles_per_block * 16)
