@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-import gguf
 import numpy as np
 import pytest
 from compare import assert_same_bits, dtype_of, poison
+from ggml_blocks import quantized
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -22,9 +22,8 @@ def _table(kind, rows=48, columns=96):
     if not kind.startswith("q"):
         w = w.astype(dtype_of(kind))
         return w, w
-    kind = gguf.GGMLQuantizationType[kind.upper()]
-    raw = gguf.quants.quantize(w, kind)
-    return QMatrix.from_gguf(raw, kind, w.shape), gguf.quants.dequantize(raw, kind)
+    raw, values = quantized(kind.upper(), w)
+    return QMatrix.from_gguf(raw, kind, w.shape), values
 
 
 def _on(xp, table):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ import table
 import timing
 
 import cupyattn
+from cupyattn.models import SMOLLM2_135M
 from cupyattn.runtime.cpu import counters, settings
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +75,33 @@ def test_results_file_and_report(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "| conformance | failed |" in printed and "`t::b`" in printed
     assert "| rope | llama3-8b tokens 1 | 1.0 | 1000.0 GB/s | 50% | 4.00x |" in printed
+
+
+def test_every_step_names_files_that_exist(tmp_path):
+    for step, share in gpu_suite.STEPS:
+        assert 0 < share <= 1
+        for argument in gpu_suite.command(step, tmp_path):
+            if argument.endswith(".py"):
+                assert (ROOT / argument).is_file(), argument
+    assert [f.stem for f in gpu_suite.bench_files()][0] == "bench_paged_decode"
+
+
+@pytest.mark.parametrize("folder", ["tests", "perf"])
+def test_gpu_machine_needs_no_more_than_promised(folder):
+    """Everything collects without the packages that gpu_suite does not list."""
+    code = f"""
+import sys
+import pytest
+class Hide:
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_load_initial_conftests(self):
+        for name in ("platformdirs", "typer", "rich", "gguf", "tokenizers", "onnx", "safetensors", "cuda.bindings",
+                     "ziglang"):
+            sys.modules[name] = None   # as if it were not installed
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--collect-only", {folder!r}], plugins=[Hide()]))
+"""
+    done = run("-c", code)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
 def test_table_of_a_results_file(tmp_path, capsys):
@@ -152,6 +181,20 @@ def test_ceilings_on_a_gpu(pretended_gpu):
     ceilings.read_bandwidth.cache_clear()
     assert ceilings.read_bandwidth(2**16) > 0
     ceilings.read_bandwidth.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_model_path(monkeypatch, dtype):
+    import model_path
+
+    monkeypatch.setattr(model_path, "DEVICE", timing.CpuExecutor())
+    small = replace(SMOLLM2_135M, num_layers=2, vocab_size=512)
+    result = model_path.compare_with_cpu(dtype, config=small, tokens=9)
+    assert result["passed"] and result["tokens"] == 9
+    if dtype == "float16":
+        assert model_path.tokens_per_second(2, config=small, new_tokens=3) > 0
+        monkeypatch.setitem(model_path.BOUNDS, dtype, {"max": -1.0, "median": 1.0})
+        assert not model_path.compare_with_cpu(dtype, config=small, tokens=3)["passed"]
 
 
 @pytest.mark.parametrize("pieces", [1, 1000, 4096])

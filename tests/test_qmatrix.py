@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import time
 
-import gguf
 import ml_dtypes
 import numpy as np
 import pytest
 from compare import assert_same_bits
+from ggml_blocks import by_formula, quantized
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -17,9 +17,7 @@ rng = np.random.default_rng(3)
 
 
 def _quantized(name, n, k, generator=rng):
-    kind = gguf.GGMLQuantizationType[name]
-    raw = gguf.quants.quantize(generator.standard_normal((n, k)).astype(np.float32), kind)
-    return raw, gguf.quants.dequantize(raw, kind)
+    return quantized(name, generator.standard_normal((n, k)).astype(np.float32))
 
 
 @pytest.mark.parametrize("name", BITS)
@@ -40,6 +38,8 @@ def test_reconstruct_is_ggufs_dequantizer(xp, name, shape):
 
 @pytest.mark.parametrize("name", BITS)
 def test_every_block_content_is_read_as_gguf_reads_it(name):
+    import gguf
+
     size = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}[name]
     raw = rng.integers(0, 256, (48, 4, size), np.uint8)
     header = 4 if name == "Q4_1" else 2
@@ -48,6 +48,14 @@ def test_every_block_content_is_read_as_gguf_reads_it(name):
     want = gguf.quants.dequantize(raw.reshape(48, -1), kind)
     for spelling in (name, name.lower(), int(kind), kind):
         np.testing.assert_array_equal(QMatrix.from_gguf(raw, spelling, (48, 128)).reconstruct(), want)
+
+
+@pytest.mark.parametrize("name", BITS)
+def test_formulas_of_the_blocks_are_ggufs(name):
+    import gguf
+
+    raw, values = by_formula(name, rng.standard_normal((24, 96)).astype(np.float32))
+    assert_same_bits(gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[name]), values)
 
 
 def test_type_and_layout_of_dense_gguf_tensors():
