@@ -22,6 +22,7 @@
 #include "prelude.cuh"
 #include "params.h"
 #include "cp_async.cuh"
+#include "float8.cuh"
 #include "warp.cuh"
 
 using T = CA_T;                       // q and out
@@ -133,13 +134,13 @@ CA_KERNEL __launch_bounds__(128) void paged_decode(const __grid_constant__ Paged
   };
 
   // 3. tiles of 32 tokens, counted from the chunk's start: warp w takes w, w + warps, ...
-  float top[ROWS], sum[ROWS], acc[ROWS][STEP];
+  float top[ROWS], sum[ROWS];
+  Float8 acc[ROWS];
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     top[r] = NEG_INF;
     sum[r] = 0.0f;  // of this lane's tokens alone
-#pragma unroll
-    for (int j = 0; j < STEP; ++j) acc[r][j] = 0.0f;
+    acc[r] = Float8::all(0.0f);
   }
   const int group = lane / at.lanes;  // lanes past groups * lanes have no part in copying and P.V
   const int dim = (lane - group * at.lanes) * STEP;
@@ -164,26 +165,20 @@ CA_KERNEL __launch_bounds__(128) void paged_decode(const __grid_constant__ Paged
     // 3b. scores of the lane's token
     float score[ROWS], tile_top[ROWS];
     if (key_rows[lane] != nullptr) {
-      float dot[ROWS][STEP];
+      Float8 dot[ROWS];
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-        for (int j = 0; j < STEP; ++j) dot[r][j] = 0.0f;
+      for (int r = 0; r < ROWS; ++r) dot[r] = Float8::all(0.0f);
       const KV* key = reinterpret_cast<const KV*>(stage + lane * at.key_bytes);
+#pragma unroll 1  // unrolled it takes too many registers
       for (int d = 0; d < head_dim; d += STEP) {
-        float k[STEP];
-        to_float(load_step<true>(key + d), k);
+        const Float8 k = Float8::from(load_step<true>(key + d));
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-          for (int j = 0; j < STEP; ++j) dot[r][j] += k[j] * q[r * head_dim + d + j];
+        for (int r = 0; r < ROWS; ++r) dot[r].add_product(k, Float8::load(q + r * head_dim + d));
       }
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
-        const float total = ((dot[r][0] + dot[r][1]) + (dot[r][2] + dot[r][3])) +
-                            ((dot[r][4] + dot[r][5]) + (dot[r][6] + dot[r][7]));
         const bool visible = token + lane >= keys[2 * r] && token + lane <= keys[2 * r + 1];
-        score[r] = visible ? scaled_score(total, args.softmax_scale, args.softcap) : NEG_INF;
+        score[r] = visible ? scaled_score(dot[r].sum(), args.softmax_scale, args.softcap) : NEG_INF;
       }
     } else {
 #pragma unroll
@@ -203,8 +198,7 @@ CA_KERNEL __launch_bounds__(128) void paged_decode(const __grid_constant__ Paged
       const float p = exp2f(score[r] - origin);
       sum[r] = sum[r] * shrink + p;
       probs[lane * ROWS + r] = p;
-#pragma unroll
-      for (int j = 0; j < STEP; ++j) acc[r][j] *= shrink;
+      acc[r] *= shrink;
     }
     look_up(token + step + lane, slots + (parity ^ 1) * 2 * TILE);
     __syncwarp();
@@ -219,14 +213,10 @@ CA_KERNEL __launch_bounds__(128) void paged_decode(const __grid_constant__ Paged
       }
 #pragma unroll
       for (int i = 0; i < BATCH; ++i) {
-        float v[STEP];
-        to_float(values[i], v);
+        const Float8 v = Float8::from(values[i]);
+        const float* p = probs + (first + i * stride) % TILE * ROWS;  // past TILE: of any token, times zeros
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-          const float p = probs[(first + i * stride) % TILE * ROWS + r];  // past TILE: of any token, times zeros
-#pragma unroll
-          for (int j = 0; j < STEP; ++j) acc[r][j] += p * v[j];
-        }
+        for (int r = 0; r < ROWS; ++r) acc[r].add_product(p[r], v);
       }
     }
   }
@@ -242,13 +232,9 @@ CA_KERNEL __launch_bounds__(128) void paged_decode(const __grid_constant__ Paged
     }
   }
   if (group < at.groups) {
+    float* out = reinterpret_cast<float*>(stage) + group * ROWS * head_dim + dim;
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      Vec<float, STEP> out;
-#pragma unroll
-      for (int j = 0; j < STEP; ++j) out.v[j] = acc[r][j];
-      store_step<true>(reinterpret_cast<float*>(stage) + (group * ROWS + r) * head_dim + dim, out);
-    }
+    for (int r = 0; r < ROWS; ++r) acc[r].store(out + r * head_dim);
   }
   __syncthreads();
 

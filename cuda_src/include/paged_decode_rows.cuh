@@ -4,6 +4,7 @@
 #ifndef CUPYATTN_PAGED_DECODE_ROWS_CUH
 #define CUPYATTN_PAGED_DECODE_ROWS_CUH
 
+#include "float8.cuh"
 #include "online_softmax.cuh"
 #include "page_table.cuh"
 #include "params.h"
@@ -79,25 +80,18 @@ __device__ __forceinline__ void store_empty(const PagedDecodeArgs& args, const R
 
 // Stores 8 outputs of row r from `dim` on and, once per row, its lse: as the final result or as a partial one.
 __device__ __forceinline__ void store_row(const PagedDecodeArgs& args, const RowTile& rows, int r, int dim,
-                                          float (&values)[STEP], float lse) {
+                                          Float8 values, float lse) {
   const int64_t flat = rows.flat(args, r);
   if (args.num_chunks > 1) {
     const int64_t row = blockIdx.y * total_rows(args) + flat;
-    Vec<float, STEP> out;
-#pragma unroll
-    for (int j = 0; j < STEP; ++j) out.v[j] = values[j];
-    store_step<true>(args.partial_out + row * args.head_dim + dim, out);
+    values.store(args.partial_out + row * args.head_dim + dim);
     if (dim == 0) args.partial_lse[row] = lse;
     return;
   }
-  if (args.sinks != nullptr) {
-    const float share = sink_share(lse, args.sinks[rows.head(args, r)]);
-#pragma unroll
-    for (int j = 0; j < STEP; ++j) values[j] *= share;
-  }
+  if (args.sinks != nullptr) values *= sink_share(lse, args.sinks[rows.head(args, r)]);
   T* out = static_cast<T*>(args.out.data) + rows.seq * args.out.stride_seq +
            rows.query(args, r) * args.out.stride_token + rows.head(args, r) * args.out.stride_head;
-  store_step<ALIGNED>(out + dim, from_float<T, STEP>(values));
+  store_step<ALIGNED>(out + dim, values.to<T>());
   if (dim == 0 && args.lse != nullptr) args.lse[flat] = lse;
 }
 
@@ -118,22 +112,18 @@ __device__ __forceinline__ void merge_and_store(const PagedDecodeArgs& args, con
   for (int item = threadIdx.x; item < rows.num_rows * pieces; item += blockDim.x) {
     const int r = item / pieces;
     const int dim = (item - r * pieces) * STEP;
-    float top = NEG_INF, sum = 0.0f, out[STEP] = {};
+    float top = NEG_INF, sum = 0.0f;
+    Float8 out = Float8::all(0.0f);
     for (int w = 0; w < warps; ++w) top = fmaxf(top, found.state[w * 2 * ROWS + r]);
     const float origin = softmax_origin(top);
     for (int w = 0; w < warps; ++w) {
       const float weight = exp2f(found.state[w * 2 * ROWS + r] - origin);
       sum += weight * found.state[(w * 2 + 1) * ROWS + r];
       const float* part = reinterpret_cast<const float*>(found.outputs + w * found.warp_bytes);
-      for (int g = 0; g < found.groups; ++g) {
-        const Vec<float, STEP> x = load_step<true>(part + (g * ROWS + r) * found.row_stride + dim);
-#pragma unroll
-        for (int j = 0; j < STEP; ++j) out[j] += weight * x.v[j];
-      }
+      for (int g = 0; g < found.groups; ++g)
+        out.add_product(weight, Float8::load(part + (g * ROWS + r) * found.row_stride + dim));
     }
-    const float scale = sum == 0.0f ? 0.0f : 1.0f / sum;
-#pragma unroll
-    for (int j = 0; j < STEP; ++j) out[j] *= scale;
+    out *= sum == 0.0f ? 0.0f : 1.0f / sum;
     store_row(args, rows, r, dim, out, natural_lse(top, sum));
   }
 }

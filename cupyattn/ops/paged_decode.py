@@ -77,7 +77,8 @@ def _plan_paged_decode(batch, q_len, num_heads, num_kv_heads, head_dim, capacity
     else:
         rows = next((r for r in _ROWS if r >= packed), _ROWS[-1])
         item = 4 if kv == "float32" else 2
-        warps = max(1, min(4, 1024 // (head_dim * item)))   # staged keys of a block stay below 48 KiB
+        # On a GPU the staged keys of a block stay below 48 KiB; on the CPU an idle warp costs 32 fibers.
+        warps = 1 if arch == "cpu" else max(1, min(4, 1024 // (head_dim * item)))
         spec = _spec(q, kv, rows, align == 16)
         shared = _shared_bytes(rows, head_dim, item, warps)
     num_chunks = max(1, -(-capacity // CHUNK))
