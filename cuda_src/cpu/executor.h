@@ -30,17 +30,16 @@ struct Site {
   const void* pc;
 };
 
-enum class State : uint8_t { NEW, READY, AT_BARRIER, IN_COLLECTIVE, DONE };
+// What a thread last waited for; it may be running again.
+enum class State : uint8_t { NEW, STARTED, AT_BARRIER, IN_COLLECTIVE, DONE };
 
-struct Fiber : Thread {
+struct alignas(64) Fiber : Thread {  // one cache line
   void* sp;          // saved stack pointer while another fiber runs
   Worker* worker;
   int number;        // of the thread in its block, x fastest
   int stack;         // index of its stack
+  uint32_t waits_for;  // number of the barrier, or mask of the collective
   State state;
-  int barrier;       // the one it waits at
-  uint32_t mask;     // of the collective it waits in
-  Site site;         // where it waits
 };
 
 // A collective that some lanes of a warp have reached.
@@ -120,7 +119,7 @@ Worker* new_worker();              // null without memory
 void prepare(Worker* w, Job* job);
 Outcome run_block(Worker* w, uint64_t number);
 Outcome resume_block(Worker* w);
-void wait_as(Fiber* f, State why, const Site& site);  // until make_runnable names it
+void wait_as(Fiber* f, State why, uint32_t what);  // until make_runnable names it
 void make_runnable(Worker* w, int warp, uint32_t lanes);
 void* map_memory(size_t bytes);    // zeroed and only reserved; null if there is none
 uint64_t now_ns();

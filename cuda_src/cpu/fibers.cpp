@@ -104,7 +104,7 @@ int nth_bit(uint32_t bits, uint32_t n) {
 }
 
 // The warp to go on with when `warp` has no runnable lane, or must not run (other_warp).
-int pick_warp(Worker* w, int warp, bool other_warp) {
+inline int pick_warp(Worker* w, int warp, bool other_warp) {
   const uint32_t all = w->runnable_warps;
   if (w->schedule == 2) return nth_bit(all, random_below(w, __builtin_popcount(all)));
   if (!other_warp && all >> warp & 1) return warp;
@@ -117,27 +117,24 @@ int pick_warp(Worker* w, int warp, bool other_warp) {
 }
 
 // Takes a runnable fiber out of the runnable set; null if there is none.
-Fiber* pick(Worker* w, int warp, bool other_warp = false) {
+inline Fiber* pick(Worker* w, int warp, bool other_warp = false) {
   if (!w->runnable_warps) return nullptr;
   warp = pick_warp(w, warp, other_warp);
-  uint32_t& lanes = w->runnable[warp];
-  int lane;
-  if (w->schedule == 0) {
-    lane = __builtin_ctz(lanes);
-  } else if (w->schedule == 1) {
-    lane = 31 - __builtin_clz(lanes);
-  } else {
-    lane = nth_bit(lanes, random_below(w, __builtin_popcount(lanes)));
+  const uint32_t lanes = w->runnable[warp];
+  int lane = __builtin_ctz(lanes);
+  if (__builtin_expect(w->schedule != 0, 0)) {
+    lane = w->schedule == 1 ? 31 - __builtin_clz(lanes) : nth_bit(lanes, random_below(w, __builtin_popcount(lanes)));
   }
-  lanes &= ~(1u << lane);
-  if (!lanes) w->runnable_warps &= ~(1u << warp);
+  const uint32_t left = lanes & ~(1u << lane);
+  w->runnable[warp] = left;
+  if (!left) w->runnable_warps &= ~(1u << warp);
   return &w->fibers[warp * WARP + lane];
 }
 
 void fiber_main();
 
 // A stack no fiber uses, starting at its own multiple of 64 bytes: equal ones would compete for the same cache sets.
-void* take_stack(Worker* w, Fiber* f) {
+__attribute__((noinline)) void* take_stack(Worker* w, Fiber* f) {
   const int i = f->stack = w->free_stacks[--w->num_free_stacks];
   char* base = w->stacks + i * STACK_STRIDE;
   if (!w->guarded[i]) {
@@ -157,11 +154,11 @@ void* take_stack(Worker* w, Fiber* f) {
 }
 
 // Leaves the running code, whose stack pointer goes to *from, for fiber `to`.
-void run(Worker* w, Fiber* to, void** from) {
+inline void run(Worker* w, Fiber* to, void** from) {
   ++w->switches;
   ca_self = to;
-  if (to->state == State::NEW) {
-    to->state = State::READY;
+  if (__builtin_expect(to->state == State::NEW, 0)) {
+    to->state = State::STARTED;
     to->sp = take_stack(w, to);
   }
   ca_switch(from, to->sp);
@@ -174,7 +171,7 @@ void run(Worker* w, Fiber* to, void** from) {
 }
 
 // True once in a while, when the launch is being abandoned or the time slice is over.
-bool must_pause(Worker* w) {
+__attribute__((noinline)) bool must_pause(Worker* w) {
   if (w->job->stop.load(std::memory_order_relaxed)) {
     w->dirty = true;
     leave_block(w);
@@ -184,12 +181,12 @@ bool must_pause(Worker* w) {
 
 [[noreturn]] void fail_stuck(Worker* w);
 
+// The calls of ca_switch on the way of a waiting thread are tail calls: it keeps one frame on its stack.
 void go_on_with(Worker* w, Fiber* f, Fiber* to) {
   if (__builtin_expect((w->switches & POLL_MASK) == POLL_MASK, 0) && must_pause(w)) {
     ++w->switches;
     w->suspended = to;
-    ca_switch(&f->sp, w->main_sp);
-    return;
+    return ca_switch(&f->sp, w->main_sp);
   }
   run(w, to, &f->sp);
 }
@@ -204,7 +201,7 @@ void fiber_main() {
     w->idle_yields = 0;
     Fiber* to = pick(w, f->warp);
     if (to && to->state == State::NEW) {  // on this very stack
-      to->state = State::READY;
+      to->state = State::STARTED;
       to->stack = f->stack;
       ca_self = to;
       continue;
@@ -217,29 +214,35 @@ void fiber_main() {
   }
 }
 
+const Site& place(const Worker* w, const Fiber* f) {
+  if (f->state == State::AT_BARRIER) return w->barriers[f->waits_for].site;
+  return w->meetings[f->warp][__builtin_ctz(f->waits_for)].site;
+}
+
 // Lanes wait in a collective for `absent` ones of their warp that will not come.
 [[noreturn]] void fail_meeting(Worker* w, Fiber* f, uint32_t absent) {
   const Fiber* other = &w->fibers[f->warp * WARP + __builtin_ctz(absent)];
-  const bool ended = other->state == State::DONE;
-  blame(w, other, ended ? nullptr : other->site.pc);
+  const Site& here = place(w, f);
   ca_self = f;
-  if (ended) {
-    fail(w, CA_COLLECTIVE_MISMATCH, f->site.pc, "lanes of mask 0x%08x wait at %s:%d for lane %u, which has ended",
-         f->mask, f->site.file, f->site.line, other->lane);
+  if (other->state == State::DONE) {
+    blame(w, other, nullptr);
+    fail(w, CA_COLLECTIVE_MISMATCH, here.pc, "lanes of mask 0x%08x wait at %s:%d for lane %u, which has ended",
+         f->waits_for, here.file, here.line, other->lane);
   }
-  fail(w, CA_COLLECTIVE_MISMATCH, f->site.pc, "lanes of mask 0x%08x wait at %s:%d for lane %u, which waits at %s:%d",
-       f->mask, f->site.file, f->site.line, other->lane, other->site.file, other->site.line);
+  const Site& there = place(w, other);
+  blame(w, other, there.pc);
+  fail(w, CA_COLLECTIVE_MISMATCH, here.pc, "lanes of mask 0x%08x wait at %s:%d for lane %u, which waits at %s:%d",
+       f->waits_for, here.file, here.line, other->lane, there.file, there.line);
 }
 
 // No thread can run and some have not ended: says who waits for whom.
-[[noreturn]] void fail_stuck(Worker* w) {
+[[noreturn]] __attribute__((noinline)) void fail_stuck(Worker* w) {
   Fiber* f = nullptr;
   const Fiber* ended = nullptr;
   for (int i = 0; i < w->threads; ++i) {
     Fiber* each = &w->fibers[i];
     if (each->state == State::IN_COLLECTIVE) {
-      const Meeting& m = w->meetings[each->warp][__builtin_ctz(each->mask)];
-      fail_meeting(w, each, each->mask & ~m.arrived);
+      fail_meeting(w, each, each->waits_for & ~w->meetings[each->warp][__builtin_ctz(each->waits_for)].arrived);
     }
     if (each->state == State::DONE) {
       ended = each;
@@ -248,15 +251,15 @@ void fiber_main() {
     }
   }
   ca_self = f;
-  const BarrierState& b = w->barriers[f->barrier];
+  const BarrierState& b = w->barriers[f->waits_for];
   if (ended && b.expected == static_cast<uint32_t>(w->threads)) {
     blame(w, ended, nullptr);
-    fail(w, CA_DIVERGENT_BARRIER, f->site.pc,
+    fail(w, CA_DIVERGENT_BARRIER, b.site.pc,
          "%u of %u threads wait at the barrier of %s:%d, %d have ended without reaching it", b.arrived, b.expected,
-         f->site.file, f->site.line, w->done);
+         b.site.file, b.site.line, w->done);
   }
-  fail(w, CA_DEADLOCK, f->site.pc, "no thread can go on: barrier %d at %s:%d waits for %u threads, %u have come",
-       f->barrier, f->site.file, f->site.line, b.expected, b.arrived);
+  fail(w, CA_DEADLOCK, b.site.pc, "no thread can go on: barrier %u at %s:%d waits for %u threads, %u have come",
+       f->waits_for, b.site.file, b.site.line, b.expected, b.arrived);
 }
 
 void reset(Worker* w) {
@@ -371,9 +374,9 @@ Outcome resume_block(Worker* w) {
   return outcome(w);
 }
 
-void wait_as(Fiber* f, State why, const Site& site) {
+void wait_as(Fiber* f, State why, uint32_t what) {
   f->state = why;
-  f->site = site;
+  f->waits_for = what;
   Worker* w = f->worker;
   Fiber* to = pick(w, f->warp);
   if (__builtin_expect(!to, 0)) fail_stuck(w);
@@ -383,7 +386,6 @@ void wait_as(Fiber* f, State why, const Site& site) {
 void make_runnable(Worker* w, int warp, uint32_t lanes) {
   w->runnable[warp] |= lanes;
   if (lanes) w->runnable_warps |= 1u << warp;
-  for (; lanes; lanes &= lanes - 1) w->fibers[warp * WARP + __builtin_ctz(lanes)].state = State::READY;
 }
 
 // ---- errors ----------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@
 namespace ca {
 namespace {
 
-bool same_place(const Site& a, const Site& b) {
-  return a.line == b.line && (a.file == b.file || strcmp(a.file, b.file) == 0);
+bool at_place(const Site& site, const char* file, int line) {
+  return site.line == line && (site.file == file || strcmp(site.file, file) == 0);
 }
 
 void release(Worker* w, int id) {
@@ -26,18 +26,19 @@ void release(Worker* w, int id) {
   w->idle_yields = 0;
 }
 
-[[noreturn]] void fail_divergence(Worker* w, const BarrierState& b, const Site& site) {
+[[noreturn]] void fail_divergence(Worker* w, const BarrierState& b, const char* file, int line, const void* pc) {
   blame(w, &w->fibers[b.first], b.site.pc);
-  fail(w, CA_DIVERGENT_BARRIER, site.pc, "this thread is at the barrier of %s:%d while others wait at that of %s:%d",
-       site.file, site.line, b.site.file, b.site.line);
+  fail(w, CA_DIVERGENT_BARRIER, pc, "this thread is at the barrier of %s:%d while others wait at that of %s:%d", file,
+       line, b.site.file, b.site.line);
 }
 
-[[noreturn]] void fail_mismatch(Worker* w, const Meeting& m, uint32_t mask, Meet meet, const Site& site) {
+[[noreturn]] void fail_mismatch(Worker* w, const Meeting& m, uint32_t mask, Meet meet, const char* file, int line,
+                                const void* pc) {
   blame(w, &w->fibers[ca_self->warp * WARP + __builtin_ctz(m.arrived)], m.site.pc);
   const char* what = m.meet != meet ? "with different instructions" : m.mask != mask ? "with different masks"
                                                                                      : "from different places";
-  fail(w, CA_COLLECTIVE_MISMATCH, site.pc, "lanes of one warp meet %s: mask 0x%08x at %s:%d, mask 0x%08x at %s:%d", what,
-       mask, site.file, site.line, m.mask, m.site.file, m.site.line);
+  fail(w, CA_COLLECTIVE_MISMATCH, pc, "lanes of one warp meet %s: mask 0x%08x at %s:%d, mask 0x%08x at %s:%d", what,
+       mask, file, line, m.mask, m.site.file, m.site.line);
 }
 
 void run_meeting(Worker* w, int warp, uint32_t mask, Meet meet) {
@@ -65,18 +66,18 @@ using namespace ca;
 CA_API void ca::ca_barrier(int id, uint32_t threads, int arrive_only, const char* file, int line) {
   Fiber* f = self();
   Worker* w = f->worker;
-  const Site site{file, line, __builtin_return_address(0)};
+  const void* pc = __builtin_return_address(0);
   const uint32_t expected = threads ? threads : w->threads;
-  if (static_cast<unsigned>(id) >= BARRIERS || expected > static_cast<uint32_t>(w->threads)) {
-    fail(w, CA_DEADLOCK, site.pc, "barrier %d of %u threads in a block of %d; ids are 0 to 15", id, expected, w->threads);
+  if (__builtin_expect(static_cast<unsigned>(id) >= BARRIERS || expected > static_cast<uint32_t>(w->threads), 0)) {
+    fail(w, CA_DEADLOCK, pc, "barrier %d of %u threads in a block of %d; ids are 0 to 15", id, expected, w->threads);
   }
   BarrierState& b = w->barriers[id];
   if (b.arrived == 0) {
     b.expected = expected;
-    b.site = site;
+    b.site = {file, line, pc};
     b.first = f->number;
-  } else if (b.expected != expected || (w->checker && id == 0 && !same_place(b.site, site))) {
-    fail_divergence(w, b, site);
+  } else if (b.expected != expected || (w->checker && id == 0 && !at_place(b.site, file, line))) {
+    fail_divergence(w, b, file, line, pc);
   }
   if (w->checker) check_arrive(w, *f, id);
   if (++b.arrived == expected) {
@@ -84,44 +85,41 @@ CA_API void ca::ca_barrier(int id, uint32_t threads, int arrive_only, const char
     if (w->checker && !arrive_only) check_release(w, *f, id);
   } else if (!arrive_only) {
     b.waiting[f->warp] |= 1u << f->lane;
-    f->barrier = id;
-    wait_as(f, State::AT_BARRIER, site);
+    wait_as(f, State::AT_BARRIER, id);
   }
 }
 
 CA_API void ca::ca_collective(uint32_t mask, Meet meet, void* operand, const char* file, int line) {
   Fiber* f = self();
   Worker* w = f->worker;
-  const Site site{file, line, __builtin_return_address(0)};
-  const uint32_t bit = 1u << f->lane;
-  mask &= w->existing[f->warp];
-  if (!(mask & bit)) {
-    fail(w, CA_COLLECTIVE_MISMATCH, site.pc, "lane %u at %s:%d is not in its own mask 0x%08x", f->lane, file, line, mask);
+  const uint32_t warp = f->warp, lane = f->lane, bit = 1u << lane;
+  mask &= w->existing[warp];
+  if (__builtin_expect(!(mask & bit), 0)) {
+    fail(w, CA_COLLECTIVE_MISMATCH, __builtin_return_address(0), "lane %u at %s:%d is not in its own mask 0x%08x", lane,
+         file, line, mask);
   }
-  Meeting& m = w->meetings[f->warp][__builtin_ctz(mask)];
+  Meeting& m = w->meetings[warp][__builtin_ctz(mask)];
   if (m.arrived == 0) {
     m.mask = mask;
     m.meet = meet;
-    m.site = site;
-  } else if (m.meet != meet || m.mask != mask || (w->checker && !same_place(m.site, site))) {
-    fail_mismatch(w, m, mask, meet, site);
+    m.site = {file, line, __builtin_return_address(0)};
+  } else if (m.meet != meet || m.mask != mask || (w->checker && !at_place(m.site, file, line))) {
+    fail_mismatch(w, m, mask, meet, file, line, __builtin_return_address(0));
   }
-  w->operands[f->warp][f->lane] = operand;
+  w->operands[warp][lane] = operand;
   m.arrived |= bit;
-  if (m.arrived != mask) {
-    f->mask = mask;
-    wait_as(f, State::IN_COLLECTIVE, site);
-    return;
-  }
+  if (m.arrived != mask) return wait_as(f, State::IN_COLLECTIVE, mask);
   m.arrived = 0;
   w->idle_yields = 0;
-  if (w->checker) {
-    check_meeting(w, f->warp, mask);
+  if (__builtin_expect(w->checker != nullptr, 0)) {
+    check_meeting(w, warp, mask);
     check_meet_body(w, true);
+    run_meeting(w, warp, mask, meet);
+    check_meet_body(w, false);
+  } else {
+    run_meeting(w, warp, mask, meet);
   }
-  run_meeting(w, f->warp, mask, meet);
-  if (w->checker) check_meet_body(w, false);
-  make_runnable(w, f->warp, mask & ~bit);
+  make_runnable(w, warp, mask & ~bit);
 }
 
 CA_API void ca::ca_cp_async(void* to, const void* from, uint32_t bytes, int valid) {
