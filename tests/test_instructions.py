@@ -7,7 +7,6 @@ the same bodies compare the hardware with the models, and so with the executor.
 
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 from compare import assert_close, assert_same_bits, dtype_of
@@ -22,9 +21,9 @@ MODES = [dict(fused=True), dict(fused=False), dict(check=True, schedule="reverse
 
 
 def _launch(xp, kernel, x, results, threads, dtype):
-    spec = Specialisation(SOURCE, kernel, "InstructionsArgs",
-                          {"T": dtype, "TENSOR_CORES": int(kernel.startswith("mma"))},
-                          min_sm=80 if kernel.startswith("mma") else 75)
+    sm_80 = kernel in ("integer_reductions", "mma_16", "mma_s8")
+    spec = Specialisation(SOURCE, kernel, "InstructionsArgs", {"T": dtype, "SM_80": int(sm_80)},
+                          min_sm=80 if sm_80 else 75)
     plan = Plan(spec, arch_of(xp.module), (1,), (threads,), shared_bytes=64 * threads)
     out = xp.array(np.full((results, threads), 0x7F7F7F7F, np.uint32))
     launch(plan, make_args(plan, x=xp.array(x), out=out))
@@ -72,6 +71,18 @@ def test_votes(xp):
     low, high = ballot(x & 2, LANE[:16]), ballot(x & 8, LANE[16:])
     for k, want in enumerate([ballot(x & 4), 1, 0, 1, 0, np.where(LANE < 16, low, high)]):
         np.testing.assert_array_equal(got[k], np.broadcast_to(want, 32), f"result {k}")
+
+
+def test_integer_reductions(xp):
+    x = np.random.default_rng(10).integers(0, 1 << 32, 32, dtype=np.uint32)
+    got = _run(xp, "integer_reductions", x, 9)
+    signed = x.view(np.int32)
+    part = np.where(LANE % 4 == 1, x[1::4].sum(dtype=np.uint32), x[LANE % 4 != 1].sum(dtype=np.uint32))
+    want = [x.sum(dtype=np.uint32), x.min(), x.max(), np.bitwise_and.reduce(x | 12),
+            np.bitwise_or.reduce(x & 0xFF00FF), np.bitwise_xor.reduce(x), signed.min(), signed.max()]
+    for k, value in enumerate(want):
+        np.testing.assert_array_equal(got[k], np.full(32, value).astype(np.uint32), f"result {k}")
+    np.testing.assert_array_equal(got[8], part)
 
 
 def _butterfly(x, width, op):

@@ -120,7 +120,29 @@ CA_KERNEL void matrices(const __grid_constant__ InstructionsArgs args) {
   for (int i = 0; i < 4; ++i) put(four[i]);
 }
 
-#if CA_TENSOR_CORES
+#if CA_SM_80
+// x uint32 [32]
+CA_KERNEL void integer_reductions(const __grid_constant__ InstructionsArgs args) {
+  Results put(args);
+  const uint32_t x = static_cast<const uint32_t*>(args.x)[threadIdx.x];
+  const int with_sign = static_cast<int>(x);
+  put(__reduce_add_sync(FULL_MASK, x));
+  put(__reduce_min_sync(FULL_MASK, x));
+  put(__reduce_max_sync(FULL_MASK, x));
+  put(__reduce_and_sync(FULL_MASK, x | 12));
+  put(__reduce_or_sync(FULL_MASK, x & 0xff00ff));
+  put(__reduce_xor_sync(FULL_MASK, x));
+  put(static_cast<uint32_t>(__reduce_min_sync(FULL_MASK, with_sign)));
+  put(static_cast<uint32_t>(__reduce_max_sync(FULL_MASK, with_sign)));
+  uint32_t part;  // a quarter of the warp on its own
+  if (threadIdx.x % 4 == 1) {
+    part = __reduce_add_sync(0x22222222u, x);
+  } else {
+    part = __reduce_add_sync(0xddddddddu, x);
+  }
+  put(part);
+}
+
 // x uint32 [32, 10]: registers a[4], b[2], d[4] of every lane
 template <typename D>
 __device__ __forceinline__ void load_fragments(const void* x, uint32_t (&a)[4], uint32_t (&b)[2], D (&d)[4]) {
