@@ -57,7 +57,10 @@ CA_MEET void meet_ldmatrix_trans(MatrixRows* const* lanes, uint32_t) {
 template <int MATRICES, void (*MEET)(MatrixRows* const*, uint32_t)>
 inline void ldmatrix(uint32_t (&r)[MATRICES], const void* smem_row) {
   MatrixRows own;
-  if (lane() < 8 * MATRICES) __builtin_memcpy(own.row, smem_row, 16);
+  if (lane() < 8 * MATRICES) {
+    const uint4 row = load(static_cast<const uint4*>(smem_row));
+    __builtin_memcpy(own.row, &row, 16);
+  }
   collective<MatrixRows, MEET>(FULL_MASK, own);
   for (int m = 0; m < MATRICES; ++m) r[m] = own.r[m];
 }
