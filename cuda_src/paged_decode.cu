@@ -85,7 +85,8 @@ struct Layout {
   }
 };
 
-CA_KERNEL __launch_bounds__(128) void paged_decode(const __grid_constant__ PagedDecodeArgs args) {
+// The second bound keeps ptxas from spilling a few bytes for one more resident block.
+CA_KERNEL __launch_bounds__(128, ROWS > 4 ? 2 : 3) void paged_decode(const __grid_constant__ PagedDecodeArgs args) {
   CA_DYN_SMEM(char, smem);
   const RowTile rows(args);
   const int head_dim = args.head_dim;
