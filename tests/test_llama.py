@@ -232,6 +232,17 @@ def test_configurations_that_are_refused(change, message):
         config_from(GGUF(smollm2_path()).metadata | change)
 
 
+@pytest.mark.full
+def test_checked():
+    """The whole step in the checking mode, and over another order of threads."""
+    expected = random_llama(SMALL, seed=1).logprobs(range(11))
+    with runtime.cpu.settings(check=True):
+        found = random_llama(SMALL, seed=1).logprobs(range(11), page_size=3)
+    with runtime.cpu.settings(check=True, schedule="reverse"):
+        assert np.array_equal(random_llama(SMALL, seed=1).logprobs(range(11), page_size=3), found)
+    assert np.abs(found - expected).max() < 3e-2
+
+
 def test_profile_names_every_op():
     with runtime.profiling() as profile:
         random_llama(SMALL, seed=1).generate([[1, 2, 3]], max_new_tokens=2)
