@@ -201,6 +201,18 @@ def test_out_of_range(xp, case):
     assert_same_bits(caches[0], before)
 
 
+def test_cache_without_pages(xp):
+    k, v = new_tokens(1, 2, 8)
+    caches = empty_caches(0, 4, 2, 8)
+    for places in ({"slots": np.int32([0])}, {"block_table": np.int32([[0]]), "positions": np.int32([0])}):
+        if xp.name == "numpy":
+            with pytest.raises(ValueError, match=r"must be in \[(-1|0), 0\)"):
+                cupyattn.kv_append(k, v, *caches, **places)
+        else:
+            check(xp, k, v, caches, **places)
+    check(xp, k, v, caches, slots=np.int32([-1]))
+
+
 @pytest.mark.parametrize("places", [
     {"slots": np.int32([4, -1, -1, 4])},
     {"block_table": np.int32([[1, 0], [1, 2]]), "positions": np.int32([0, 4, -1, 0]),

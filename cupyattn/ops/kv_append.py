@@ -7,7 +7,15 @@ import numpy as np
 
 from ..runtime import Plan, Specialisation, arch_of, env, launch, make_args
 from ..runtime.arrays import alignment, array_namespace, head_view, kv_view, page_table, strides
-from ..runtime.checks import FLOATS, check_dtype, check_element_strides, check_last_axis, check_shape, check_writeable
+from ..runtime.checks import (
+    FLOATS,
+    check_dtype,
+    check_element_strides,
+    check_last_axis,
+    check_shape,
+    check_writeable,
+    value_range,
+)
 
 
 def _spec(new, cache, vec):
@@ -46,8 +54,11 @@ def _plan_kv_append(tokens, num_kv_heads, head_dim, head_dim_v, new, cache, alig
 
 
 def _check_range(name, values, low, high, what):
-    if values.size and (values.min() < low or values.max() >= high):
-        found = values[(values < low) | (values >= high)][0]
+    if values.size == 0:
+        return
+    smallest, largest = value_range(values)
+    if smallest < low or largest >= high:
+        found = smallest if smallest < low else largest
         raise ValueError(f"kv_append: {name} must be in [{low}, {high}), {what}, got {found}")
 
 

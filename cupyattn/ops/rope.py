@@ -7,7 +7,15 @@ import numpy as np
 
 from ..runtime import Plan, Specialisation, arch_of, env, launch, make_args
 from ..runtime.arrays import alignment, array_namespace, head_view, strides
-from ..runtime.checks import FLOATS, check_dtype, check_element_strides, check_last_axis, check_shape, check_writeable
+from ..runtime.checks import (
+    FLOATS,
+    check_dtype,
+    check_element_strides,
+    check_last_axis,
+    check_shape,
+    check_writeable,
+    value_range,
+)
 
 STYLES = ("neox", "interleaved")
 TABLES = ("float32", "float16")
@@ -63,7 +71,7 @@ def _check_table(name, table, rotary_dim):
 
 
 def _check_positions(positions, max_pos):
-    low, high = int(positions.min()), int(positions.max())
+    low, high = value_range(positions)
     if low < 0 or high >= max_pos:
         raise ValueError(f"rope: positions must be in [0, {max_pos}), the rows of cos and sin, got "
                          f"{low if low < 0 else high}")

@@ -43,3 +43,11 @@ def check_writeable(op, name, array):
     """A NumPy output may be written to."""
     if not getattr(array.flags, "writeable", True):
         raise ValueError(f"{op}: {name} must be writeable, got a read-only array")
+
+
+def value_range(array):
+    """(smallest, largest) of a 1-d integer array that is not empty."""
+    if array.size > 64:
+        return int(array.min()), int(array.max())
+    values = array.tolist()   # for a few numbers far cheaper than two reductions
+    return min(values), max(values)
