@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import mmap
 from dataclasses import dataclass
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -402,12 +403,14 @@ def test_onnxruntime(lengths, q_len, window, softcap, sinks):
 
 
 @hypothesis_settings(max_examples=25, deadline=None, derandomize=True)
-@given(lengths=st.lists(st.integers(0, 200), max_size=3), group=st.integers(1, 9), kv_heads=st.integers(1, 3),
-       head_dim=st.integers(1, 16), page_size=st.integers(1, 20), q_len=st.integers(1, 8),
-       window=st.integers(0, 60))
-def test_shapes(lengths, group, kv_heads, head_dim, page_size, q_len, window):
-    check(make(lengths, heads=group * kv_heads, kv_heads=kv_heads, head_dim=8 * head_dim, page_size=page_size,
-               q_len=q_len), window_size=window)
+@given(kernel=st.sampled_from(["cores", "mma"]), lengths=st.lists(st.integers(0, 200), max_size=3),
+       group=st.integers(1, 9), kv_heads=st.integers(1, 3), head_dim=st.integers(1, 16), page_size=st.integers(1, 20),
+       q_len=st.integers(1, 8), window=st.integers(0, 60))
+def test_shapes(kernel, lengths, group, kv_heads, head_dim, page_size, q_len, window):
+    case = make(lengths, heads=group * kv_heads, kv_heads=kv_heads, head_dim=8 * head_dim, page_size=page_size,
+                q_len=q_len, dtype="float32" if kernel == "cores" else "float16")
+    with mock.patch.object(op, "_version", lambda *args: (kernel, "chosen by the test")):
+        check(case, window_size=window)
 
 
 @pytest.mark.parametrize("kernel, head_dim, dtype", [("mma", 40, "float16"), ("mma", 64, "bfloat16"),

@@ -4,8 +4,8 @@
 // Each warp works alone on every WARPS-th tile of 16 tokens, through its own ring of STAGES tiles filled by cp.async:
 // scores = Q.K^T (K by ldmatrix), softmax in registers, probabilities rounded to T as the A operand of P.V (V by
 // transposed ldmatrix). Row pointers are worked out a step before the copies that need them, page ids one step before
-// that. A row of 16-byte pieces is stored with piece p at p ^ (row % 8), so that the 8 rows of an ldmatrix matrix lie
-// in different banks. Rows of invisible tokens and dims past head_dim are zeros.
+// that. A row of 16-byte pieces is stored with piece p at p ^ (row % 8), so that the 8 rows of an ldmatrix matrix
+// lie in different banks. Rows of invisible tokens and dims past head_dim are zeros.
 //
 // launch     block (32 * WARPS), at most two block barriers, dynamic shared memory WARPS * (RING_BYTES + POINTER_BYTES + 128)
 //            + Q_BYTES: rings, row pointers, state, queries; mirrored by _plan_paged_decode in ops/paged_decode.py
@@ -266,7 +266,8 @@ __device__ __forceinline__ void decode_on_tensor_cores(const PagedDecodeArgs& ar
     }
 #pragma unroll
     for (int n = 0; n < PIECES; ++n)
-      store_vec(outputs + r * OUT_STRIDE + n * 8 + lane % 4 * 2, Vec<float, 2>{{acc[n][2 * half], acc[n][2 * half + 1]}});
+      store_vec(outputs + r * OUT_STRIDE + n * 8 + lane % 4 * 2,
+                Vec<float, 2>{{acc[n][2 * half], acc[n][2 * half + 1]}});
   }
   __syncthreads();
 

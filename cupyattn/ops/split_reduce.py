@@ -142,10 +142,10 @@ def split_reduce(partial_out, partial_lse, /, *, sinks=None, out=None, return_ls
 
 def _listed(partial_out, partial_lse):
     """The parts of a list of partials: [tokens, heads, head_dim] becomes [1, tokens, heads, head_dim]."""
-    if not partial_out or not isinstance(partial_lse, (list, tuple)) or len(partial_out) != len(partial_lse):
+    lse_count = len(partial_lse) if isinstance(partial_lse, (list, tuple)) else type(partial_lse).__name__
+    if not partial_out or len(partial_out) != lse_count:
         raise ValueError("split_reduce: partial_out and partial_lse must be lists of the same length ≥ 1, got "
-                         f"{len(partial_out)} and "
-                         f"{len(partial_lse) if isinstance(partial_lse, (list, tuple)) else type(partial_lse).__name__}")
+                         f"{len(partial_out)} and {lse_count}")
     if len(partial_out) > MAX_PARTS:
         raise NotImplementedError(f"split_reduce: a list of partials may hold up to {MAX_PARTS}, got "
                                   f"{len(partial_out)}; stack them in one array")
