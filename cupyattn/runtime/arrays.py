@@ -5,6 +5,8 @@ import sys
 
 import numpy as np
 
+from .structs import address
+
 _names = {}
 
 
@@ -71,8 +73,6 @@ def array_namespace(op, /, **arrays):
 
 def alignment(array):
     """Largest power of two ≤ 16 (bytes) that divides the base address and every stride but the last axis'."""
-    from .structs import address
-
     bits = address(array) | 16
     for size, stride in zip(array.shape[:-1], array.strides[:-1], strict=True):
         if size > 1:

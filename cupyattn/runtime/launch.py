@@ -81,10 +81,14 @@ def compile_all(specs, arch, progress=None):
         build = cuda.compiler_for(arch)
     with ThreadPoolExecutor(max(1, min(len(specs), os.cpu_count() or 1))) as pool:
         jobs = {pool.submit(build, spec): spec for spec in specs}
-        for done, job in enumerate(as_completed(jobs), 1):
-            job.result()
-            if progress is not None:
-                progress(done, len(specs), jobs[job])
+        try:
+            for done, job in enumerate(as_completed(jobs), 1):
+                job.result()
+                if progress is not None:
+                    progress(done, len(specs), jobs[job])
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)   # a failure or Ctrl-C does not wait for the rest
+            raise
 
 
 class Profile:
