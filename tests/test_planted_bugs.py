@@ -22,9 +22,11 @@ FAULTS = {
     "early_async_read": {"uninitialised_shared"}, "misaligned_async": {"misaligned"}, "deadlock": {"deadlock"},
     "producer_consumer": {"race", "uninitialised_shared"}, "blocks_collide": {"global_race"},
     "reads_other_block": {"global_race"}, "global_race_in_block": {"race"}, "last_block_reduces": {"global_race"},
-    "shared_atomics": {"race"},
+    "shared_atomics": {"race"}, "misaligned_vector": {"misaligned"}, "overwritten_while_read": {"race"},
+    "announced_too_early": {"global_race"}, "shuffle_in_two_branches": {"collective_mismatch"},
+    "deep_recursion": {"stack_overflow"},
 }
-MANY_BLOCKS = {"blocks_collide", "reads_other_block", "last_block_reduces"}
+MANY_BLOCKS = {"blocks_collide", "reads_other_block", "last_block_reduces", "announced_too_early"}
 COMPILERS = [pytest.param(c, id=c.family, marks=[pytest.mark.full] if i else [])
              for i, c in enumerate(host_compiler.available())]
 
@@ -58,11 +60,12 @@ def test_fault_is_caught_and_twin_passes(kernel, compiler):
         error = caught.value
         assert error.kind in FAULTS[kernel], error
         assert error.kernel == kernel and max(error.thread) < 64
-        # the line named is one of the kernel's own
+        # the line named is one of the kernel's own, or of the function it calls
         text = SOURCE.read_text()
         name, line = re.fullmatch(r"(.*\.cu|.*\.cuh):(\d+)", error.location).groups()
-        first = text[:text.index(f"void {kernel}(")].count("\n") + 1
-        last = first + text[text.index(f"void {kernel}("):].split("\n}")[0].count("\n")
+        start = "float nested(" if kernel == "deep_recursion" else f"void {kernel}("
+        first = text[:text.index(start)].count("\n") + 1
+        last = first + text[text.index(start):].split("\n}")[0].count("\n")
         assert Path(name).suffix == ".cuh" or first <= int(line) <= last, error
 
 

@@ -1,459 +1,435 @@
 // SPDX-License-Identifier: Apache-2.0
-// checker.cpp - the checking mode: every memory access of a kernel is seen and judged.
+// checker.cpp - the checking mode: every memory access of a kernel is judged.
 //
-// The kernel library is compiled with -fsanitize=thread, which makes the compiler call __tsan_readN / __tsan_writeN at
-// each access; those functions are ours, libtsan is not linked. An access must lie in an argument's buffer, in shared
-// memory, on the fiber's stack or in the library's own data.
-//
-// Order of accesses: each thread has a vector clock (one counter per thread of the block). Barriers, collectives and
-// atomics join clocks; two accesses of one byte, one of them a write, must be ordered by them or both be atomic.
-// Shared memory keeps writer, reader and "initialised" per byte; writable buffers keep the last writer per byte,
-// block included, so a block that reads or overwrites what another block of the same launch wrote is seen too.
-#include <dlfcn.h>
+// An access must lie in an argument's buffer, in shared memory, on the thread's stack or in the library's own data.
+// Two accesses of one byte, one of them a write, must be ordered or both be atomic. Within a block a block barrier
+// orders everything (it starts a new epoch); between two of those, collectives, named barriers and atomics hand on
+// what each thread knows of the others' clocks. Between blocks only global atomics order.
+#include "checker.h"
+
 #include <link.h>
-#include <stdio.h>
+#include <string.h>
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <deque>
-#include <unordered_map>
-
-#include "executor.h"
 
 extern "C" void* __tls_get_addr(void* module_and_offset);
 
 namespace ca {
-
 namespace {
 
-struct SharedByte {
-  uint32_t block = 0;                 // serial number of the block that last touched it; others' marks are stale
-  uint32_t write_clock = 0, read_clock = 0;
-  uint16_t writer = 0, reader = 0;
-  uint32_t write_pc = 0, read_pc = 0; // offsets from the library's base
-  bool written = false, read = false, atomic = false, pending = false;
-};
+constexpr size_t STACK_RESERVE = 16 * 1024;  // left over when a stack overflow is reported
 
-struct GlobalByte {                   // last write and last read of this launch; all zero: none
-  uint32_t block;                     // that wrote, number + 1
-  uint32_t clock : 21, thread : 10, atomic : 1;
-  uint32_t reader, reader_thread;     // block that read, number + 1
-};
+// ---- who knows what --------------------------------------------------------------------------------------
 
-struct Request {                      // the lanes of a warp at one instruction, one after another
-  uint32_t lanes = 0;
-  uint32_t bytes = 0;
-  bool write = false;
-  int buffer = -1;                    // -1: shared memory
-  uintptr_t address[32];
-};
+std::vector<uint32_t>& current(Checker* c, Clocks& k) {
+  if (k.epoch != c->epoch) {
+    k.epoch = c->epoch;
+    k.seen.assign(c->threads, 0);
+  }
+  return k.seen;
+}
 
-struct Instruction {                  // per warp and code address
-  uint32_t times[32] = {};            // executed by each lane
-  uint64_t first = 0;                 // number of the oldest open request
-  std::deque<Request> open;
-};
-
-}  // namespace
-
-struct Checker {
-  const CaLaunch* launch;
-  std::vector<GlobalByte*> written;   // one shadow per buffer, null for read-only ones
-  std::vector<uint32_t> clocks;       // [thread][thread]
-  std::vector<uint32_t> barrier_clocks[BARRIERS];
-  std::unordered_map<uintptr_t, std::vector<uint32_t>> atomic_clocks;
-  std::vector<SharedByte> dynamic, fixed;  // shadows of dynamic and static shared memory
-  uintptr_t fixed_low = 0, fixed_high = 0; // this OS thread's static shared memory
-  uintptr_t library_low = 0, library_high = 0;
-  uint32_t serial = 0;                // of the block
-  bool acquired = false;              // the block has taken part in a global atomic
-  bool busy = false;                  // inside the checker itself
-  std::unordered_map<uint64_t, Instruction> instructions;
-};
-
-namespace {
-
-uint32_t* clock_of(Checker* c, int threads, int thread) { return c->clocks.data() + size_t(thread) * threads; }
-
-void join(std::vector<uint32_t>& into, const uint32_t* from) {
+void join(std::vector<uint32_t>& into, const std::vector<uint32_t>& from) {
   for (size_t i = 0; i < into.size(); ++i) into[i] = std::max(into[i], from[i]);
 }
 
-// Finds the library of the kernel and, on this OS thread, its thread-local (static shared) memory.
+// Publishes to `place` all that `thread` has done and knows.
+void release_to(Checker* c, Clocks& place, int thread) {
+  std::vector<uint32_t>& seen = current(c, place);
+  join(seen, current(c, c->known[thread]));
+  seen[thread] = c->clock[thread]++;
+  c->crossed_epoch = c->epoch;
+}
+
+void acquire_from(Checker* c, Clocks& place, int thread) { join(current(c, c->known[thread]), current(c, place)); }
+
+bool ordered_before(Checker* c, const Mark& m, int thread) {
+  return m.epoch < c->epoch || static_cast<int>(m.thread) == thread ||
+         current(c, c->known[thread])[m.thread] >= m.clock;
+}
+
+Mark mark_now(Checker* c, int thread, const void* pc) {
+  Mark m;
+  m.epoch = c->epoch;
+  m.thread = thread;
+  m.clock = c->clock[thread];
+  m.pc = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(pc) - c->library.low);
+  return m;
+}
+
+const void* place_of(const Checker* c, const Mark& m) { return reinterpret_cast<const void*>(c->library.low + m.pc); }
+
+// ---- shared memory ---------------------------------------------------------------------------------------
+
+[[noreturn]] void fail_shared_race(Worker* w, size_t offset, const Mark& earlier, bool after_write, bool write,
+                                   const void* pc) {
+  blame(w, &w->fibers[earlier.thread], place_of(w->checker, earlier));
+  w->error.shared_offset = static_cast<int32_t>(offset);
+  fail(w, CA_RACE, pc, "%s of byte %zu of shared memory, not ordered with a %s by another thread; a barrier is missing",
+       write ? "write" : "read", offset, after_write ? "write" : "read");
+}
+
+[[noreturn]] void fail_uninitialised(Worker* w, const SharedByte& s, size_t offset, bool dynamic, const void* pc) {
+  const bool pending = s.pending && s.write.epoch >= w->checker->block_epoch;
+  if (pending) blame(w, &w->fibers[s.write.thread], place_of(w->checker, s.write));
+  w->error.shared_offset = static_cast<int32_t>(offset);
+  fail(w, CA_UNINITIALISED_SHARED, pc, "byte %zu of %s shared memory is read before %s", offset,
+       dynamic ? "dynamic" : "static", pending ? "its asynchronous copy was waited for" : "it was written");
+}
+
+// Two reads are kept: a thread's newest, and one of another warp, or else of another thread.
+void remember_read(SharedByte& s, const Mark& now) {
+  if (s.read.epoch != now.epoch) {
+    s.other_read.epoch = 0;
+  } else if (s.read.thread != now.thread) {
+    const bool keep = s.other_read.epoch == now.epoch && s.other_read.thread != now.thread &&
+                      s.read.thread / WARP == now.thread / WARP;
+    if (!keep) s.other_read = s.read;
+  }
+  s.read = now;
+}
+
+void on_shared(Worker* w, std::vector<SharedByte>& shadow, size_t offset, size_t bytes, bool write, bool atomic,
+               const void* pc) {
+  Checker* c = w->checker;
+  const int thread = self()->number;
+  const Mark now = mark_now(c, thread, pc);
+  for (size_t i = offset; i < offset + bytes; ++i) {
+    SharedByte& s = shadow[i];
+    const bool written = s.write.epoch >= c->block_epoch;
+    if (!write && (!written || s.pending)) fail_uninitialised(w, s, i, &shadow == &c->dynamic_shared, pc);
+    if (written && !(atomic && s.atomic) && !ordered_before(c, s.write, thread)) {
+      fail_shared_race(w, i, s.write, true, write, pc);
+    }
+    if (write) {
+      for (const Mark& read : {s.read, s.other_read}) {
+        if (!ordered_before(c, read, thread)) fail_shared_race(w, i, read, false, true, pc);
+      }
+      s.write = now;
+      s.atomic = atomic;
+      s.pending = false;
+    } else if (!atomic) {
+      remember_read(s, now);
+    }
+  }
+}
+
+// ---- buffers ---------------------------------------------------------------------------------------------
+
+[[noreturn]] void fail_global_race(Worker* w, int buffer, size_t byte, uint64_t block, const Mark& earlier,
+                                   bool after_write, bool write, const void* pc) {
+  const uint32_t* grid = w->job->launch.grid;
+  CaError& e = w->error;
+  blame(w, &w->fibers[earlier.thread], place_of(w->checker, earlier));
+  e.other_block[0] = block % grid[0];
+  e.other_block[1] = block / grid[0] % grid[1];
+  e.other_block[2] = static_cast<uint32_t>(block / grid[0] / grid[1]);
+  e.argument = w->job->launch.buffers[buffer].argument;
+  const uint32_t *b = e.other_block, *t = e.other_thread;
+  fail(w, block == w->block_number ? CA_RACE : CA_GLOBAL_RACE, pc,
+       "byte %zu is %s after a %s by block (%u, %u, %u), thread (%u, %u, %u), and nothing orders the two", byte,
+       write ? "written" : "read", after_write ? "write" : "read", b[0], b[1], b[2], t[0], t[1], t[2]);
+}
+
+bool global_ordered(Worker* w, uint32_t owner, const Mark& m, int thread) {
+  Checker* c = w->checker;
+  if (!owner) return true;
+  const Owner& o = c->owners[owner];
+  if (o.block == w->block_number) return ordered_before(c, m, thread);
+  return o.published && c->acquired > o.published;
+}
+
+uint32_t own_entry(Worker* w) {
+  Checker* c = w->checker;
+  if (!c->owner) {
+    c->owner = static_cast<uint32_t>(c->owners.size());
+    c->owners.push_back({w->block_number, 0});
+  }
+  return c->owner;
+}
+
+void on_global(Worker* w, int buffer, uintptr_t address, size_t bytes, bool write, bool atomic, const void* pc) {
+  Checker* c = w->checker;
+  GlobalByte* shadow = c->global[buffer];
+  if (!shadow) return;
+  const int thread = self()->number;
+  const Mark now = mark_now(c, thread, pc);
+  const uint32_t owner = own_entry(w);
+  const size_t first = address - c->launch->buffers[buffer].base;
+  for (size_t i = first; i < first + bytes; ++i) {
+    GlobalByte& g = shadow[i];
+    if (!(atomic && g.atomic) && !global_ordered(w, g.write_owner, g.write, thread)) {
+      fail_global_race(w, buffer, i, c->owners[g.write_owner].block, g.write, true, write, pc);
+    }
+    if (write) {
+      if (!global_ordered(w, g.read_owner, g.read, thread)) {
+        fail_global_race(w, buffer, i, c->owners[g.read_owner].block, g.read, false, true, pc);
+      }
+      g.write = now;
+      g.write_owner = owner;
+      g.atomic = atomic;
+    } else if (!atomic) {
+      g.read = now;
+      g.read_owner = owner;
+    }
+  }
+}
+
+// The buffer an access lies in; of overlapping ones, one that may be written. -1: none.
+int find_buffer(Checker* c, uintptr_t address, size_t bytes) {
+  const CaLaunch* l = c->launch;
+  const auto inside = [&](const CaBuffer& b) { return address >= b.base && address + bytes <= b.base + b.bytes; };
+  if (l->num_buffers && !c->overlaps[c->last_buffer] && inside(l->buffers[c->last_buffer])) return c->last_buffer;
+  int found = -1;
+  for (int i = 0; i < l->num_buffers; ++i) {
+    if (inside(l->buffers[i]) && (found < 0 || !l->buffers[found].writeable)) found = i;
+  }
+  if (found >= 0) c->last_buffer = found;
+  return found;
+}
+
+[[noreturn]] void fail_bounds(Worker* w, uintptr_t address, size_t bytes, bool write, const void* pc) {
+  const CaLaunch* l = w->checker->launch;
+  const char* access = write ? "write" : "read";
+  w->error.address = address;
+  w->error.bytes = bytes;
+  const uintptr_t shared = reinterpret_cast<uintptr_t>(w->block.shared);
+  if (shared && address >= shared && address < shared + l->shared_bytes + PAGE) {
+    w->error.shared_offset = static_cast<int32_t>(address - shared);
+    fail(w, CA_OUT_OF_BOUNDS, pc, "%zu-byte %s at byte %zu of dynamic shared memory, which has %u bytes", bytes, access,
+         static_cast<size_t>(address - shared), l->shared_bytes);
+  }
+  uint64_t nearest = UINT64_MAX;
+  const CaBuffer* near = nullptr;
+  for (int i = 0; i < l->num_buffers; ++i) {
+    const CaBuffer& b = l->buffers[i];
+    const uint64_t end = b.base + b.bytes;
+    const uint64_t away = address < b.base ? b.base - address : address >= end ? address - end : 0;
+    if (away < nearest) nearest = away, near = &b;
+  }
+  if (!near || nearest >= 1u << 20) {
+    fail(w, CA_OUT_OF_BOUNDS, pc, "%zu-byte %s at address 0x%zx, far from every argument", bytes, access,
+         static_cast<size_t>(address));
+  }
+  w->error.argument = near->argument;
+  const bool before = address < near->base;
+  fail(w, CA_OUT_OF_BOUNDS, pc, "%zu-byte %s %llu bytes %s a buffer of %llu bytes", bytes, access,
+       static_cast<unsigned long long>(nearest),
+       before ? "before" : nearest || address == near->base + near->bytes ? "past the end of" : "across the end of",
+       static_cast<unsigned long long>(near->bytes));
+}
+
+// ---- a launch and its blocks -----------------------------------------------------------------------------
+
+// Finds the kernel's library and, on this OS thread, its thread-local (static shared) memory.
 int visit_library(dl_phdr_info* info, size_t, void* data) {
   Checker* c = static_cast<Checker*>(data);
-  const uintptr_t entry = reinterpret_cast<uintptr_t>(c->launch->entry);
-  uintptr_t low = UINTPTR_MAX, high = 0, tls = 0;
+  Range r{UINTPTR_MAX, 0};
+  size_t tls = 0;
   for (int i = 0; i < info->dlpi_phnum; ++i) {
     const auto& part = info->dlpi_phdr[i];
     if (part.p_type == PT_LOAD) {
-      low = std::min<uintptr_t>(low, info->dlpi_addr + part.p_vaddr);
-      high = std::max<uintptr_t>(high, info->dlpi_addr + part.p_vaddr + part.p_memsz);
+      r.low = std::min<uintptr_t>(r.low, info->dlpi_addr + part.p_vaddr);
+      r.high = std::max<uintptr_t>(r.high, info->dlpi_addr + part.p_vaddr + part.p_memsz);
     } else if (part.p_type == PT_TLS) {
       tls = part.p_memsz;
     }
   }
-  if (entry < low || entry >= high) return 0;
-  c->library_low = low;
-  c->library_high = high;
+  if (!r.holds(reinterpret_cast<uintptr_t>(c->launch->entry), 1)) return 0;
+  c->library = r;
   if (tls) {
-    // asks for this OS thread's copy, which is made at its first use
-    size_t module_offset[2] = {info->dlpi_tls_modid, 0};
-    c->fixed_low = reinterpret_cast<uintptr_t>(__tls_get_addr(module_offset));
-    c->fixed_high = c->fixed_low + tls;
-    c->fixed.resize(tls);
+    size_t module_and_offset[2] = {info->dlpi_tls_modid, 0};  // makes this OS thread's copy if there is none
+    c->static_range.low = reinterpret_cast<uintptr_t>(__tls_get_addr(module_and_offset));
+    c->static_range.high = c->static_range.low + tls;
+    c->static_shared.resize(tls);
   }
   return 1;
 }
 
-[[noreturn]] void fail_race(Worker* w, Checker* c, const SharedByte& s, bool with_write, const void* pc, bool write) {
-  const int other = with_write ? s.writer : s.reader;
-  const uint3 t = w->fibers[other].index;
-  w->error.other_pc = c->library_low + (with_write ? s.write_pc : s.read_pc);
-  w->error.other_thread[0] = t.x, w->error.other_thread[1] = t.y, w->error.other_thread[2] = t.z;
-  for (int i = 0; i < 3; ++i) w->error.other_block[i] = (&w->block.index.x)[i];
-  fail(w, CA_RACE, pc, "%s of shared memory, not ordered with a %s by another thread; a barrier is missing",
-       write ? "write" : "read", with_write ? "write" : "read");
-}
-
-void on_shared(Worker* w, Checker* c, std::vector<SharedByte>& shadow, size_t offset, size_t bytes, bool write,
-               bool atomic, const void* pc) {
-  const int self = ca::self()->number;
-  const uint32_t* now = clock_of(c, w->threads, self);
-  const uint32_t at = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(pc) - c->library_low);
-  for (size_t i = offset; i < offset + bytes; ++i) {
-    SharedByte& s = shadow[i];
-    if (s.block != c->serial) {
-      s = SharedByte{};
-      s.block = c->serial;
-    }
-    if (!write && !s.written) {
-      w->error.shared_offset = static_cast<int32_t>(i);
-      fail(w, CA_UNINITIALISED_SHARED, pc, "byte %zu of %s shared memory is read before %s", i,
-           &shadow == &c->dynamic ? "dynamic" : "static",
-           s.pending ? "its asynchronous copy was waited for" : "it was written");
-    }
-    const bool both_atomic = atomic && s.atomic;
-    if (s.written && s.writer != self && s.write_clock > now[s.writer] && !both_atomic) fail_race(w, c, s, true, pc, write);
-    if (write) {
-      if (s.read && s.reader != self && s.read_clock > now[s.reader]) fail_race(w, c, s, false, pc, true);
-      s.written = true, s.pending = false, s.atomic = atomic;
-      s.writer = self, s.write_clock = now[self], s.write_pc = at;
-    } else if (!atomic) {
-      s.read = true;
-      s.reader = self, s.read_clock = now[self], s.read_pc = at;
-    }
-  }
-}
-
-[[noreturn]] void fail_global(Worker* w, Checker* c, int buffer, size_t byte, bool elsewhere, uint64_t block, uint32_t thread,
-                              const char* order, const char* access, const void* pc) {
-  const uint32_t* grid = c->launch->grid;
-  CaError& e = w->error;
-  e.argument = c->launch->buffers[buffer].argument;
-  e.other_block[0] = block % grid[0], e.other_block[1] = block / grid[0] % grid[1];
-  e.other_block[2] = static_cast<uint32_t>(block / grid[0] / grid[1]);
-  const uint3 t = w->fibers[thread].index;
-  e.other_thread[0] = t.x, e.other_thread[1] = t.y, e.other_thread[2] = t.z;
-  const uint32_t* o = e.other_block;
-  fail(w, elsewhere ? CA_GLOBAL_RACE : CA_RACE, pc,
-       "byte %zu is %s a %s by block (%u, %u, %u), thread (%u, %u, %u), and nothing orders the two", byte, order, access,
-       o[0], o[1], o[2], t.x, t.y, t.z);
-}
-
-void on_global(Worker* w, Checker* c, int buffer, uintptr_t address, size_t bytes, bool write, bool atomic,
-               const void* pc) {
-  GlobalByte* shadow = c->written[buffer];
-  if (!shadow) return;
-  const int self = ca::self()->number;
-  const uint32_t* now = clock_of(c, w->threads, self);
-  const uint32_t block = static_cast<uint32_t>(w->block_number) + 1;
-  for (size_t i = address - c->launch->buffers[buffer].base, end = i + bytes; i < end; ++i) {
-    GlobalByte& g = shadow[i];
-    if (g.block && !(atomic && g.atomic)) {
-      const bool elsewhere = g.block != block;
-      if (elsewhere ? !c->acquired : g.thread != uint32_t(self) && g.clock > (now[g.thread] & 0x1fffff)) {
-        fail_global(w, c, buffer, i, elsewhere, g.block - 1, g.thread, write ? "written after" : "read after", "write", pc);
-      }
-    }
-    if (write && g.reader && g.reader != block && !atomic && !c->acquired) {
-      fail_global(w, c, buffer, i, true, g.reader - 1, g.reader_thread, "written after", "read", pc);
-    }
-    if (write) {
-      g.block = block, g.clock = now[self] & 0x1fffff, g.thread = static_cast<uint32_t>(self), g.atomic = atomic;
-    } else if (!atomic) {
-      g.reader = block, g.reader_thread = static_cast<uint32_t>(self);
-    }
-  }
-}
-
-[[noreturn]] void fail_bounds(Worker* w, Checker* c, uintptr_t address, size_t bytes, bool write, const void* pc) {
-  const CaLaunch* l = c->launch;
-  uint64_t best = UINT64_MAX;
-  const CaBuffer* near = nullptr;
-  for (int i = 0; i < l->num_buffers; ++i) {
-    const CaBuffer& b = l->buffers[i];
-    const uint64_t away = address < b.base ? b.base - address : address >= b.base + b.bytes ? address - (b.base + b.bytes) : 0;
-    if (away < best) best = away, near = &b;
-  }
-  w->error.address = address;
-  w->error.bytes = bytes;
-  const uintptr_t shared = reinterpret_cast<uintptr_t>(w->block.shared);
-  if (address >= shared && address < shared + l->shared_bytes + 4096) {
-    fail(w, CA_OUT_OF_BOUNDS, pc, "%zu-byte %s at byte %zu of dynamic shared memory, which has %u bytes", bytes,
-         write ? "write" : "read", size_t(address - shared), l->shared_bytes);
-  }
-  if (near && best < (1u << 20)) {
-    w->error.argument = near->argument;
-    const bool before = address < near->base;
-    fail(w, CA_OUT_OF_BOUNDS, pc, "%zu-byte %s %llu bytes %s a buffer of %llu bytes", bytes, write ? "write" : "read",
-         static_cast<unsigned long long>(before ? near->base - address : address - near->base - near->bytes),
-         before ? "before" : "past the end of", static_cast<unsigned long long>(near->bytes));
-  }
-  fail(w, CA_OUT_OF_BOUNDS, pc, "%zu-byte %s at address 0x%zx, far from every argument", bytes, write ? "write" : "read",
-       size_t(address));
-}
-
-int find_buffer(const CaLaunch* l, uintptr_t address, size_t bytes, bool write) {
-  int found = -1;  // of overlapping buffers, one that may be written
-  for (int i = 0; i < l->num_buffers; ++i) {
-    const CaBuffer& b = l->buffers[i];
-    if (address >= b.base && address + bytes <= b.base + b.bytes && (found < 0 || b.writeable)) found = i;
-    if (found >= 0 && (l->buffers[found].writeable || !write)) break;
-  }
-  return found;
-}
-
-bool on_stack(const Worker* w, uintptr_t address) {
+bool on_a_stack(const Worker* w, uintptr_t address) {
   return address - reinterpret_cast<uintptr_t>(w->stacks) < MAX_THREADS * STACK_STRIDE;
 }
 
-// ---- requests of a warp: sectors and bank conflicts ------------------------------------------------------
-
-void account(Checker* c, const Request& r) {
-  CaCounters& total = *c->launch->counters;
-  if (r.buffer < 0) {
-    // 32 banks of 4 bytes; wide accesses are served for 128 bytes at a time
-    const int group = r.bytes <= 4 ? 32 : r.bytes <= 8 ? 16 : 8;
-    for (int first = 0; first < 32; first += group) {
-      std::vector<uintptr_t> words[32];
-      bool any = false;
-      for (int l = first; l < first + group; ++l) {
-        if (!(r.lanes >> l & 1)) continue;
-        any = true;
-        for (uintptr_t word = r.address[l] / 4; word <= (r.address[l] + r.bytes - 1) / 4; ++word) {
-          auto& bank = words[word % 32];
-          if (std::find(bank.begin(), bank.end(), word) == bank.end()) bank.push_back(word);
-        }
-      }
-      size_t ways = 1;
-      for (const auto& bank : words) ways = std::max(ways, bank.size());
-      total.shared_requests += any;
-      total.shared_conflicts += any ? ways - 1 : 0;
-      total.max_conflict_ways = std::max<uint64_t>(total.max_conflict_ways, ways);
-    }
-    return;
-  }
-  std::vector<uintptr_t> sectors;
-  for (int l = 0; l < 32; ++l) {
-    if (!(r.lanes >> l & 1)) continue;
-    for (uintptr_t s = r.address[l] / 32; s <= (r.address[l] + r.bytes - 1) / 32; ++s) sectors.push_back(s);
-  }
-  std::sort(sectors.begin(), sectors.end());
-  const uint64_t distinct = std::unique(sectors.begin(), sectors.end()) - sectors.begin();
-  CaBufferCounters& own = total.per_buffer[r.buffer];
-  const uint64_t bytes = uint64_t{r.bytes} * __builtin_popcount(r.lanes);
-  (r.write ? own.bytes_written : own.bytes_read) += bytes;
-  (r.write ? own.sectors_written : own.sectors_read) += distinct;
+// What kernels only read: their argument struct, indices and constants.
+bool readable_elsewhere(const Worker* w, uintptr_t a, size_t bytes) {
+  const uintptr_t worker = reinterpret_cast<uintptr_t>(w);
+  return w->checker->args.holds(a, bytes) || w->checker->library.holds(a, bytes) ||
+         Range{worker, worker + sizeof(Worker)}.holds(a, bytes) || a == reinterpret_cast<uintptr_t>(&ca_self);
 }
 
-void note_request(Worker* w, Checker* c, int buffer, uintptr_t address, size_t bytes, bool write, const void* pc) {
-  const int self = ca::self()->number, lane = self % 32;
-  Instruction& in = c->instructions[reinterpret_cast<uintptr_t>(pc) * MAX_WARPS + self / 32];
-  const uint64_t number = in.times[lane]++ - in.first;
-  if (in.open.size() <= number) in.open.resize(number + 1);
-  Request& r = in.open[number];
-  r.lanes |= 1u << lane;
-  r.bytes = static_cast<uint32_t>(bytes);
-  r.write = write;
-  r.buffer = buffer;
-  r.address[lane] = address;
-  while (!in.open.empty() && in.open.front().lanes == 0xffffffffu) {
-    account(c, in.open.front());
-    in.open.pop_front();
-    ++in.first;
-  }
-}
+}  // namespace
 
 void on_access(const void* pointer, size_t bytes, bool write, bool atomic, const void* pc) {
   if (!ca_self) return;
   Worker* w = self()->worker;
-  const uintptr_t a = reinterpret_cast<uintptr_t>(pointer);
-  if (on_stack(w, a) || !w->checker || w->checker->busy || bytes == 0) return;
   Checker* c = w->checker;
-  const bool counting = c->launch->counters != nullptr;
+  const uintptr_t a = reinterpret_cast<uintptr_t>(pointer);
+  if (!c || c->unseen || bytes == 0 || on_a_stack(w, a)) return;
   const uintptr_t shared = reinterpret_cast<uintptr_t>(w->block.shared);
-  if (a >= shared && a + bytes <= shared + c->launch->shared_bytes) {
-    on_shared(w, c, c->dynamic, a - shared, bytes, write, atomic, pc);
-    if (counting) note_request(w, c, -1, a, bytes, write, pc);
-    return;
-  }
-  if (a >= c->fixed_low && a + bytes <= c->fixed_high) {
-    on_shared(w, c, c->fixed, a - c->fixed_low, bytes, write, atomic, pc);
-    if (counting) note_request(w, c, -1, a, bytes, write, pc);
-    return;
-  }
-  const int buffer = find_buffer(c->launch, a, bytes, write);
-  if (buffer >= 0) {
+  int buffer = -1;
+  if (Range{shared, shared + c->launch->shared_bytes}.holds(a, bytes)) {
+    on_shared(w, c->dynamic_shared, a - shared, bytes, write, atomic, pc);
+  } else if (c->static_range.holds(a, bytes)) {
+    on_shared(w, c->static_shared, a - c->static_range.low, bytes, write, atomic, pc);
+  } else if ((buffer = find_buffer(c, a, bytes)) >= 0) {
     if (write && !c->launch->buffers[buffer].writeable) {
       w->error.argument = c->launch->buffers[buffer].argument;
       fail(w, CA_READ_ONLY_WRITE, pc, "%zu-byte write to a buffer the argument struct declares const", bytes);
     }
-    on_global(w, c, buffer, a, bytes, write, atomic, pc);
-    if (counting) note_request(w, c, buffer, a, bytes, write, pc);
+    on_global(w, buffer, a, bytes, write, atomic, pc);
+  } else if (!write && readable_elsewhere(w, a, bytes)) {
     return;
+  } else {
+    fail_bounds(w, a, bytes, write, pc);
   }
-  const uintptr_t indices = reinterpret_cast<uintptr_t>(w);  // threadIdx and its like
-  if (!write && ((a >= indices && a + bytes <= indices + sizeof(Worker)) || pointer == &ca_self)) return;
-  const uintptr_t args = reinterpret_cast<uintptr_t>(w->job->args);
-  if (!write && a >= args && a + bytes <= args + c->launch->args_bytes) return;
-  if (!write && a >= c->library_low && a + bytes <= c->library_high) return;
-  fail_bounds(w, c, a, bytes, write, pc);
+  if (c->launch->counters) note_request(w, buffer, a, bytes, write, pc);
 }
 
-// An atomic orders the thread after every earlier atomic on the address.
 void on_atomic(const void* pointer, size_t bytes, const void* pc) {
   if (!ca_self || !self()->worker->checker) return;
   Worker* w = self()->worker;
   Checker* c = w->checker;
   const uintptr_t a = reinterpret_cast<uintptr_t>(pointer);
   const uintptr_t shared = reinterpret_cast<uintptr_t>(w->block.shared);
-  const bool in_shared = (a >= shared && a < shared + c->launch->shared_bytes) || (a >= c->fixed_low && a < c->fixed_high);
-  if (!in_shared) c->acquired = true;
   on_access(pointer, bytes, false, true, pc);
   on_access(pointer, bytes, true, true, pc);
-  const int self = ca::self()->number;
-  uint32_t* own = clock_of(c, w->threads, self);
-  std::vector<uint32_t>& all = c->atomic_clocks[a];
-  all.resize(w->threads);
-  join(all, own);
-  std::copy(all.begin(), all.end(), own);
-  ++own[self];
+  if (!Range{shared, shared + c->launch->shared_bytes}.holds(a, bytes) && !c->static_range.holds(a, bytes)) {
+    if (c->owner) c->owners[c->owner].published = ++c->time;
+    c->owner = 0;
+    c->acquired = ++c->time;
+  }
+  Clocks& place = c->atomics[a];
+  acquire_from(c, place, self()->number);
+  release_to(c, place, self()->number);
 }
 
-}  // namespace
-
-// ---- called by the scheduler -----------------------------------------------------------------------------
+void on_function_entry(const void* frame, const void* pc) {
+  if (!ca_self) return;
+  Fiber* f = self();
+  const char* lowest = f->worker->stacks + f->stack * STACK_STRIDE + PAGE;
+  if (static_cast<const char*>(frame) - lowest < static_cast<ptrdiff_t>(STACK_RESERVE)) {
+    fail(f->worker, CA_STACK_OVERFLOW, pc, "the thread needs more than %zu KiB of stack", (STACK_BYTES - STACK_RESERVE) / 1024);
+  }
+}
 
 Checker* new_checker(const Job* job) {
-  const CaLaunch* launch = &job->launch;
   Checker* c = new Checker();
-  c->launch = launch;
-  for (int i = 0; i < launch->num_buffers; ++i) {
-    void* shadow = nullptr;
-    if (launch->buffers[i].writeable && launch->buffers[i].bytes) {
-      shadow = mmap(nullptr, launch->buffers[i].bytes * sizeof(GlobalByte), PROT_READ | PROT_WRITE,
-                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-      if (shadow == MAP_FAILED) shadow = nullptr;
+  const CaLaunch* l = c->launch = &job->launch;
+  c->threads = l->block[0] * l->block[1] * l->block[2];
+  c->args.low = reinterpret_cast<uintptr_t>(job->args);
+  c->args.high = c->args.low + l->args_bytes;
+  c->overlaps.resize(l->num_buffers);
+  for (int i = 0; i < l->num_buffers; ++i) {
+    const CaBuffer& b = l->buffers[i];
+    for (int k = 0; k < l->num_buffers; ++k) {
+      const CaBuffer& other = l->buffers[k];
+      if (k != i && b.base < other.base + other.bytes && other.base < b.base + b.bytes) c->overlaps[i] = true;
     }
-    c->written.push_back(static_cast<GlobalByte*>(shadow));
+    void* shadow = b.writeable && b.bytes ? map_memory(b.bytes * sizeof(GlobalByte)) : nullptr;
+    c->global.push_back(static_cast<GlobalByte*>(shadow));
   }
-  c->dynamic.resize(launch->shared_bytes);
+  c->dynamic_shared.resize(l->shared_bytes);
+  c->known.resize(c->threads);
+  c->owners.push_back({});
   dl_iterate_phdr(visit_library, c);
   return c;
 }
 
 void delete_checker(Checker* c) {
-  for (size_t i = 0; i < c->written.size(); ++i) {
-    if (c->written[i]) munmap(c->written[i], c->launch->buffers[i].bytes * sizeof(GlobalByte));
+  for (size_t i = 0; i < c->global.size(); ++i) {
+    if (c->global[i]) munmap(c->global[i], c->launch->buffers[i].bytes * sizeof(GlobalByte));
   }
   delete c;
 }
 
 void check_block_start(Worker* w) {
   Checker* c = w->checker;
-  ++c->serial;
-  c->acquired = false;
-  c->atomic_clocks.clear();
-  c->clocks.assign(size_t(w->threads) * w->threads, 0);
-  for (int i = 0; i < w->threads; ++i) clock_of(c, w->threads, i)[i] = 1;
-  for (auto& clocks : c->barrier_clocks) clocks.assign(w->threads, 0);
+  c->block_epoch = ++c->epoch;
+  c->clock.assign(c->threads, 1);
+  c->atomics.clear();
+  c->owner = 0;
+  c->acquired = 0;
+  c->unseen = false;
 }
 
 void check_block_end(Worker* w) {
-  Checker* c = w->checker;
-  CaCounters* total = c->launch->counters;
+  CaCounters* total = w->checker->launch->counters;
   if (!total) return;
   ++total->blocks;
+  total->threads += w->threads;
   total->switches += w->switches;
   w->switches = 0;
-  total->threads += w->threads;
-  for (auto& [key, in] : c->instructions) {
-    for (const Request& r : in.open) {
-      if (r.lanes) account(c, r);
-    }
-  }
-  c->instructions.clear();
+  finish_requests(w->checker);
 }
 
-void check_arrive(Worker* w, const Fiber& fiber, int barrier) {
+void check_arrive(Worker* w, const Fiber& fiber, int id) {
   Checker* c = w->checker;
-  uint32_t* own = clock_of(c, w->threads, fiber.number);
-  join(c->barrier_clocks[barrier], own);
-  ++own[fiber.number];
+  const BarrierState& b = w->barriers[id];
+  if (id == 0 && b.expected == static_cast<uint32_t>(c->threads)) {
+    if (b.arrived + 1 == b.expected) ++c->epoch;
+  } else {
+    if (b.arrived == 0) c->barriers[id].epoch = 0;
+    release_to(c, c->barriers[id], fiber.number);
+  }
   if (c->launch->counters) ++c->launch->counters->barriers;
 }
 
-void check_release(Worker* w, const Fiber& fiber, int barrier) {
+void check_release(Worker* w, const Fiber& fiber, int id) {
   Checker* c = w->checker;
-  const int self = fiber.number;
-  uint32_t* own = clock_of(c, w->threads, self);
-  const std::vector<uint32_t>& all = c->barrier_clocks[barrier];
-  for (int i = 0; i < w->threads; ++i) {
-    if (i != self) own[i] = std::max(own[i], all[i]);
-  }
+  if (id == 0 && w->barriers[id].expected == static_cast<uint32_t>(c->threads)) return;
+  acquire_from(c, c->barriers[id], fiber.number);
 }
 
 void check_meeting(Worker* w, uint32_t warp, uint32_t mask) {
   Checker* c = w->checker;
-  std::vector<uint32_t> all(w->threads, 0);
-  for (uint32_t lanes = mask; lanes; lanes &= lanes - 1) join(all, clock_of(c, w->threads, warp * 32 + __builtin_ctz(lanes)));
-  for (uint32_t lanes = mask; lanes; lanes &= lanes - 1) {
-    const int thread = warp * 32 + __builtin_ctz(lanes);
-    uint32_t* own = clock_of(c, w->threads, thread);
-    const uint32_t mine = own[thread];
-    std::copy(all.begin(), all.end(), own);
-    own[thread] = mine + 1;
+  // As long as nothing has passed between warps in this epoch, a warp knows of itself only.
+  const bool crossed = c->crossed_epoch == c->epoch;
+  const int first = crossed ? 0 : warp * WARP;
+  const int end = crossed ? c->threads : std::min<int>(first + WARP, c->threads);
+  uint32_t all[MAX_THREADS] = {};
+  for (uint32_t left = mask; left; left &= left - 1) {
+    const int thread = warp * WARP + __builtin_ctz(left);
+    const std::vector<uint32_t>& seen = current(c, c->known[thread]);
+    for (int i = first; i < end; ++i) all[i] = std::max(all[i], seen[i]);
+    all[thread] = std::max(all[thread], c->clock[thread]++);
+  }
+  for (uint32_t left = mask; left; left &= left - 1) {
+    std::vector<uint32_t>& seen = c->known[warp * WARP + __builtin_ctz(left)].seen;
+    std::copy(all + first, all + end, seen.begin() + first);
   }
   if (c->launch->counters) ++c->launch->counters->collectives;
 }
 
-void check_meet_body(Worker* w, bool running) { w->checker->busy = running; }
+void check_meet_body(Worker* w, bool running) { w->checker->unseen = running; }
 
 void check_async_issue(Worker* w, const AsyncCopy& copy, const void* pc) {
   Checker* c = w->checker;
   const uint32_t bytes = copy.bytes;
-  if (reinterpret_cast<uintptr_t>(copy.to) % bytes || (copy.valid_bytes && reinterpret_cast<uintptr_t>(copy.from) % bytes)) {
+  if (reinterpret_cast<uintptr_t>(copy.to) % bytes ||
+      (copy.valid_bytes && reinterpret_cast<uintptr_t>(copy.from) % bytes)) {
     fail(w, CA_MISALIGNED, pc, "cp.async of %u bytes needs addresses that are multiples of %u", bytes, bytes);
   }
   on_access(copy.from, copy.valid_bytes, false, false, pc);
   on_access(copy.to, bytes, true, false, pc);
   const uintptr_t offset = reinterpret_cast<uintptr_t>(copy.to) - reinterpret_cast<uintptr_t>(w->block.shared);
   if (offset < c->launch->shared_bytes) {
-    for (uint32_t i = 0; i < bytes; ++i) c->dynamic[offset + i].written = false, c->dynamic[offset + i].pending = true;
+    for (uint32_t i = 0; i < bytes; ++i) c->dynamic_shared[offset + i].pending = true;
   }
-  if (c->launch->counters) c->launch->counters->cp_async_bytes += bytes;
+  if (c->launch->counters) c->launch->counters->cp_async_bytes += copy.valid_bytes;
 }
 
 void check_async_land(Worker* w, const AsyncCopy& copy) {
   Checker* c = w->checker;
   const uintptr_t offset = reinterpret_cast<uintptr_t>(copy.to) - reinterpret_cast<uintptr_t>(w->block.shared);
   if (offset >= c->launch->shared_bytes) return;
-  const int self = ca::self()->number;
+  const int thread = self()->number;
   for (uint32_t i = 0; i < copy.bytes; ++i) {
-    SharedByte& s = c->dynamic[offset + i];
-    s.written = true, s.pending = false, s.atomic = false;
-    s.writer = self, s.write_clock = clock_of(c, w->threads, self)[self];
+    SharedByte& s = c->dynamic_shared[offset + i];
+    s.pending = false;
+    s.write.epoch = c->epoch;
+    s.write.thread = thread;
+    s.write.clock = c->clock[thread];
   }
 }
 
@@ -464,88 +440,3 @@ void check_count(Worker* w, int event, uint64_t amount) {
 }
 
 }  // namespace ca
-
-// ---- called by instrumented code -------------------------------------------------------------------------
-
-using ca::on_access;
-using ca::on_atomic;
-#define PC __builtin_return_address(0)
-#define PLAIN(n)                                                                      \
-  CA_API void __tsan_read##n(void* p) { on_access(p, n, false, false, PC); }          \
-  CA_API void __tsan_write##n(void* p) { on_access(p, n, true, false, PC); }          \
-  CA_API void __tsan_read_write##n(void* p) { on_access(p, n, false, false, PC), on_access(p, n, true, false, PC); } \
-  CA_API void __tsan_unaligned_read##n(void* p) { on_access(p, n, false, false, PC); } \
-  CA_API void __tsan_unaligned_write##n(void* p) { on_access(p, n, true, false, PC); } \
-  CA_API void __tsan_volatile_read##n(void* p) { on_access(p, n, false, false, PC); } \
-  CA_API void __tsan_volatile_write##n(void* p) { on_access(p, n, true, false, PC); }
-PLAIN(1) PLAIN(2) PLAIN(4) PLAIN(8) PLAIN(16)
-#undef PLAIN
-
-CA_API void ca::ca_access(const void* address, uint32_t bytes, uint32_t alignment, int write) {
-  if (ca_self && reinterpret_cast<uintptr_t>(address) % alignment) {
-    fail(self()->worker, CA_MISALIGNED, PC, "%u-byte %s at an address that is no multiple of %u", bytes,
-         write ? "write" : "read", alignment);
-  }
-  on_access(address, bytes, write, false, PC);
-}
-
-CA_API void __tsan_init() {}
-CA_API void __tsan_func_entry(void*) {}
-CA_API void __tsan_func_exit() {}
-CA_API void __tsan_vptr_update(void**, void*) {}
-CA_API void __tsan_vptr_read(void**) {}
-CA_API void __tsan_read_range(void* p, size_t n) { on_access(p, n, false, false, PC); }
-CA_API void __tsan_write_range(void* p, size_t n) { on_access(p, n, true, false, PC); }
-CA_API void* __tsan_memcpy(void* to, const void* from, size_t n) {
-  on_access(from, n, false, false, PC);
-  on_access(to, n, true, false, PC);
-  return memcpy(to, from, n);
-}
-CA_API void* __tsan_memmove(void* to, const void* from, size_t n) {
-  on_access(from, n, false, false, PC);
-  on_access(to, n, true, false, PC);
-  return memmove(to, from, n);
-}
-CA_API void* __tsan_memset(void* to, int value, size_t n) {
-  on_access(to, n, true, false, PC);
-  return memset(to, value, n);
-}
-
-#define ATOMIC(bits, type)                                                                                      \
-  CA_API type __tsan_atomic##bits##_load(const volatile type* p, int) {                                         \
-    on_access(const_cast<type*>(p), sizeof(type), false, true, PC);                                             \
-    return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                                                \
-  }                                                                                                             \
-  CA_API void __tsan_atomic##bits##_store(volatile type* p, type v, int) {                                      \
-    on_access(const_cast<type*>(p), sizeof(type), true, true, PC);                                              \
-    __atomic_store_n(p, v, __ATOMIC_SEQ_CST);                                                                   \
-  }                                                                                                             \
-  CA_API type __tsan_atomic##bits##_exchange(volatile type* p, type v, int) {                                   \
-    on_atomic(const_cast<type*>(p), sizeof(type), PC);                                                          \
-    return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST);                                                         \
-  }                                                                                                             \
-  CA_API int __tsan_atomic##bits##_compare_exchange_strong(volatile type* p, type* old, type v, int, int) {     \
-    on_atomic(const_cast<type*>(p), sizeof(type), PC);                                                          \
-    return __atomic_compare_exchange_n(p, old, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                   \
-  }                                                                                                             \
-  CA_API int __tsan_atomic##bits##_compare_exchange_weak(volatile type* p, type* old, type v, int, int) {       \
-    on_atomic(const_cast<type*>(p), sizeof(type), PC);                                                          \
-    return __atomic_compare_exchange_n(p, old, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                   \
-  }                                                                                                             \
-  CA_API type __tsan_atomic##bits##_compare_exchange_val(volatile type* p, type old, type v, int, int) {        \
-    on_atomic(const_cast<type*>(p), sizeof(type), PC);                                                          \
-    __atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                         \
-    return old;                                                                                                 \
-  }
-#define ATOMIC_RMW(bits, type, name)                                             \
-  CA_API type __tsan_atomic##bits##_##name(volatile type* p, type v, int) {      \
-    on_atomic(const_cast<type*>(p), sizeof(type), PC);                           \
-    return __atomic_##name(p, v, __ATOMIC_SEQ_CST);                              \
-  }
-#define ATOMICS(bits, type)                                                                                      \
-  ATOMIC(bits, type) ATOMIC_RMW(bits, type, fetch_add) ATOMIC_RMW(bits, type, fetch_sub)                         \
-  ATOMIC_RMW(bits, type, fetch_and) ATOMIC_RMW(bits, type, fetch_or) ATOMIC_RMW(bits, type, fetch_xor)           \
-  ATOMIC_RMW(bits, type, fetch_nand)
-ATOMICS(8, uint8_t) ATOMICS(16, uint16_t) ATOMICS(32, uint32_t) ATOMICS(64, uint64_t)
-CA_API void __tsan_atomic_thread_fence(int) {}
-CA_API void __tsan_atomic_signal_fence(int) {}

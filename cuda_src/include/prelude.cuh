@@ -52,12 +52,20 @@ struct alignas(sizeof(T) * N) Vec {
 
 template <typename T, int N>
 __device__ __forceinline__ Vec<T, N> load_vec(const T* p) {
+#if CA_CPU
+  return ca::load(reinterpret_cast<const Vec<T, N>*>(p));  // one access for the checking mode too
+#else
   return *reinterpret_cast<const Vec<T, N>*>(p);
+#endif
 }
 
 template <typename T, int N>
 __device__ __forceinline__ void store_vec(T* p, const Vec<T, N>& x) {
+#if CA_CPU
+  ca::store(reinterpret_cast<Vec<T, N>*>(p), x);
+#else
   *reinterpret_cast<Vec<T, N>*>(p) = x;
+#endif
 }
 
 template <typename T, int N>

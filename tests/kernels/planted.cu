@@ -211,3 +211,56 @@ CA_KERNEL void shared_atomics(const __grid_constant__ PlantedArgs args) {
   __syncthreads();
   args.out[threadIdx.x] = static_cast<float>(bins[0]);
 }
+
+CA_KERNEL void misaligned_vector(const __grid_constant__ PlantedArgs args) {
+  const int i = threadIdx.x % 8;
+  args.out[threadIdx.x] = load_vec<float, 4>(args.x + 4 * i + BUG).v[0];
+}
+
+// every thread reads the element that thread 0 then overwrites
+CA_KERNEL void overwritten_while_read(const __grid_constant__ PlantedArgs args) {
+  CA_DYN_SMEM(float, smem);
+  if (threadIdx.x == 0) smem[0] = args.x[0];
+  __syncthreads();
+  const float v = smem[0];
+  if (!BUG) __syncthreads();
+  if (threadIdx.x == 0) smem[0] = v + 1.0f;
+  args.out[threadIdx.x] = v;
+}
+
+// the counter is raised before the result it announces is written
+CA_KERNEL void announced_too_early(const __grid_constant__ PlantedArgs args) {
+  if (threadIdx.x != 0) return;
+  int32_t arrived = 0;
+  if (BUG) arrived = atomicAdd(args.counter, 1);
+  args.out[1 + blockIdx.x] = args.x[blockIdx.x];
+  __threadfence();
+  if (!BUG) arrived = atomicAdd(args.counter, 1);
+  if (arrived == static_cast<int32_t>(gridDim.x) - 1) {
+    float sum = 0.0f;
+    for (int b = 0; b < static_cast<int>(gridDim.x); ++b) sum += args.out[1 + b];
+    args.out[0] = sum;
+  }
+}
+
+// both halves of a warp shuffle, but not together
+CA_KERNEL void shuffle_in_two_branches(const __grid_constant__ PlantedArgs args) {
+  float v = args.x[threadIdx.x];
+  if (BUG && threadIdx.x % 32 < 16) {
+    v += 2.0f * __shfl_xor_sync(FULL_MASK, v, 1);
+  } else {
+    v += __shfl_xor_sync(FULL_MASK, v, 1);
+  }
+  args.out[threadIdx.x] = v;
+}
+
+__noinline__ __device__ float nested(const float* x, int depth) {
+  float pad[64];
+  for (int i = 0; i < 64; ++i) pad[i] = x[(i + depth) % 64];
+  const float below = depth > 0 ? nested(pad, depth - 1) : 0.0f;
+  return below + pad[depth % 64];
+}
+
+CA_KERNEL void deep_recursion(const __grid_constant__ PlantedArgs args) {
+  args.out[threadIdx.x] = nested(args.x, BUG ? 1000 : 10);
+}
