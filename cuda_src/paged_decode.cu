@@ -17,7 +17,7 @@
 // launch     grid (batch * num_kv_heads * row_tiles, num_chunks), block (32 * warps); a block owns ROWS of the
 //            q_len * heads_per_kv query rows that share a KV head. Dynamic shared memory: struct Layout. A warp takes
 //            every warps-th tile of 32 tokens; 3 warp-level meetings per tile, 2 block barriers in all.
-// aliasing   none allowed
+// aliasing   out == q is allowed: a block reads its query rows before it writes them
 // traffic    every visible key and value row once per row tile
 #include "prelude.cuh"
 #include "params.h"
@@ -65,7 +65,7 @@ struct Layout {
   int key_bytes;  // staged key row: an odd number of 16-byte pieces, so 32 lanes reading rows do not conflict
   int warp_bytes; // staged keys of one warp, later its unnormalised outputs
   int q;          // float [ROWS][head_dim]
-  int keys;       // float2-like int [ROWS][2]: first and last visible token
+  int keys;       // int [ROWS][2]: first and last visible token
   int state;      // float [warps][2][ROWS]: top and sum of each warp
   int probs;      // float [warps][TILE][ROWS]
   int slots;      // const KV* [warps][2][2][TILE]: key and value rows of a tile, of this step and of the next
@@ -94,7 +94,7 @@ CA_KERNEL __launch_bounds__(128, ROWS > 4 ? 2 : 3) void paged_decode(const __gri
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
 
-  // 1. tokens of this chunk that any row sees: tiles [first_tile, last_tile) of the sequence
+  // 1. tokens of this chunk that any row sees
   const int chunk_begin = blockIdx.y * CHUNK;
   const int begin = max(chunk_begin, rows.first_key(args, 0));
   const int end = min(chunk_begin + CHUNK, rows.last_key(args, rows.num_rows - 1) + 1);

@@ -7,8 +7,7 @@ import numpy as np
 
 from ..runtime import Plan, Specialisation, arch_of, launch, make_args
 from ..runtime.arrays import alignment, array_namespace, strides
-from ..runtime.checks import (FLOATS, check_dtype, check_element_strides, check_last_axis, check_shape,
-                              check_writeable)
+from ..runtime.checks import FLOATS, check_dtype, check_element_strides, check_last_axis, check_shape, check_writeable
 
 MAX_PARTS = 8   # fields of PartialList
 _NO_PART = {"out": None, "lse": None, "stride_split": 0, "stride_token": 0, "stride_head": 0, "lse_split": 0,
