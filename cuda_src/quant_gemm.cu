@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// quant_gemm.cu - activations times packed weights (CUDA cores, any element type).
+// quant_gemm.cu - activations times packed weights: here on CUDA cores for any element type, on tensor cores for half
+// and bfloat16 in quant_gemm_mma.cuh.
 //
 //   out[m,n] = sum_k x[m,k] * W[n,k] + bias[n] (+ out[m,n] when args.accumulate)
 //   W comes in the packed layout of dequant.cuh. Weights, products and sums are float32; one rounding on store.
@@ -12,7 +13,7 @@
 //   The order of all additions depends on K and WARPS alone: a row of out has the same bits whatever M and M_TILE.
 //
 // launch     grid (ceil_div(row_tiles, ROW_TILES), ceil_div(tokens, M_TILE)), block (32 * WARPS)
-//            dynamic shared memory 4 * M_TILE * (64 * MAX_SLICE_TILES + WARPS * ROW_TILES * 16) bytes
+//            dynamic shared memory 4 * M_TILE * 64 * MAX_SLICE_TILES bytes
 // aliasing   none
 // traffic    packed bytes once per M_TILE rows of x
 #include "prelude.cuh"
@@ -28,9 +29,26 @@ constexpr int M_TILE = CA_M_TILE;        // rows of x per block
 constexpr int ROW_TILES = CA_ROW_TILES;  // rows of tiles per block
 constexpr int WARPS = CA_WARPS;          // share the columns of a row of tiles
 constexpr int VEC = CA_VEC;              // elements per load of x; divides 8 and every row stride
-constexpr int MAX_SLICE_TILES = 24;      // column tiles staged at once; the same for every M_TILE
-constexpr int SUMS = ROW_TILES * M_TILE * 2;
 static_assert(sizeof(QuantGemmArgs) == CA_SIZEOF_ARGS, "quant_gemm: Python and CUDA disagree on QuantGemmArgs");
+
+__device__ __forceinline__ void store_sum(const QuantGemmArgs& args, int token, int row, float sum) {
+  if (token >= args.tokens || row >= args.rows) return;
+  if (args.bias) sum += to_float(static_cast<const B*>(args.bias)[row * args.stride_bias]);
+  U* out = static_cast<U*>(args.out.data) + token * args.out.stride_row + row;
+  if (args.accumulate) sum += to_float(*out);
+  *out = from_float<U>(sum);
+}
+
+#if CA_TENSOR_CORES
+#include "quant_gemm_mma.cuh"
+
+CA_KERNEL __launch_bounds__(32 * WARPS, 4) void quant_gemm_mma(const __grid_constant__ QuantGemmArgs args) {
+  multiply_on_tensor_cores(args);
+}
+#else
+
+constexpr int MAX_SLICE_TILES = 24;  // column tiles staged at once; the same for every M_TILE
+constexpr int SUMS = ROW_TILES * M_TILE * 2;
 
 // Columns [64 * tile, 64 * (tile + tiles)) of x as float32, runs of lane column c at staged[m][tile][16c]; zero past
 // the last row and column. Reading a run is a 2-way bank conflict (four 64-byte rows), hidden behind the dequantizing.
@@ -59,14 +77,6 @@ __device__ __forceinline__ void stage_x(const QuantGemmArgs& args, int token, in
       store_vec(to + 16 * c, Vec<float, 4>{{values[2 * c], values[2 * c + 8], values[2 * c + 1], values[2 * c + 9]}});
     }
   }
-}
-
-__device__ __forceinline__ void store_sum(const QuantGemmArgs& args, int token, int row, float sum) {
-  if (token >= args.tokens || row >= args.rows) return;
-  if (args.bias) sum += to_float(static_cast<const B*>(args.bias)[row * args.stride_bias]);
-  U* out = static_cast<U*>(args.out.data) + token * args.out.stride_row + row;
-  if (args.accumulate) sum += to_float(*out);
-  *out = from_float<U>(sum);
 }
 
 CA_KERNEL __launch_bounds__(32 * WARPS) void quant_gemm(const __grid_constant__ QuantGemmArgs args) {
@@ -121,7 +131,8 @@ CA_KERNEL __launch_bounds__(32 * WARPS) void quant_gemm(const __grid_constant__ 
       if (j % 4 == lane % 4) store_sum(args, token + j / 2 % M_TILE, row + j / (2 * M_TILE) * 16 + j % 2 * 8, sums[j]);
     }
   } else {
-    float* partial = staged + M_TILE * MAX_SLICE_TILES * TILE_COLUMNS;  // [warp][sum][r]
+    float* partial = staged;  // [warp][sum][r], where x was
+    __syncthreads();
 #pragma unroll
     for (int j = 0; j < SUMS; ++j) {
       if (j % 4 == lane % 4) partial[(warp * SUMS + j) * 8 + lane / 4] = sums[j];
@@ -137,3 +148,5 @@ CA_KERNEL __launch_bounds__(32 * WARPS) void quant_gemm(const __grid_constant__ 
     }
   }
 }
+
+#endif  // CA_TENSOR_CORES

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import functools
+import importlib
 
 import numpy as np
 import pytest
@@ -11,10 +12,10 @@ from hypothesis import strategies as st
 
 import cupyattn
 from cupyattn import QMatrix
-from cupyattn.ops.quant_gemm import _plan_quant_gemm
 from cupyattn.reference.quant_gemm import quant_gemm as expected_gemm
 from cupyattn.runtime.cpu import settings
 
+op = importlib.import_module("cupyattn.ops.quant_gemm")
 FORMATS = ("q4_0", "q4_1", "q8_0", "float16", "bfloat16", "float32")
 # relative Frobenius error by output type
 BOUND = {"float32": 1e-5, "float16": 3e-4, "bfloat16": 2e-3}
@@ -39,6 +40,13 @@ def _error(got, want):
 
 def _x(m, k, dtype):
     return rng.standard_normal((m, k)).astype(dtype_of(dtype))
+
+
+@pytest.fixture(params=["core", "mma"])
+def version(request, monkeypatch):
+    """Both kernels in turn, whatever the plan would choose."""
+    monkeypatch.setattr(op, "_version", lambda *args: (request.param, "chosen by the test"))
+    return request.param
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -67,28 +75,62 @@ def test_rows_of_x(xp, m, format):
         assert _error(xp.numpy(got), x.astype(np.float64) @ w.astype(np.float64).T) <= 1e-5
 
 
+@pytest.mark.parametrize("format, dtype", [("q4_0", "float16"), ("q4_1", "float16"), ("q8_0", "float16"),
+                                           ("float16", "float16"), ("q4_0", "bfloat16"), ("q4_1", "bfloat16"),
+                                           ("q8_0", "bfloat16"), ("bfloat16", "bfloat16")])
+def test_both_versions(version, format, dtype):
+    matrix, w = _weight(format, 40, 1120)       # two slices of the tensor-core version
+    assert not matrix.shape[1] % 32
+    for m in (1, 9, 17):
+        x = _x(m, 1120, dtype)
+        got = cupyattn.quant_gemm(x, matrix, out=poison(np.empty((m, 40), np.float32)))
+        assert _error(got, x.astype(np.float64) @ w.astype(np.float64).T) <= 1e-5
+
+
+_COLUMNS = [0, 1, 7, 8, 15, 16, 31, 32, 63, 64, 127, 128, 1535, 1536, 1695]
+
+
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_one_hot_row_reads_a_column_exactly(format, fused):
     matrix, w = _weight(format, 24, 1696)       # two slices
-    columns = [0, 1, 7, 8, 15, 16, 31, 32, 63, 64, 127, 128, 1535, 1536, 1695]
-    x = np.zeros((len(columns), 1696), np.float32)
-    x[range(len(columns)), columns] = 1
+    x = np.zeros((len(_COLUMNS), 1696), np.float32)
+    x[range(len(_COLUMNS)), _COLUMNS] = 1
     with settings(fused=fused):
-        np.testing.assert_array_equal(cupyattn.quant_gemm(x, matrix), w[:, columns].T)
+        np.testing.assert_array_equal(cupyattn.quant_gemm(x, matrix), w[:, _COLUMNS].T)
+
+
+@pytest.mark.parametrize("format, dtype", [("q4_0", "float16"), ("q4_1", "bfloat16"), ("q8_0", "float16"),
+                                           ("q8_0", "bfloat16"), ("float16", "float16"), ("q4_1", "float16")])
+def test_a_one_hot_row_reads_a_column_exactly_on_tensor_cores(monkeypatch, format, dtype):
+    monkeypatch.setattr(op, "_version", lambda *args: ("mma", "chosen by the test"))
+    matrix, w = _weight(format, 24, 1696)
+    x = np.zeros((len(_COLUMNS), 1696), dtype_of(dtype))
+    x[range(len(_COLUMNS)), _COLUMNS] = 1
+    out = np.empty((len(_COLUMNS), 24), np.float32)
+    np.testing.assert_array_equal(cupyattn.quant_gemm(x, matrix, out=out), w[:, _COLUMNS].T)
+
+
+def _assert_batch_invariant(matrix, x):
+    def product(rows):
+        return cupyattn.quant_gemm(rows, matrix, out=np.empty((len(rows), matrix.shape[0]), np.float32))
+
+    whole = product(x)
+    for start, stop in ((0, 1), (16, 17), (3, 5), (3, 6), (1, 9), (2, 14)):
+        assert_same_bits(whole[start:stop], product(x[start:stop]))
 
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_row_has_the_same_bits_whatever_stands_around_it(format, fused):
-    matrix, _ = _weight(format, 40, 1632)
-    x = _x(17, 1632, "float16")
     with settings(fused=fused):
-        def product(rows):
-            return cupyattn.quant_gemm(rows, matrix, out=np.empty((len(rows), 40), np.float32))
-        whole = product(x)
-        for start, stop in ((0, 1), (16, 17), (3, 5), (3, 6), (1, 9), (2, 14)):
-            assert_same_bits(whole[start:stop], product(x[start:stop]))
+        _assert_batch_invariant(_weight(format, 136, 1632)[0], _x(17, 1632, "float16"))
+
+
+@pytest.mark.parametrize("format, dtype", [("q4_1", "float16"), ("q8_0", "bfloat16"), ("float16", "float16")])
+def test_tensor_cores_do_not_see_the_batch(monkeypatch, format, dtype):
+    monkeypatch.setattr(op, "_version", lambda *args: ("mma", "chosen by the test"))
+    _assert_batch_invariant(_weight(format, 24, 1120)[0], _x(17, 1120, dtype))
 
 
 def test_bias_accumulate_and_out_dtype(xp):
@@ -121,9 +163,9 @@ def test_strided_and_offset_views(xp):
     assert three.shape == (2, 3, 40)
 
 
-def test_nan_and_infinity_stay_in_their_row():
+def test_nan_and_infinity_stay_in_their_row(version):
     matrix, _ = _weight("q4_1", 24, 96)
-    x = _x(9, 96, "float32")
+    x = _x(9, 96, "float16")
     clean = cupyattn.quant_gemm(x, matrix)
     x[2, 5], x[7, 95] = np.nan, np.inf
     got = cupyattn.quant_gemm(x, matrix)
@@ -163,14 +205,34 @@ def test_errors():
         cupyattn.quant_gemm(x, matrix, out=np.zeros((2, 41), np.float16))
 
 
-def test_plan_says_what_it_picked():
-    plan = _plan_quant_gemm(3, (576, 1536), "q4_1", "float16", "float32", "float32", 16, "sm_90a")
-    assert plan.grid == (36, 1, 1) and plan.block == (128, 1, 1) and "4 rows of x per block" in repr(plan)
+@pytest.mark.parametrize("format, x, arch, kernel, why", [
+    ("q4_1", "float16", "sm_90a", "quant_gemm_mma", "tensor cores"),
+    ("bfloat16", "bfloat16", "sm_120a", "quant_gemm_mma", "tensor cores"),
+    ("q4_1", "float16", "sm_75", "quant_gemm", "sm_75 is older than sm_80"),
+    ("q4_1", "float32", "sm_90a", "quant_gemm", "float32 is not rounded"),
+    ("float16", "bfloat16", "sm_90a", "quant_gemm", "float16 weights with bfloat16 x"),
+    ("q8_0", "float16", "cpu", "quant_gemm", "faster version on the CPU")])
+def test_plan_says_what_it_picked_and_why(format, x, arch, kernel, why):
+    plan = op._plan_quant_gemm(9, (576, 1536), format, x, "float32", "float32", 16, arch, op._version(format, x, arch))
+    assert plan.spec.kernel == kernel and why in repr(plan) and plan.spec in op.ALL
+    assert plan.shared_bytes <= 49152
+    if arch != "cpu":
+        assert plan.grid[0] == 36 and plan.block == (128, 1, 1)
 
 
 @pytest.mark.parametrize("format, dtype", [("q4_0", "float16"), ("q4_1", "bfloat16"), ("q8_0", "float32"),
                                            ("float16", "float16"), ("float32", "float32")])
 def test_quant_gemm_checked(format, dtype):
+    _assert_clean(format, dtype)
+
+
+@pytest.mark.parametrize("format, dtype", [("q4_1", "float16"), ("q8_0", "bfloat16"), ("float16", "float16")])
+def test_quant_gemm_mma_checked(monkeypatch, format, dtype):
+    monkeypatch.setattr(op, "_version", lambda *args: ("mma", "chosen by the test"))
+    _assert_clean(format, dtype)
+
+
+def _assert_clean(format, dtype):
     matrix, _ = _weight(format, 24, 96)
     x = _x(3, 96, dtype)
     want = expected_gemm(x, matrix)

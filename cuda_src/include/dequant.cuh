@@ -6,8 +6,10 @@
 // eight belong to group 0 (32 columns), the others to group 1.
 //
 // A format is a struct with CHUNKS (16-byte loads of codes per lane and tile), SCALES (float16 numbers per lane and
-// tile: 0, 4, or 8 with a minimum) and codes(chunks, half), the run of row r + 8 * half as floats.
-//   weight = code * scale + minimum,   rounded once: bit for bit what the format's definition gives
+// tile: 0, 4, or 8 with a minimum) and
+//   codes(chunks, half)         the run of row r + 8 * half as floats, for CUDA cores
+//   fragment<T>(chunks, t, a)   step t of both rows as the A operand of mma.m16n8k16, for tensor cores; exact
+// where weight = code * scale + minimum, rounded once: bit for bit what the format's definition gives.
 #ifndef CUPYATTN_DEQUANT_CUH
 #define CUPYATTN_DEQUANT_CUH
 
@@ -181,6 +183,40 @@ __device__ __forceinline__ uint32_t word_of(const uint4& x, int i) {
 
 // ---- formats ---------------------------------------------------------------------------------------------------
 
+// Two small unsigned integers, one in each half of a word, less ZERO as a pair of T. Or-ing in a power of two whose
+// last mantissa bit counts ones makes floats of them: 2^10 + i for half (i < 1024), 2^7 + i for bfloat16 (i < 128).
+template <typename T, int ZERO>
+struct SmallIntegers;
+template <int ZERO>
+struct SmallIntegers<__half, ZERO> {
+  static __device__ __forceinline__ uint32_t pair(uint32_t two) {
+    two |= 0x64006400u;
+    const __half2 exact = __hsub2(reinterpret_cast<const __half2&>(two), __float2half2_rn(1024.0f + ZERO));
+    return reinterpret_cast<const uint32_t&>(exact);
+  }
+};
+template <int ZERO>
+struct SmallIntegers<__nv_bfloat16, ZERO> {
+  static __device__ __forceinline__ uint32_t pair(uint32_t two) {
+    two |= 0x43004300u;
+    const __nv_bfloat162 zero = __bfloat162bfloat162(__float2bfloat16_rn(128.0f + ZERO));
+    const __nv_bfloat162 exact = __hsub2(reinterpret_cast<const __nv_bfloat162&>(two), zero);
+    return reinterpret_cast<const uint32_t&>(exact);
+  }
+};
+
+// The four signed bytes of a word (sign bits flipped) as pairs (byte 0, byte 2) and (byte 1, byte 3).
+__device__ __forceinline__ void byte_pairs(__half, uint32_t four, uint32_t& even, uint32_t& odd) {
+  even = SmallIntegers<__half, 128>::pair(four & 0x00ff00ffu);
+  odd = SmallIntegers<__half, 128>::pair(four >> 8 & 0x00ff00ffu);
+}
+__device__ __forceinline__ void byte_pairs(__nv_bfloat16, uint32_t four, uint32_t& even, uint32_t& odd) {
+  float wide[4];  // 8 bits do not fit under bfloat16's 2^7: by float32, whose upper half is the number
+  bytes_to_float<128>(four, wide);
+  even = __float_as_uint(wide[0]) >> 16 | (__float_as_uint(wide[2]) & 0xffff0000u);
+  odd = __float_as_uint(wide[1]) >> 16 | (__float_as_uint(wide[3]) & 0xffff0000u);
+}
+
 // Two codes per byte, the low nibble of row r, the high one of row r + 8; ZERO is the nibble that stands for 0.
 template <int ZERO>
 struct Nibbles {
@@ -199,6 +235,12 @@ struct Nibbles {
     }
 #endif
     return run;
+  }
+  template <typename T>
+  static __device__ __forceinline__ void fragment(const uint4 (&chunks)[CHUNKS], int t, uint32_t (&a)[4]) {
+    const uint32_t word = word_of(chunks[0], t);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = SmallIntegers<T, ZERO>::pair(word >> (4 * i) & 0x000f000fu);
   }
 };
 struct Q4_0 : Nibbles<8> {
@@ -223,6 +265,13 @@ struct Q8_0 {
 #endif
     return run;
   }
+  template <typename T>
+  static __device__ __forceinline__ void fragment(const uint4 (&chunks)[CHUNKS], int t, uint32_t (&a)[4]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      byte_pairs(T{}, word_of(chunks[half], t) ^ 0x80808080u, a[half], a[half + 2]);
+    }
+  }
 };
 
 // Weights kept as they are: no scales, CHUNKS / 2 chunks for each of the two rows.
@@ -242,6 +291,16 @@ struct Dense {
       for (int j = 0; j < PER_CHUNK; ++j) run.v[i * PER_CHUNK + j] = part[j];
     }
     return run;
+  }
+  template <typename T>  // T is W
+  static __device__ __forceinline__ void fragment(const uint4 (&chunks)[CHUNKS], int t, uint32_t (&a)[4]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4& chunk = chunks[2 * half + t / 2];
+      const uint32_t first = word_of(chunk, t % 2 * 2), second = word_of(chunk, t % 2 * 2 + 1);
+      a[half] = (first & 0xffffu) | second << 16;
+      a[half + 2] = first >> 16 | (second & 0xffff0000u);
+    }
   }
 };
 

@@ -2,6 +2,7 @@
 """Activations times a packed weight. Kernel: ``cuda_src/quant_gemm.cu``."""
 
 import functools
+import itertools
 
 from ..quant import QMatrix
 from ..quant.layout import FORMATS, tiles
@@ -9,42 +10,87 @@ from ..runtime import Plan, Specialisation, arch_of, launch, make_args
 from ..runtime.arrays import alignment, array_namespace, as_rows, row_view
 from ..runtime.checks import FLOATS, check_dtype, check_shape, check_writeable
 
-_MAX_SLICE_TILES = 24   # MAX_SLICE_TILES of the kernel
+_SLICE_TILES, _MMA_SLICE_TILES = 24, 16   # MAX_SLICE_TILES of the two kernels
+_WARPS = 4                                # of a block on a GPU
 
 
 def _spec(x, out, bias, format, m_tile, row_tiles, warps, vec):
+    """CUDA cores."""
     return Specialisation("quant_gemm", "quant_gemm", "QuantGemmArgs",
                           {"T": x, "U": out, "B": bias, "FORMAT": FORMATS[format].trait, "M_TILE": m_tile,
-                           "ROW_TILES": row_tiles, "WARPS": warps, "VEC": vec})
+                           "ROW_TILES": row_tiles, "WARPS": warps, "VEC": vec, "TENSOR_CORES": 0})
 
 
-CORE = [_spec(*case) for case in (
+def _mma_spec(x, out, bias, format, m_tile, vec):
+    """Tensor cores."""
+    return Specialisation("quant_gemm", "quant_gemm_mma", "QuantGemmArgs",
+                          {"T": x, "U": out, "B": bias, "FORMAT": FORMATS[format].trait, "M_TILE": m_tile,
+                           "ROW_TILES": 1, "WARPS": _WARPS, "VEC": vec, "TENSOR_CORES": 1},
+                          min_sm=80, expects=("HMMA", "LDG"))
+
+
+CORE = [*(_spec(*case) for case in (
     ("float16", "float16", "float32", "q4_1", 1, 16, 1, 8), ("float16", "float32", "float16", "q8_0", 1, 8, 1, 8),
     ("float32", "float32", "float32", "q4_1", 8, 8, 1, 4), ("float32", "float16", "float32", "q4_0", 2, 1, 1, 1),
     ("bfloat16", "bfloat16", "bfloat16", "q4_0", 4, 1, 4, 8), ("bfloat16", "float32", "float32", "q8_0", 8, 1, 4, 8),
     ("float16", "bfloat16", "float32", "float16", 4, 2, 1, 8), ("float32", "float32", "float32", "float32", 1, 1, 4, 4),
     ("bfloat16", "float16", "float32", "bfloat16", 2, 1, 4, 1), ("float16", "float16", "float32", "q4_1", 8, 1, 4, 1),
-)]
-ALL = [*CORE, *(spec for x in FLOATS for u in FLOATS for b in dict.fromkeys((x, "float32")) for f in FORMATS
-                for m in (1, 2, 4, 8) for r, w in ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (1, 4)) if r * m <= 64
-                for vec in (1, 4 if x == "float32" else 8) if (spec := _spec(x, u, b, f, m, r, w, vec)) not in CORE)]
+)), *(_mma_spec(*case) for case in (
+    ("float16", "float16", "float16", "q4_1", 8, 8), ("float16", "float32", "float32", "q8_0", 16, 8),
+    ("bfloat16", "bfloat16", "float32", "q4_1", 16, 1), ("bfloat16", "float32", "bfloat16", "q8_0", 8, 8),
+    ("float16", "bfloat16", "float32", "q4_0", 16, 1), ("bfloat16", "float16", "float32", "q4_0", 8, 8),
+    ("float16", "float16", "float32", "float16", 8, 1), ("bfloat16", "bfloat16", "bfloat16", "bfloat16", 16, 8),
+))]
+
+
+def _all():
+    for x in FLOATS:
+        for out, bias, format in itertools.product(FLOATS, dict.fromkeys((x, "float32")), FORMATS):
+            for vec in (1, 4 if x == "float32" else 8):
+                for m_tile, (row_tiles, warps) in itertools.product(
+                        (1, 2, 4, 8), ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (1, _WARPS))):
+                    if row_tiles * m_tile <= 64:
+                        yield _spec(x, out, bias, format, m_tile, row_tiles, warps, vec)
+                if _version(format, x, "sm_80")[0] == "mma":
+                    yield from (_mma_spec(x, out, bias, format, m_tile, vec) for m_tile in (8, 16))
+
+
+def _version(format, x, arch):
+    """("mma" or "core", why)."""
+    if x == "float32" or format == "float32":
+        return "core", "CUDA cores: float32 is not rounded for tensor cores"
+    if format in FLOATS and format != x:
+        return "core", f"CUDA cores: {format} weights with {x} x"
+    if arch == "cpu":
+        return "core", "CUDA cores, the faster version on the CPU"
+    if int(arch[3:].rstrip("af")) < 80:
+        return "core", f"CUDA cores: {arch} is older than sm_80"
+    return "mma", "tensor cores"
+
+
+ALL = list(dict.fromkeys((*CORE, *_all())))
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan_quant_gemm(tokens, shape, format, x, out, bias, align, arch):
-    """Plan from the number of rows of x, the weight's shape and format, dtype names, x's alignment and arch."""
-    row_tiles, column_tiles = tiles(shape)
-    m_tile = next((m for m in (1, 2, 4) if tokens <= m), 8)
+def _plan_quant_gemm(tokens, shape, format, x, out, bias, align, arch, version):
+    """Plan from the number of rows of x, the weight's shape and format, dtype names, x's alignment, arch, version."""
+    row_tiles, _ = tiles(shape)
     vec = 16 // (4 if x == "float32" else 2) if align == 16 else 1
-    if arch == "cpu":
-        # threads are dear here: one warp with as many rows as leave a few blocks to share among the workers
-        warps, tiles_per_block = 1, next((n for n in (16, 8, 4, 2) if row_tiles >= 4 * n and n * m_tile <= 64), 1)
+    kernel, why = version
+    if kernel == "mma":
+        m_tile = 8 if tokens <= 8 else 16
+        spec, warps, tiles_per_block = _mma_spec(x, out, bias, format, m_tile, vec), _WARPS, 1
+        shared = m_tile * (136 * _MMA_SLICE_TILES + 64 * warps)
     else:
-        warps, tiles_per_block = 4, 1
-    shared = 4 * m_tile * (64 * _MAX_SLICE_TILES + warps * tiles_per_block * 16)
-    note = f"{m_tile} rows of x per block, {vec} elements per load"
-    return Plan(_spec(x, out, bias, format, m_tile, tiles_per_block, warps, vec), arch,
-                (-(-row_tiles // tiles_per_block), -(-tokens // m_tile)), (32 * warps,), shared, note=note)
+        m_tile = next((m for m in (1, 2, 4) if tokens <= m), 8)
+        warps, tiles_per_block = _WARPS, 1
+        if arch == "cpu":
+            # threads are dear here: one warp with as many rows as leave a few blocks to share among the workers
+            warps, tiles_per_block = 1, next((n for n in (16, 8, 4, 2) if row_tiles >= 4 * n and n * m_tile <= 64), 1)
+        spec = _spec(x, out, bias, format, m_tile, tiles_per_block, warps, vec)
+        shared = 4 * m_tile * 64 * _SLICE_TILES
+    return Plan(spec, arch, (-(-row_tiles // tiles_per_block), -(-tokens // m_tile)), (32 * warps,), shared,
+                note=f"{why}; {m_tile} rows of x per block, {vec} elements per load")
 
 
 def quant_gemm(x, qmatrix, /, *, bias=None, accumulate=False, out=None):
@@ -77,8 +123,9 @@ def quant_gemm(x, qmatrix, /, *, bias=None, accumulate=False, out=None):
 
     Notes
     -----
-    Weights, products and sums are float32; the store is the only rounding. A row of `out` has the same bits whatever
-    the number of rows. On CuPy arrays asynchronous on the current stream. Kernel: ``cuda_src/quant_gemm.cu``.
+    Products and sums are float32, weights are never rounded; the store is the only rounding. float16 and bfloat16 `x`
+    run on tensor cores from sm_80 on, all else on CUDA cores. A row of `out` has the same bits whatever the number of
+    rows. On CuPy arrays asynchronous on the current stream. Kernel: ``cuda_src/quant_gemm.cu``.
 
     Examples
     --------
@@ -108,8 +155,10 @@ def quant_gemm(x, qmatrix, /, *, bias=None, accumulate=False, out=None):
     x_rows, out_rows = as_rows("quant_gemm", "x", x[None]), as_rows("quant_gemm", "out", out[None])
     if out.size == 0:
         return out
+    arch = arch_of(xp)
     plan = _plan_quant_gemm(x_rows.shape[0], qmatrix.shape, qmatrix.format, x.dtype.name, out.dtype.name,
-                            "float32" if bias is None else bias.dtype.name, alignment(x_rows), arch_of(xp))
+                            "float32" if bias is None else bias.dtype.name, alignment(x_rows), arch,
+                            _version(qmatrix.format, x.dtype.name, arch))
     row_tiles, column_tiles = qmatrix.packed.shape[:2]
     launch(plan, make_args(plan, x=row_view(x_rows), out=row_view(out_rows), packed=qmatrix.packed, bias=bias,
                            stride_bias=0 if bias is None else bias.strides[0] // bias.itemsize,
