@@ -21,6 +21,7 @@ from .rope_params import RopeParams
 
 __all__ = [
     "CompileError", "KernelCheckError", "PagedParams", "PageManager", "Params", "QMatrix", "RopeParams",
-    "embedding", "kv_append", "layer_norm", "paged_decode", "quant_gemm", "rms_norm", "rope", "silu_mul", "split_reduce",
+    "embedding", "kv_append", "layer_norm", "paged_decode", "quant_gemm", "rms_norm", "rope", "silu_mul",
+    "split_reduce",
 ]
 __version__ = "0.1.0"

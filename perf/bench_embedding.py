@@ -2,7 +2,6 @@
 import numpy as np
 import pytest
 from shapes import models, token_counts
-from timing import DEVICE
 
 import cupyattn
 from cupyattn.reference.embedding import embedding as reference

@@ -27,13 +27,14 @@ def test_core_builds(stem, check):
 
 
 def _run(*options):
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options, *KERNEL_TESTS],
-                          cwd=Path(__file__).parent, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options, *KERNEL_TESTS]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("executor", ["fused=0", "sanitize=undefined", "workers=1", "schedule=reverse", "schedule=random"])
+@pytest.mark.parametrize("executor", ["fused=0", "sanitize=undefined", "workers=1", "schedule=reverse",
+                                      "schedule=random"])
 def test_kernel_tests_in_other_builds_and_schedules(executor):
     _run("--executor", executor)
 

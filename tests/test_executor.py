@@ -22,7 +22,8 @@ def _run(kernel, grid, block, n, *, repeat=1, shared_bytes=4096, out=None):
     return out, ints
 
 
-@pytest.mark.parametrize("grid, block", [((3, 2, 2), (5, 3, 2)), ((7,), (33,)), ((1,), (1024,)), ((1, 1, 5), (1, 1, 64))])
+@pytest.mark.parametrize("grid, block", [((3, 2, 2), (5, 3, 2)), ((7,), (33,)), ((1,), (1024,)),
+                                         ((1, 1, 5), (1, 1, 64))])
 def test_indices(grid, block):
     n = int(np.prod(grid) * np.prod(block))
     np.testing.assert_array_equal(_run("indices", grid, block, n)[1], np.arange(n))
