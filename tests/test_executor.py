@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """CUDA's execution model on the CPU: indices, barriers, shared memory, atomics, schedules, and what they cost."""
 
+import os
+import signal
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cupyattn.runtime import Plan, Specialisation, launch, make_args
+import cupyattn
+from cupyattn.runtime import Plan, Specialisation, compile_all, launch, make_args
 from cupyattn.runtime.cpu import settings
 
 SOURCE = str(Path(__file__).parent / "kernels" / "executor.cu")
@@ -78,6 +82,113 @@ def test_fast_maths():
             np.testing.assert_allclose(np.where(want == 0, 0, got), want, rtol=3e-7)
         np.testing.assert_allclose(rsqrt[wide > 0], (1 / np.sqrt(wide))[wide > 0], rtol=2e-7)
     np.testing.assert_array_equal(top, np.fmax(x, np.float32(0)))
+
+
+def test_logarithms_and_tanh():
+    random = np.random.default_rng(0)
+    x = np.concatenate([random.uniform(-5, 5, 500), 10.0 ** random.uniform(-44, 38, 500),
+                        1 + random.uniform(-0.01, 0.01, 18), [0, -1, np.inf, -np.inf, np.nan, 1]]).astype(np.float32)
+    out, _ = _run("more_maths", (1,), (1024,), 4096, out=np.concatenate([x, np.zeros(3 * 1024, np.float32)]))
+    wide = x.astype(np.float64)
+    with np.errstate(all="ignore"):
+        for got, want in zip(out.reshape(4, 1024)[1:], (np.log(wide), np.log2(wide), np.tanh(wide)), strict=True):
+            np.testing.assert_allclose(got, want, rtol=4e-7)
+
+
+@pytest.mark.parametrize("schedule, seed", SCHEDULES)
+def test_warp_instructions(schedule, seed):
+    threads = 96
+    with settings(schedule=schedule, seed=seed):
+        _, ints = _run("collectives", (1,), (threads,), 12 * threads)
+    i = np.arange(threads)
+    warp, lane = i // 32 * 32, i % 32
+    v, p = 7 * i % 11, i % 3 == 0
+
+    def at(source, width):
+        start = lane // width * width
+        return v[warp + np.where((source >= start) & (source < start + width), source, lane)]
+
+    def per_warp(f):
+        return np.repeat([f(slice(w, w + 32)) for w in range(0, threads, 32)], 32)
+
+    want = [v[warp + (lane + 5) % 32], v[warp + lane // 8 * 8 + 3], at(lane - 3, 16), at(lane + 3, 8), at(lane ^ 5, 32),
+            per_warp(lambda s: sum(1 << k for k in range(32) if p[s][k])),
+            per_warp(lambda s: int((v[s] == 10).any()) + 2),
+            [sum(1 << k for k in range(32) if v[w + k] == x) for w, x in zip(warp, v, strict=True)],
+            per_warp(lambda s: v[s].sum()), per_warp(lambda s: v[s].max()),
+            v[warp + np.where(lane % 2, lane ^ 2, lane ^ 4)], v[warp + (lane ^ 1)]]
+    np.testing.assert_array_equal(ints.reshape(12, threads), np.array(want, np.int64).astype(np.int32))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_more_atomics(workers):
+    plan = Plan(Specialisation(SOURCE, "more_atomics", "ExecutorArgs", {}), "cpu", (10,), (50,))
+    ints = np.zeros(6, np.int32)
+    with settings(workers=workers):
+        launch(plan, make_args(plan, out=np.zeros(1, np.float32), ints=ints, n=6, repeat=0))
+    assert ints.tolist() == [499, -499, 500 % 7, (1 << 20) - 1, -1000, 499 * 500 // 2]
+
+
+def test_bit_functions():
+    n = 256
+    x = np.random.default_rng(1).integers(-2**31, 2**31, n).astype(np.int32)
+    x[:4] = 0, -1, 1, 2**31 - 1
+    plan = Plan(Specialisation(SOURCE, "bits", "ExecutorArgs", {}), "cpu", (1,), (n,))
+    ints = np.concatenate([x, np.zeros(8 * n, np.int32)])
+    launch(plan, make_args(plan, out=np.zeros(1, np.float32), ints=ints, n=n, repeat=0))
+    for a, *got in ints.reshape(9, n).T.tolist():
+        u = a % 2**32
+        w = u * 2654435761 % 2**32
+        both = w << 32 | u
+        text = format(u, "032b")
+        a_bytes, w_bytes = np.array([u, w], np.uint32).view(np.int8).reshape(2, 4).astype(int)
+        want = [text.count("1"), 32 - u.bit_length(), (u & -u).bit_length(), int(text[::-1], 2),
+                sum((both >> 8 * s & 255) << 8 * k for k, s in enumerate((0, 5, 2, 7))),
+                (both << 7 >> 32) % 2**32, (both >> 7) % 2**32, int(a_bytes @ w_bytes) + 5]
+        assert [g % 2**32 for g in got] == [y % 2**32 for y in want], hex(u)
+
+
+@pytest.mark.parametrize("schedule, seed", SCHEDULES)
+def test_a_warp_may_wait_for_another(schedule, seed):
+    with settings(schedule=schedule, seed=seed):
+        _, ints = _run("wait_for_last_warp", (1,), (128,), 128, repeat=1)
+    assert (ints[:32] == 42).all()
+
+
+def test_endless_waiting_is_reported():
+    with pytest.raises(cupyattn.KernelCheckError, match="deadlock.*spin without end"):
+        _run("wait_for_last_warp", (1,), (64,), 64, repeat=0)
+
+
+def test_interrupt_inside_a_block():
+    plan = Plan(Specialisation(SOURCE, "many_barriers", "ExecutorArgs", {}), "cpu", (1,), (64,))
+    args = make_args(plan, out=np.zeros(1, np.float32), ints=np.zeros(1, np.int32), n=1, repeat=2_000_000_000)
+    compile_all([plan.spec], "cpu")
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    start = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        timer.start()
+        launch(plan, args)
+    assert time.perf_counter() - start < 5
+    assert _run("many_barriers", (2,), (64,), 2, repeat=3)[1].tolist() == [3, 3]
+
+
+def test_a_signal_handler_cannot_launch_into_a_launch():
+    seen = []
+
+    def handler(number, frame):
+        try:
+            _run("early_exit", (1,), (3,), 3)
+        except ValueError as error:
+            seen.append(str(error))
+
+    previous = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        _run("many_barriers", (1,), (64,), 1, repeat=600_000)   # about half a second: several time slices
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert len(seen) == 1 and "a launch cannot start inside a launch" in seen[0]
 
 
 def test_bad_blocks_are_refused():

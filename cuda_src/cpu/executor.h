@@ -86,7 +86,8 @@ struct Worker {
   uint32_t runnable[MAX_WARPS];    // lanes ready to run, without the running one
   uint32_t existing[MAX_WARPS];    // lanes the block has
   uint32_t runnable_warps;         // warps with a runnable lane
-  Meeting meetings[MAX_WARPS][WARP];  // by the lowest lane of the mask
+  Meeting meetings[MAX_WARPS][WARP];
+  uint32_t open_meetings[MAX_WARPS];  // those that some lanes have reached
   void* operands[MAX_WARPS][WARP];
   BarrierState barriers[BARRIERS];
   AsyncQueue async[MAX_THREADS];
@@ -108,6 +109,16 @@ struct Worker {
   uint64_t deadline_ns;            // end of the time slice; 0 on helpers, which have none
   bool dirty;                      // a block was abandoned half way
 };
+
+// The open collective of exactly these lanes; null if none has come yet. Disjoint masks may be open at once, and a
+// mask may overlap one whose other lanes go there first.
+inline Meeting* find_meeting(Worker* w, uint32_t warp, uint32_t mask) {
+  for (uint32_t open = w->open_meetings[warp]; open; open &= open - 1) {
+    Meeting* m = &w->meetings[warp][__builtin_ctz(open)];
+    if (m->mask == mask) return m;
+  }
+  return nullptr;
+}
 
 inline Fiber* self() { return static_cast<Fiber*>(ca_self); }
 

@@ -214,9 +214,9 @@ void fiber_main() {
   }
 }
 
-const Site& place(const Worker* w, const Fiber* f) {
+const Site& place(Worker* w, const Fiber* f) {
   if (f->state == State::AT_BARRIER) return w->barriers[f->waits_for].site;
-  return w->meetings[f->warp][__builtin_ctz(f->waits_for)].site;
+  return find_meeting(w, f->warp, f->waits_for)->site;
 }
 
 // Lanes wait in a collective for `absent` ones of their warp that will not come.
@@ -242,7 +242,7 @@ const Site& place(const Worker* w, const Fiber* f) {
   for (int i = 0; i < w->threads; ++i) {
     Fiber* each = &w->fibers[i];
     if (each->state == State::IN_COLLECTIVE) {
-      fail_meeting(w, each, each->waits_for & ~w->meetings[each->warp][__builtin_ctz(each->waits_for)].arrived);
+      fail_meeting(w, each, each->waits_for & ~find_meeting(w, each->warp, each->waits_for)->arrived);
     }
     if (each->state == State::DONE) {
       ended = each;
@@ -263,7 +263,7 @@ const Site& place(const Worker* w, const Fiber* f) {
 }
 
 void reset(Worker* w) {
-  memset(w->meetings, 0, sizeof(w->meetings));
+  memset(w->open_meetings, 0, sizeof(w->open_meetings));
   memset(w->barriers, 0, sizeof(w->barriers));
   for (int i = 0; i < MAX_THREADS; ++i) w->free_stacks[i] = MAX_THREADS - 1 - i;
   w->num_free_stacks = MAX_THREADS;

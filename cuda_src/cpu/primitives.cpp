@@ -32,13 +32,10 @@ void release(Worker* w, int id) {
        line, b.site.file, b.site.line);
 }
 
-[[noreturn]] void fail_mismatch(Worker* w, const Meeting& m, uint32_t mask, Meet meet, const char* file, int line,
-                                const void* pc) {
+[[noreturn]] void fail_mismatch(Worker* w, const Meeting& m, Meet meet, const char* file, int line, const void* pc) {
   blame(w, &w->fibers[ca_self->warp * WARP + __builtin_ctz(m.arrived)], m.site.pc);
-  const char* what = m.meet != meet ? "with different instructions" : m.mask != mask ? "with different masks"
-                                                                                     : "from different places";
-  fail(w, CA_COLLECTIVE_MISMATCH, pc, "lanes of one warp meet %s: mask 0x%08x at %s:%d, mask 0x%08x at %s:%d", what,
-       mask, file, line, m.mask, m.site.file, m.site.line);
+  fail(w, CA_COLLECTIVE_MISMATCH, pc, "lanes of mask 0x%08x meet %s, at %s:%d and at %s:%d", m.mask,
+       m.meet != meet ? "with different instructions" : "from different places", file, line, m.site.file, m.site.line);
 }
 
 void run_meeting(Worker* w, int warp, uint32_t mask, Meet meet) {
@@ -98,18 +95,19 @@ CA_API void ca::ca_collective(uint32_t mask, Meet meet, void* operand, const cha
     fail(w, CA_COLLECTIVE_MISMATCH, __builtin_return_address(0), "lane %u at %s:%d is not in its own mask 0x%08x", lane,
          file, line, mask);
   }
-  Meeting& m = w->meetings[warp][__builtin_ctz(mask)];
-  if (m.arrived == 0) {
-    m.mask = mask;
-    m.meet = meet;
-    m.site = {file, line, __builtin_return_address(0)};
-  } else if (m.meet != meet || m.mask != mask || (w->checker && !at_place(m.site, file, line))) {
-    fail_mismatch(w, m, mask, meet, file, line, __builtin_return_address(0));
+  Meeting* m = find_meeting(w, warp, mask);
+  if (!m) {
+    const int slot = __builtin_ctz(~w->open_meetings[warp]);
+    w->open_meetings[warp] |= 1u << slot;
+    m = &w->meetings[warp][slot];
+    *m = {mask, 0, meet, {file, line, __builtin_return_address(0)}};
+  } else if (m->meet != meet || (w->checker && !at_place(m->site, file, line))) {
+    fail_mismatch(w, *m, meet, file, line, __builtin_return_address(0));
   }
   w->operands[warp][lane] = operand;
-  m.arrived |= bit;
-  if (m.arrived != mask) return wait_as(f, State::IN_COLLECTIVE, mask);
-  m.arrived = 0;
+  m->arrived |= bit;
+  if (m->arrived != mask) return wait_as(f, State::IN_COLLECTIVE, mask);
+  w->open_meetings[warp] &= ~(1u << (m - w->meetings[warp]));
   w->idle_yields = 0;
   if (__builtin_expect(w->checker != nullptr, 0)) {
     check_meeting(w, warp, mask);

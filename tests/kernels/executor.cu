@@ -60,3 +60,87 @@ CA_KERNEL void maths(const __grid_constant__ ExecutorArgs args) {
   args.out[threadIdx.x + 3 * blockDim.x] = rsqrtf(x);
   args.out[threadIdx.x + 4 * blockDim.x] = fmaxf(x, 0.0f);
 }
+
+// ints[12][threads]: one row per instruction, inputs v = 7 * i % 11 and p = i % 3 == 0
+CA_KERNEL void collectives(const __grid_constant__ ExecutorArgs args) {
+  const int i = threadIdx.x, threads = blockDim.x;
+  const int v = 7 * i % 11;
+  const bool p = i % 3 == 0;
+  int* out = args.ints + i;
+  const auto put = [&](int value) {
+    *out = value;
+    out += threads;
+  };
+  put(__shfl_sync(FULL_MASK, v, i + 5));
+  put(__shfl_sync(FULL_MASK, v, 3, 8));
+  put(__shfl_up_sync(FULL_MASK, v, 3, 16));
+  put(__shfl_down_sync(FULL_MASK, v, 3, 8));
+  put(__shfl_xor_sync(FULL_MASK, v, 5));
+  put(static_cast<int>(__ballot_sync(FULL_MASK, p)));
+  put(__any_sync(FULL_MASK, v == 10) + 2 * __all_sync(FULL_MASK, v < 11));
+  put(static_cast<int>(__match_any_sync(FULL_MASK, v)));
+  put(__reduce_add_sync(FULL_MASK, v));
+  put(__reduce_max_sync(FULL_MASK, v));
+  // even and odd lanes meet apart, inside a branch
+  put(i % 2 ? __shfl_xor_sync(0xaaaaaaaau, v, 2) : __shfl_xor_sync(0x55555555u, v, 4));
+  put(static_cast<int>(__shfl_xor_sync(FULL_MASK, static_cast<double>(v), 1)));
+}
+
+// ints[6]: what the atomics leave behind
+CA_KERNEL void more_atomics(const __grid_constant__ ExecutorArgs args) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  atomicMax(&args.ints[0], i);
+  atomicMin(&args.ints[1], -i);
+  atomicInc(reinterpret_cast<unsigned*>(&args.ints[2]), 6u);
+  atomicOr(&args.ints[3], 1 << i % 20);
+  atomicSub(&args.ints[4], 2);
+  int seen = args.ints[5];
+  for (;;) {  // an addition by compare and swap
+    const int old = atomicCAS(&args.ints[5], seen, seen + i);
+    if (old == seen) break;
+    seen = old;
+  }
+}
+
+// ints[threads]: warp 0 waits for the last warp, which waits for nobody
+CA_KERNEL void wait_for_last_warp(const __grid_constant__ ExecutorArgs args) {
+  __shared__ int flag;
+  if (threadIdx.x == 0) flag = 0;
+  __syncthreads();
+  if (threadIdx.x == blockDim.x - 1) atomicExch(&flag, 42);
+  if (threadIdx.x < 32 && args.repeat) {
+    while (atomicAdd(&flag, 0) != 42) __nanosleep(100);
+  }
+  while (!args.repeat) __nanosleep(100);  // for ever
+  args.ints[threadIdx.x] = atomicAdd(&flag, 0);
+}
+
+// one block that is busy for long, meeting all the time
+CA_KERNEL void many_barriers(const __grid_constant__ ExecutorArgs args) {
+  for (int round = 0; round < args.repeat; ++round) __syncthreads();
+  if (threadIdx.x == 0) args.ints[blockIdx.x] = args.repeat;
+}
+
+// ints[9][n] of ints[0][n]
+CA_KERNEL void bits(const __grid_constant__ ExecutorArgs args) {
+  const int i = threadIdx.x, n = blockDim.x;
+  const int x = args.ints[i];
+  const unsigned u = static_cast<unsigned>(x), w = u * 2654435761u;
+  args.ints[1 * n + i] = __popc(u);
+  args.ints[2 * n + i] = __clz(x);
+  args.ints[3 * n + i] = __ffs(x);
+  args.ints[4 * n + i] = static_cast<int>(__brev(u));
+  args.ints[5 * n + i] = static_cast<int>(__byte_perm(u, w, 0x7250));
+  args.ints[6 * n + i] = static_cast<int>(__funnelshift_l(u, w, 7));
+  args.ints[7 * n + i] = static_cast<int>(__funnelshift_r(u, w, 7));
+  args.ints[8 * n + i] = __dp4a(x, static_cast<int>(w), 5);
+}
+
+// out[4][n] of out[0][n]
+CA_KERNEL void more_maths(const __grid_constant__ ExecutorArgs args) {
+  const int n = blockDim.x;
+  const float x = args.out[threadIdx.x];
+  args.out[threadIdx.x + n] = logf(x);
+  args.out[threadIdx.x + 2 * n] = log2f(x);
+  args.out[threadIdx.x + 3 * n] = tanhf(x);
+}
