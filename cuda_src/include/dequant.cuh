@@ -183,32 +183,59 @@ __device__ __forceinline__ uint32_t word_of(const uint4& x, int i) {
 
 // ---- formats ---------------------------------------------------------------------------------------------------
 
-// Two small unsigned integers, one in each half of a word, less ZERO as a pair of T. Or-ing in a power of two whose
-// last mantissa bit counts ones makes floats of them: 2^10 + i for half (i < 1024), 2^7 + i for bfloat16 (i < 128).
+// (x & mask) | bits in one instruction; the compiler makes two of it when mask and bits are both constants.
+__device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
+#if CA_CPU
+  return (x & mask) | bits;
+#else
+  uint32_t out;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(x), "r"(mask), "r"(bits));
+  return out;
+#endif
+}
+
+// Small unsigned integers less ZERO as pairs of T. Or-ing in a power of two whose last mantissa bit counts ones makes
+// floats of them: 2^10 + i for half (i < 1024), 2^7 + i for bfloat16 (i < 128).
 template <typename T, int ZERO>
 struct SmallIntegers;
+
 template <int ZERO>
 struct SmallIntegers<__half, ZERO> {
-  static __device__ __forceinline__ uint32_t pair(uint32_t two) {
-    two |= 0x64006400u;
-    const __half2 exact = __hsub2(reinterpret_cast<const __half2&>(two), __float2half2_rn(1024.0f + ZERO));
+  static constexpr uint32_t TWO_TO_10 = 0x64006400u;  // twice
+  // the integers in the bits of `mask`, which covers whole last bits of both halves
+  static __device__ __forceinline__ uint32_t pair(uint32_t two, uint32_t mask) {
+    const uint32_t biased = and_or(two, mask, TWO_TO_10);
+    const __half2 exact = __hsub2(reinterpret_cast<const __half2&>(biased), __float2half2_rn(1024.0f + ZERO));
     return reinterpret_cast<const uint32_t&>(exact);
   }
+  // the lowest nibble of each half, and the one above: 2^10 + 16 i, brought down by a multiply-add instead of a shift
+  static __device__ __forceinline__ void nibble_pairs(uint32_t word, uint32_t& low, uint32_t& high) {
+    low = pair(word, 0x000f000fu);
+    const uint32_t biased = and_or(word, 0x00f000f0u, TWO_TO_10);
+    const __half2 exact = __hfma2(reinterpret_cast<const __half2&>(biased), __float2half2_rn(1.0f / 16),
+                                  __float2half2_rn(-(64.0f + ZERO)));
+    high = reinterpret_cast<const uint32_t&>(exact);
+  }
 };
+
 template <int ZERO>
 struct SmallIntegers<__nv_bfloat16, ZERO> {
-  static __device__ __forceinline__ uint32_t pair(uint32_t two) {
-    two |= 0x43004300u;
+  static __device__ __forceinline__ uint32_t pair(uint32_t two, uint32_t mask) {
+    const uint32_t biased = and_or(two, mask, 0x43004300u);
     const __nv_bfloat162 zero = __bfloat162bfloat162(__float2bfloat16_rn(128.0f + ZERO));
-    const __nv_bfloat162 exact = __hsub2(reinterpret_cast<const __nv_bfloat162&>(two), zero);
+    const __nv_bfloat162 exact = __hsub2(reinterpret_cast<const __nv_bfloat162&>(biased), zero);
     return reinterpret_cast<const uint32_t&>(exact);
+  }
+  static __device__ __forceinline__ void nibble_pairs(uint32_t word, uint32_t& low, uint32_t& high) {
+    low = pair(word, 0x000f000fu);
+    high = pair(word >> 4, 0x000f000fu);  // 2^7 leaves no room for a nibble that is not at the end
   }
 };
 
 // The four signed bytes of a word (sign bits flipped) as pairs (byte 0, byte 2) and (byte 1, byte 3).
 __device__ __forceinline__ void byte_pairs(__half, uint32_t four, uint32_t& even, uint32_t& odd) {
-  even = SmallIntegers<__half, 128>::pair(four & 0x00ff00ffu);
-  odd = SmallIntegers<__half, 128>::pair(four >> 8 & 0x00ff00ffu);
+  even = SmallIntegers<__half, 128>::pair(four, 0x00ff00ffu);
+  odd = SmallIntegers<__half, 128>::pair(four >> 8, 0x00ff00ffu);
 }
 __device__ __forceinline__ void byte_pairs(__nv_bfloat16, uint32_t four, uint32_t& even, uint32_t& odd) {
   float wide[4];  // 8 bits do not fit under bfloat16's 2^7: by float32, whose upper half is the number
@@ -239,8 +266,8 @@ struct Nibbles {
   template <typename T>
   static __device__ __forceinline__ void fragment(const uint4 (&chunks)[CHUNKS], int t, uint32_t (&a)[4]) {
     const uint32_t word = word_of(chunks[0], t);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = SmallIntegers<T, ZERO>::pair(word >> (4 * i) & 0x000f000fu);
+    SmallIntegers<T, ZERO>::nibble_pairs(word, a[0], a[1]);
+    SmallIntegers<T, ZERO>::nibble_pairs(word >> 8, a[2], a[3]);
   }
 };
 struct Q4_0 : Nibbles<8> {

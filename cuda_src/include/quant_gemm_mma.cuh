@@ -6,14 +6,14 @@
 //   scale * codes.x + minimum * sum(x) once, so that no weight is ever rounded.
 //
 //   1. Each warp loads its tiles of a slice (MAX_SLICE_TILES columns of tiles, dealt out to the warps in turn) into
-//      registers, while the block stages its M_TILE rows of x as B fragments, and their sums over each group.
-//   2. Products, group by group.
+//      registers, while the block stages its M_TILE rows of x as B fragments.
+//   2. Products, group by group; sums of x by a second mma, against ones.
 //   3. Sums of the warps in order; bias and store.
 //
 //   A token is a column of its own: its bits do not depend on M or M_TILE.
 //
 // launch     grid (row_tiles, ceil_div(tokens, M_TILE)), block (32 * WARPS); ROW_TILES is 1
-//            dynamic shared memory M_TILE * (MAX_SLICE_TILES * 136 + WARPS * 64) bytes
+//            dynamic shared memory M_TILE * MAX_SLICE_TILES * 128 bytes
 #ifndef CUPYATTN_QUANT_GEMM_MMA_CUH
 #define CUPYATTN_QUANT_GEMM_MMA_CUH
 
@@ -23,82 +23,68 @@ constexpr int TOKEN_TILES = M_TILE / 8;  // columns of an mma
 constexpr int MAX_SLICE_TILES = 16;      // column tiles staged at once; the same for every M_TILE
 constexpr int TILES_PER_WARP = MAX_SLICE_TILES / WARPS;
 static_assert(sizeof(T) == 2 && M_TILE % 8 == 0 && ROW_TILES == 1, "quant_gemm_mma: 16-bit x, 8 tokens per mma");
+static_assert(VEC <= 2 && WARPS <= 2 * MAX_SLICE_TILES, "quant_gemm_mma: x is read in pairs, sums fit in its place");
 
-struct Staged {
-  uint4* fragments;  // [group][token tile][lane]: words b0, b1 of the group's first step, then of its second
-  float* sums;       // [group][token] of x
-  float* partial;    // [warp][token tile][d index][lane]
-};
-
-// Groups of 32 columns of x from column tile `tile` on; zero past the last row and column.
+// Columns of x from column tile `tile` on, as B fragments: fragments[group of 32 columns][token tile][lane] holds the
+// words b0, b1 of the group's first step, then of its second; zero past the last row and column.
 __device__ __forceinline__ void stage_fragments(const QuantGemmArgs& args, int token, int tile, int groups,
-                                                const Staged& staged) {
-  for (int item = threadIdx.x; item < M_TILE * groups; item += 32 * WARPS) {
-    const int m = item / groups, group = item % groups;
-    const int column = tile * TILE_COLUMNS + group * 32;
-    const T* x = static_cast<const T*>(args.x.data) + (token + m) * args.x.stride_row + column;
-    alignas(16) T values[32];
-    float sum = 0.0f;
+                                                uint4* fragments) {
+  const int lane = threadIdx.x % 32;
+  for (int group = threadIdx.x / 32; group < groups; group += WARPS) {
+    const int column = tile * TILE_COLUMNS + group * 32 + lane % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < 32; i += 8) {
-      const bool inside = token + m < args.tokens && column + i < args.columns;  // columns is a multiple of 8
+    for (int j = 0; j < TOKEN_TILES; ++j) {
+      const int m = token + j * 8 + lane / 4;
+      const T* x = static_cast<const T*>(args.x.data) + m * args.x.stride_row + column;
+      uint32_t words[4] = {};
 #pragma unroll
-      for (int j = i; j < i + 8; j += VEC) {
-        Vec<T, VEC> part = {};
-        if (inside) part = load_vec<T, VEC>(x + j);
+      for (int i = 0; i < 4; ++i) {
+        if (m >= args.tokens || column + 8 * i >= args.columns) continue;  // columns is a multiple of 8
+        Vec<T, 2> pair;
 #pragma unroll
-        for (int v = 0; v < VEC; ++v) {
-          values[j + v] = part.v[v];
-          sum += to_float(part.v[v]);
+        for (int v = 0; v < 2; v += VEC) {
+          const Vec<T, VEC> part = load_vec<T, VEC>(x + 8 * i + v);
+#pragma unroll
+          for (int n = 0; n < VEC; ++n) pair.v[v + n] = part.v[n];
         }
+        words[i] = reinterpret_cast<const uint32_t&>(pair);
       }
+      fragments[(group * TOKEN_TILES + j) * 32 + lane] = make_uint4(words[0], words[1], words[2], words[3]);
     }
-    uint32_t words[16];  // pairs of neighbouring columns
-#pragma unroll
-    for (int i = 0; i < 16; ++i) words[i] = reinterpret_cast<const uint32_t*>(values)[i];
-    uint4* to = staged.fragments + ((group * TOKEN_TILES + m / 8) * 32 + m % 8 * 4);
-#pragma unroll
-    for (int c = 0; c < 4; ++c) to[c] = make_uint4(words[c], words[c + 4], words[c + 8], words[c + 12]);
-    staged.sums[group * M_TILE + m] = sum;
   }
 }
 
-// Adds the products of one group of a lane's tile to `total`.
-__device__ __forceinline__ void multiply_group(const LaneTile<Format>& tile, int half_tile, const Staged& staged,
-                                               int group, float (&total)[TOKEN_TILES][4]) {
-  const int lane = threadIdx.x % 32;
-  float sums[TOKEN_TILES][4] = {};
+// Adds the products of one group (half a tile) to `total`.
+__device__ __forceinline__ void multiply_group(const LaneTile<Format>& tile, int half_tile, const uint4* fragments,
+                                               float (&total)[TOKEN_TILES][4]) {
+  const Vec<T, 2> pair_of_ones = {{from_float<T>(1.0f), from_float<T>(1.0f)}};
+  const uint32_t one = reinterpret_cast<const uint32_t&>(pair_of_ones), ones[4] = {one, one, one, one};
   uint32_t a[2][4];
 #pragma unroll
   for (int step = 0; step < 2; ++step) Format::template fragment<T>(tile.chunks, 2 * half_tile + step, a[step]);
 #pragma unroll
   for (int j = 0; j < TOKEN_TILES; ++j) {
-    const uint4 x = staged.fragments[(group * TOKEN_TILES + j) * 32 + lane];
+    const uint4 x = fragments[j * 32 + threadIdx.x % 32];
     const uint32_t b[2][2] = {{x.x, x.y}, {x.z, x.w}};
-    mma_m16n8k16<T>(sums[j], a[0], b[0]);
-    mma_m16n8k16<T>(sums[j], a[1], b[1]);
-  }
+    float codes[4] = {}, x_sums[4] = {};  // [row r, token 2c], [r, 2c + 1], [r + 8, 2c], [r + 8, 2c + 1]
 #pragma unroll
-  for (int j = 0; j < TOKEN_TILES; ++j) {
+    for (int step = 0; step < 2; ++step) {
+      mma_m16n8k16<T>(codes, a[step], b[step]);
+      if constexpr (Format::SCALES == 8) mma_m16n8k16<T>(x_sums, ones, b[step]);
+    }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {  // row r + 8 * (i / 2), token 2c + i % 2
+    for (int i = 0; i < 4; ++i) {
       const float scale = Format::SCALES > 0 ? to_float(tile.scales.v[i / 2 * 2 + half_tile]) : 1.0f;
-      total[j][i] = fmaf(scale, sums[j][i], total[j][i]);
+      total[j][i] = fmaf(scale, codes[i], total[j][i]);
       if constexpr (Format::SCALES == 8) {
-        const float minimum = to_float(tile.scales.v[4 + i / 2 * 2 + half_tile]);
-        const float x_sum = staged.sums[group * M_TILE + j * 8 + lane % 4 * 2 + i % 2];
-        total[j][i] = fmaf(minimum, x_sum, total[j][i]);
+        total[j][i] = fmaf(to_float(tile.scales.v[4 + i / 2 * 2 + half_tile]), x_sums[i], total[j][i]);
       }
     }
   }
 }
 
 __device__ __forceinline__ void multiply_on_tensor_cores(const QuantGemmArgs& args) {
-  CA_DYN_SMEM(uint4, shared);
-  Staged staged;
-  staged.fragments = shared;
-  staged.sums = reinterpret_cast<float*>(shared + MAX_SLICE_TILES * 2 * TOKEN_TILES * 32);
-  staged.partial = staged.sums + MAX_SLICE_TILES * 2 * M_TILE;
+  CA_DYN_SMEM(uint4, fragments);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int token = blockIdx.y * M_TILE;
   const uint8_t* packed = args.packed + blockIdx.x * int64_t{args.column_tiles} * LaneTile<Format>::TILE_BYTES;
@@ -115,7 +101,7 @@ __device__ __forceinline__ void multiply_on_tensor_cores(const QuantGemmArgs& ar
       if (t < tiles) own[i].load(packed + (slice + t) * int64_t{LaneTile<Format>::TILE_BYTES}, lane);
     }
     if (slice > 0) __syncthreads();
-    stage_fragments(args, token, slice, 2 * tiles, staged);
+    stage_fragments(args, token, slice, 2 * tiles, fragments);
     __syncthreads();
 
     // 2. products
@@ -123,16 +109,18 @@ __device__ __forceinline__ void multiply_on_tensor_cores(const QuantGemmArgs& ar
     for (int i = 0; i < TILES_PER_WARP; ++i) {
       const int t = warp + i * WARPS;
       if (t < tiles) {
-        multiply_group(own[i], 0, staged, 2 * t, total);
-        multiply_group(own[i], 1, staged, 2 * t + 1, total);
+        multiply_group(own[i], 0, fragments + (2 * t) * TOKEN_TILES * 32, total);
+        multiply_group(own[i], 1, fragments + (2 * t + 1) * TOKEN_TILES * 32, total);
       }
     }
   }
 
   // 3. sums over the warps, rows fastest
+  float* partial = reinterpret_cast<float*>(fragments);  // [warp][token tile][d index][lane], where x was
+  __syncthreads();
 #pragma unroll
   for (int j = 0; j < TOKEN_TILES * 4; ++j) {
-    staged.partial[(warp * TOKEN_TILES * 4 + j) * 32 + lane] = total[j / 4][j % 4];
+    partial[(warp * TOKEN_TILES * 4 + j) * 32 + lane] = total[j / 4][j % 4];
   }
   __syncthreads();
   for (int item = threadIdx.x; item < TILE_ROWS * M_TILE; item += 32 * WARPS) {
@@ -140,7 +128,7 @@ __device__ __forceinline__ void multiply_on_tensor_cores(const QuantGemmArgs& ar
     const int j = m / 8 * 4 + row / 8 * 2 + m % 2, from = row % 8 * 4 + m % 8 / 2;
     float sum = 0.0f;
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) sum += staged.partial[(w * TOKEN_TILES * 4 + j) * 32 + from];
+    for (int w = 0; w < WARPS; ++w) sum += partial[(w * TOKEN_TILES * 4 + j) * 32 + from];
     store_sum(args, token + m, blockIdx.x * TILE_ROWS + row, sum);
   }
 }

@@ -36,10 +36,10 @@ CORE = [*(_spec(*case) for case in (
     ("float16", "bfloat16", "float32", "float16", 4, 2, 1, 8), ("float32", "float32", "float32", "float32", 1, 1, 4, 4),
     ("bfloat16", "float16", "float32", "bfloat16", 2, 1, 4, 1), ("float16", "float16", "float32", "q4_1", 8, 1, 4, 1),
 )), *(_mma_spec(*case) for case in (
-    ("float16", "float16", "float16", "q4_1", 8, 8), ("float16", "float32", "float32", "q8_0", 16, 8),
-    ("bfloat16", "bfloat16", "float32", "q4_1", 16, 1), ("bfloat16", "float32", "bfloat16", "q8_0", 8, 8),
-    ("float16", "bfloat16", "float32", "q4_0", 16, 1), ("bfloat16", "float16", "float32", "q4_0", 8, 8),
-    ("float16", "float16", "float32", "float16", 8, 1), ("bfloat16", "bfloat16", "bfloat16", "bfloat16", 16, 8),
+    ("float16", "float16", "float16", "q4_1", 8, 2), ("float16", "float32", "float32", "q8_0", 16, 2),
+    ("bfloat16", "bfloat16", "float32", "q4_1", 16, 1), ("bfloat16", "float32", "bfloat16", "q8_0", 8, 2),
+    ("float16", "bfloat16", "float32", "q4_0", 16, 1), ("bfloat16", "float16", "float32", "q4_0", 8, 2),
+    ("float16", "float16", "float32", "float16", 8, 1), ("bfloat16", "bfloat16", "bfloat16", "bfloat16", 16, 2),
 ))]
 
 
@@ -51,8 +51,9 @@ def _all():
                         (1, 2, 4, 8), ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (1, _WARPS))):
                     if row_tiles * m_tile <= 64:
                         yield _spec(x, out, bias, format, m_tile, row_tiles, warps, vec)
-                if _version(format, x, "sm_80")[0] == "mma":
-                    yield from (_mma_spec(x, out, bias, format, m_tile, vec) for m_tile in (8, 16))
+            if _version(format, x, "sm_80")[0] == "mma":
+                for m_tile, vec in itertools.product((8, 16), (1, 2)):
+                    yield _mma_spec(x, out, bias, format, m_tile, vec)
 
 
 def _version(format, x, arch):
@@ -75,14 +76,14 @@ ALL = list(dict.fromkeys((*CORE, *_all())))
 def _plan_quant_gemm(tokens, shape, format, x, out, bias, align, arch, version):
     """Plan from the number of rows of x, the weight's shape and format, dtype names, x's alignment, arch, version."""
     row_tiles, _ = tiles(shape)
-    vec = 16 // (4 if x == "float32" else 2) if align == 16 else 1
     kernel, why = version
     if kernel == "mma":
-        m_tile = 8 if tokens <= 8 else 16
+        m_tile, vec = 8 if tokens <= 8 else 16, 2 if align >= 4 else 1
         spec, warps, tiles_per_block = _mma_spec(x, out, bias, format, m_tile, vec), _WARPS, 1
-        shared = m_tile * (136 * _MMA_SLICE_TILES + 64 * warps)
+        shared = 128 * m_tile * _MMA_SLICE_TILES
     else:
         m_tile = next((m for m in (1, 2, 4) if tokens <= m), 8)
+        vec = 16 // (4 if x == "float32" else 2) if align == 16 else 1
         warps, tiles_per_block = _WARPS, 1
         if arch == "cpu":
             # threads are dear here: one warp with as many rows as leave a few blocks to share among the workers
