@@ -14,7 +14,7 @@ from cupyattn.runtime import compile_all, host_compiler
 from cupyattn.runtime.cpu import settings
 
 STEMS = [m.name for m in pkgutil.iter_modules(ops.__path__)]
-KERNEL_TESTS = [f"test_{stem}.py" for stem in STEMS] + ["test_instructions.py"]
+KERNEL_TESTS = [f"tests/test_{name}.py" for name in (*STEMS, "instructions")]
 
 
 @pytest.mark.parametrize("check", [False, True], ids=["release", "check"])
@@ -28,7 +28,7 @@ def test_core_builds(stem, check):
 
 def _run(*options):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options, *KERNEL_TESTS]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
 
 

@@ -25,8 +25,8 @@ CA_HOST_INLINE double __longlong_as_double(long long x) { return ca::reinterpret
 
 namespace ca {
 
-CA_HOST_INLINE float maximum(float a, float b) { return (a > b) | (b != b) ? a : b; }  // of a number and a NaN the number
-CA_HOST_INLINE float minimum(float a, float b) { return (a < b) | (b != b) ? a : b; }
+CA_HOST_INLINE float maximum(float a, float b) { return ((a > b) | (b != b)) ? a : b; }  // of a number and a NaN the number
+CA_HOST_INLINE float minimum(float a, float b) { return ((a < b) | (b != b)) ? a : b; }
 
 // 2^(whole + f) to about 1e-7 relative, whole an integer and |f| <= 0.5, where the result is a normal number. The
 // power of two goes into the exponent bits: a product of two factors could be reassociated, and then overflow.
@@ -142,7 +142,7 @@ CA_MIN_MAX(unsigned long long)
 #undef CA_MIN_MAX
 CA_HOST_INLINE float min(float a, float b) { return ca::minimum(a, b); }
 CA_HOST_INLINE float max(float a, float b) { return ca::maximum(a, b); }
-extern "C" int abs(int) noexcept;  // as <stdlib.h> declares it; compilers inline it
+#define abs(x) __builtin_abs(x)
 
 // ---- conversions: the GPU saturates and turns NaN into 0, x86 would give INT_MIN ----------------------------
 
