@@ -142,7 +142,7 @@ CA_MIN_MAX(unsigned long long)
 #undef CA_MIN_MAX
 CA_HOST_INLINE float min(float a, float b) { return ca::minimum(a, b); }
 CA_HOST_INLINE float max(float a, float b) { return ca::maximum(a, b); }
-#define abs(x) __builtin_abs(x)
+extern "C" int abs(int) noexcept;  // as glibc's <stdlib.h> declares it; compilers inline it
 
 // ---- conversions: the GPU saturates and turns NaN into 0, x86 would give INT_MIN ----------------------------
 
