@@ -62,7 +62,14 @@ CA_INLINE Floats8 widen_scales(const __half* p) {
   long long low, high;
   __builtin_memcpy(&low, p, 8);
   __builtin_memcpy(&high, p + N - 4, 8);
-  return __builtin_ia32_vcvtph2ps256(bit_cast<v8i16>(Longs2{low, high}));
+  const Longs2 raw = {low, high};
+#if defined(__clang__)
+  typedef _Float16 Halves8 __attribute__((vector_size(16)));
+  return __builtin_convertvector(bit_cast<Halves8>(raw), Floats8);
+#else
+  typedef short Shorts8 __attribute__((vector_size(16)));
+  return __builtin_ia32_vcvtph2ps256(bit_cast<Shorts8>(raw));
+#endif
 #else
   float wide[8];
   for (int i = 0; i < 8; ++i) wide[i] = to_float(p[i % N]);

@@ -83,15 +83,15 @@ def embedding(ids, table, /, *, out_dtype=None, out=None):
     """
     packed = isinstance(table, QMatrix)
     xp = array_namespace("embedding", ids=ids, table=table.packed if packed else table, out=out)
-    check_dtype("embedding", "ids", ids, ("int32", "int64"))
+    ids_dtype = check_dtype("embedding", "ids", ids, ("int32", "int64"))
+    kind = table.format if packed else check_dtype("embedding", "table", table, FLOATS)
     if not packed:
-        check_dtype("embedding", "table", table, FLOATS)
         check_shape("embedding", "table", table, (None, None), "[rows, columns]")
         check_last_axis("embedding", "table", table)
     rows, columns = table.shape
     if out is None:
         out = xp.empty((*ids.shape, columns), out_dtype or ("float32" if packed else table.dtype))
-    check_dtype("embedding", "out", out, FLOATS)
+    dtype = check_dtype("embedding", "out", out, FLOATS)
     check_shape("embedding", "out", out, (*ids.shape, columns), "[..., columns]")
     check_writeable("embedding", "out", out)
     flat_ids, out_rows = as_rows("embedding", "ids", ids[..., None])[:, 0], as_rows("embedding", "out", out[None])
@@ -100,8 +100,7 @@ def embedding(ids, table, /, *, out_dtype=None, out=None):
     if xp is np or env.check():
         _check_ids(ids, rows)
     align = alignment(out_rows) if packed else min(alignment(table), alignment(out_rows))
-    plan = _plan_embedding(flat_ids.size, columns, table.format if packed else table.dtype.name, packed,
-                           out.dtype.name, ids.dtype.name, align, arch_of(xp))
+    plan = _plan_embedding(flat_ids.size, columns, kind, packed, dtype, ids_dtype, align, arch_of(xp))
     launch(plan, make_args(plan, table=None if packed else row_view(table), out=row_view(out_rows),
                            packed=table.packed if packed else None, ids=flat_ids,
                            stride_id=flat_ids.strides[0] // flat_ids.itemsize, tokens=flat_ids.size, rows=rows,

@@ -139,27 +139,27 @@ def quant_gemm(x, qmatrix, /, *, bias=None, accumulate=False, out=None):
         raise TypeError(f"quant_gemm: qmatrix must be a QMatrix, got {type(qmatrix).__name__}; "
                         "make one with QMatrix.from_dense(w)")
     xp = array_namespace("quant_gemm", x=x, qmatrix=qmatrix.packed, bias=bias, out=out)
-    check_dtype("quant_gemm", "x", x, FLOATS)
+    dtype, bias_dtype = check_dtype("quant_gemm", "x", x, FLOATS), "float32"
     rows, columns = qmatrix.shape
     if x.ndim == 0 or x.shape[-1] != columns:
         raise ValueError(f"quant_gemm: x must be [..., in_features={columns}], got {list(x.shape)}")
     if bias is not None:
-        check_dtype("quant_gemm", "bias", bias, tuple(dict.fromkeys(("float32", x.dtype.name))))
+        bias_dtype = check_dtype("quant_gemm", "bias", bias, tuple(dict.fromkeys(("float32", dtype))))
         check_shape("quant_gemm", "bias", bias, (rows,), "[out_features]")
     if out is None:
         if accumulate:
             raise ValueError("quant_gemm: out must be given with accumulate=True, got None")
         out = xp.empty((*x.shape[:-1], rows), x.dtype)
-    check_dtype("quant_gemm", "out", out, FLOATS)
+    out_dtype = check_dtype("quant_gemm", "out", out, FLOATS)
     check_shape("quant_gemm", "out", out, (*x.shape[:-1], rows), "[..., out_features]")
     check_writeable("quant_gemm", "out", out)
-    x_rows, out_rows = as_rows("quant_gemm", "x", x[None]), as_rows("quant_gemm", "out", out[None])
     if out.size == 0:
         return out
+    x_rows = as_rows("quant_gemm", "x", x if x.ndim > 1 else x[None])
+    out_rows = as_rows("quant_gemm", "out", out if out.ndim > 1 else out[None])
     arch = arch_of(xp)
-    plan = _plan_quant_gemm(x_rows.shape[0], qmatrix.shape, qmatrix.format, x.dtype.name, out.dtype.name,
-                            "float32" if bias is None else bias.dtype.name, alignment(x_rows), arch,
-                            _version(qmatrix.format, x.dtype.name, arch))
+    plan = _plan_quant_gemm(x_rows.shape[0], qmatrix.shape, qmatrix.format, dtype, out_dtype, bias_dtype,
+                            alignment(x_rows), arch, _version(qmatrix.format, dtype, arch))
     row_tiles, column_tiles = qmatrix.packed.shape[:2]
     launch(plan, make_args(plan, x=row_view(x_rows), out=row_view(out_rows), packed=qmatrix.packed, bias=bias,
                            stride_bias=0 if bias is None else bias.strides[0] // bias.itemsize,
