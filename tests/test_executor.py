@@ -12,7 +12,7 @@ import pytest
 
 import cupyattn
 from cupyattn.runtime import Plan, Specialisation, compile_all, launch, make_args
-from cupyattn.runtime.cpu import settings
+from cupyattn.runtime.cpu import counters, settings
 
 SOURCE = str(Path(__file__).parent / "kernels" / "executor.cu")
 SCHEDULES = [("forward", 0), ("reverse", 0), ("random", 1), ("random", 2)]
@@ -189,6 +189,27 @@ def test_a_signal_handler_cannot_launch_into_a_launch():
     finally:
         signal.signal(signal.SIGALRM, previous)
     assert len(seen) == 1 and "a launch cannot start inside a launch" in seen[0]
+
+
+@pytest.mark.parametrize("row_length, ways", [(32, 32), (33, 1), (34, 2)])
+def test_bank_conflicts_are_counted(row_length, ways):
+    with settings(check=True), counters() as launches:
+        out, _ = _run("transpose", (1,), (1024,), 2048, repeat=row_length, shared_bytes=34 * 128,
+                      out=np.arange(2048, dtype=np.float32))
+    np.testing.assert_array_equal(out[1024:].reshape(32, 32), np.arange(1024).reshape(32, 32).T)
+    counts = launches[0].counts
+    assert counts["max_conflict_ways"] == ways
+    assert counts["shared_requests"] == 64 and counts["shared_conflicts"] == 32 * (ways - 1)
+
+
+@pytest.mark.parametrize("step, sectors", [(4, 16), (8, 32), (16, 32)])
+def test_sectors_of_vector_accesses(step, sectors):
+    out = np.zeros(2 * 32 * step + 8, np.float32)
+    out = out[(-out.ctypes.data % 32) // 4:][:2 * 32 * step]   # starts at a sector
+    with settings(check=True), counters() as launches:
+        _run("vector_copy", (1,), (32,), out.size, repeat=step, out=out)
+    assert launches[0].buffers["out"] == {"bytes_read": 512, "bytes_written": 512, "sectors_read": sectors,
+                                          "sectors_written": sectors}
 
 
 def test_bad_blocks_are_refused():

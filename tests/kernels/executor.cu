@@ -144,3 +144,18 @@ CA_KERNEL void more_maths(const __grid_constant__ ExecutorArgs args) {
   args.out[threadIdx.x + 2 * n] = log2f(x);
   args.out[threadIdx.x + 3 * n] = tanhf(x);
 }
+
+// out[1024..] = transpose of out[0..1024) through a 32x32 tile whose rows are `repeat` floats long
+CA_KERNEL void transpose(const __grid_constant__ ExecutorArgs args) {
+  CA_DYN_SMEM(float, tile);
+  const int column = threadIdx.x % 32, row = threadIdx.x / 32;
+  tile[row * args.repeat + column] = args.out[row * 32 + column];
+  __syncthreads();
+  args.out[1024 + row * 32 + column] = tile[column * args.repeat + row];
+}
+
+// float4 per thread, `repeat` floats apart
+CA_KERNEL void vector_copy(const __grid_constant__ ExecutorArgs args) {
+  const int i = threadIdx.x * args.repeat;
+  store_vec(args.out + args.n / 2 + i, load_vec<float, 4>(args.out + i));
+}
