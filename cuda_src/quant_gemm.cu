@@ -31,6 +31,10 @@ constexpr int WARPS = CA_WARPS;          // share the columns of a row of tiles
 constexpr int VEC = CA_VEC;              // elements per load of x; divides every row stride (tensor cores: 1 or 2)
 static_assert(sizeof(QuantGemmArgs) == CA_SIZEOF_ARGS, "quant_gemm: Python and CUDA disagree on QuantGemmArgs");
 
+__device__ __forceinline__ const uint8_t* tile_at(const QuantGemmArgs& args, int row_tile, int column_tile) {
+  return args.packed + (row_tile * int64_t{args.column_tiles} + column_tile) * LaneTile<Format>::TILE_BYTES;
+}
+
 __device__ __forceinline__ void store_sum(const QuantGemmArgs& args, int token, int row, float sum) {
   if (token >= args.tokens || row >= args.rows) return;
   if (args.bias) sum += to_float(static_cast<const B*>(args.bias)[row * args.stride_bias]);
@@ -84,12 +88,15 @@ CA_KERNEL __launch_bounds__(32 * WARPS) void quant_gemm(const __grid_constant__ 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int token = blockIdx.y * M_TILE, first_row_tile = blockIdx.x * ROW_TILES;
 
-  prefetch_lines(args.packed + first_row_tile * int64_t{args.column_tiles} * LaneTile<Format>::TILE_BYTES,
-                 min(ROW_TILES, args.row_tiles - first_row_tile) * args.column_tiles * LaneTile<Format>::TILE_BYTES);
   float sums[SUMS] = {};  // [row tile][row of x][row r, row r + 8]
   for (int slice = 0; slice < args.column_tiles; slice += MAX_SLICE_TILES) {
-    // 1. stage x
+    // 1. stage x while the weights are on their way
     const int tiles = min(MAX_SLICE_TILES, args.column_tiles - slice);
+#pragma unroll
+    for (int i = 0; i < ROW_TILES; ++i) {
+      if (first_row_tile + i >= args.row_tiles) continue;
+      prefetch_lines(tile_at(args, first_row_tile + i, slice), tiles * LaneTile<Format>::TILE_BYTES);
+    }
     if (slice > 0) __syncthreads();
     stage_x(args, token, slice, tiles, staged);
     __syncthreads();
@@ -98,8 +105,7 @@ CA_KERNEL __launch_bounds__(32 * WARPS) void quant_gemm(const __grid_constant__ 
 #pragma unroll
     for (int i = 0; i < ROW_TILES; ++i) {
       if (first_row_tile + i >= args.row_tiles) continue;
-      const uint8_t* packed = args.packed + ((first_row_tile + i) * int64_t{args.column_tiles} + slice) *
-                                                LaneTile<Format>::TILE_BYTES;
+      const uint8_t* packed = tile_at(args, first_row_tile + i, slice);
       RunSum run_sums[M_TILE][2];
 #pragma unroll 2
       for (int t = warp; t < tiles; t += WARPS) {

@@ -246,10 +246,10 @@ def _assert_clean(format, dtype):
 
 
 @hypothesis_settings(max_examples=25, deadline=None, derandomize=True)
-@given(m=st.integers(0, 10), n=st.integers(1, 9).map(lambda i: 8 * i), groups=st.integers(1, 60),
-       format=st.sampled_from(["q4_1", "q8_0"]), offset=st.integers(0, 9), seed=st.integers(0, 2**32 - 1))
+@given(m=st.integers(0, 10), n=st.integers(1, 72), groups=st.integers(1, 60),
+       format=st.sampled_from(["q4_1", "q8_0", "float16"]), offset=st.integers(0, 9), seed=st.integers(0, 2**32 - 1))
 def test_shapes(m, n, groups, format, offset, seed):
-    k = 32 * groups
+    k = 8 * groups if format == "float16" else 32 * groups
     matrix, w = _weight(format, n, k)
     x = np.random.default_rng(seed).standard_normal((m, k + offset)).astype(np.float32)[:, offset:]
     got = cupyattn.quant_gemm(x, matrix)

@@ -6,7 +6,7 @@
 //   scale * codes.x + minimum * sum(x) once, so that no weight is ever rounded.
 //
 //   1. Each warp loads its tiles of a slice (MAX_SLICE_TILES columns of tiles, dealt out to the warps in turn) into
-//      registers, while the block stages its M_TILE rows of x as B fragments.
+//      registers and the block the next slice's towards L2, then it stages its M_TILE rows of x as B fragments.
 //   2. Products, group by group; sums of x by a second mma, against ones.
 //   3. Sums of the warps in order; bias and store.
 //
@@ -87,9 +87,6 @@ __device__ __forceinline__ void multiply_on_tensor_cores(const QuantGemmArgs& ar
   CA_DYN_SMEM(uint4, fragments);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int token = blockIdx.y * M_TILE;
-  const uint8_t* packed = args.packed + blockIdx.x * int64_t{args.column_tiles} * LaneTile<Format>::TILE_BYTES;
-
-  prefetch_lines(packed, args.column_tiles * LaneTile<Format>::TILE_BYTES);
   float total[TOKEN_TILES][4] = {};
   for (int slice = 0; slice < args.column_tiles; slice += MAX_SLICE_TILES) {
     // 1. weights into registers, x into shared memory
@@ -98,7 +95,12 @@ __device__ __forceinline__ void multiply_on_tensor_cores(const QuantGemmArgs& ar
 #pragma unroll
     for (int i = 0; i < TILES_PER_WARP; ++i) {
       const int t = warp + i * WARPS;
-      if (t < tiles) own[i].load(packed + (slice + t) * int64_t{LaneTile<Format>::TILE_BYTES}, lane);
+      if (t < tiles) own[i].load(tile_at(args, blockIdx.x, slice + t), lane);
+    }
+    const int next = slice + MAX_SLICE_TILES;
+    if (next < args.column_tiles) {
+      prefetch_lines(tile_at(args, blockIdx.x, next),
+                     min(MAX_SLICE_TILES, args.column_tiles - next) * LaneTile<Format>::TILE_BYTES);
     }
     if (slice > 0) __syncthreads();
     stage_fragments(args, token, slice, 2 * tiles, fragments);
