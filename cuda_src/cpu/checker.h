@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// checker.h - the state of a checked launch, shared by checker.cpp (judging), requests.cpp (counting) and tsan.cpp
-// (where instrumented code calls in). A checked launch has one worker, so nothing here is locked.
+// checker.h - the state of a checked launch, shared by checker.cpp (judging), ordering.cpp (what comes before what),
+// requests.cpp (counting) and tsan.cpp (where instrumented code calls in). A checked launch has one worker, so nothing
+// here is locked.
 #ifndef CUPYATTN_CPU_CHECKER_H
 #define CUPYATTN_CPU_CHECKER_H
 
@@ -87,6 +88,12 @@ void on_access(const void* pointer, size_t bytes, bool write, bool atomic, const
 // A read-modify-write; it orders the thread after every earlier one on the address.
 void on_atomic(const void* pointer, size_t bytes, const void* pc);
 void on_function_entry(const void* frame, const void* pc);
+
+// ordering.cpp
+Mark mark_now(Checker* c, int thread, const void* pc);
+bool ordered_before(Checker* c, const Mark& m, int thread);      // within the block
+void release_to(Checker* c, Clocks& place, int thread);          // publishes what the thread has done and knows
+void acquire_from(Checker* c, Clocks& place, int thread);
 
 // requests.cpp
 void note_request(Worker* w, int buffer, uintptr_t address, size_t bytes, bool write, const void* pc);

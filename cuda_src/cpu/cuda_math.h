@@ -25,7 +25,7 @@ CA_HOST_INLINE double __longlong_as_double(long long x) { return ca::reinterpret
 
 namespace ca {
 
-CA_HOST_INLINE float maximum(float a, float b) { return ((a > b) | (b != b)) ? a : b; }  // of a number and a NaN the number
+CA_HOST_INLINE float maximum(float a, float b) { return ((a > b) | (b != b)) ? a : b; }  // a NaN loses
 CA_HOST_INLINE float minimum(float a, float b) { return ((a < b) | (b != b)) ? a : b; }
 
 // 2^(whole + f) to about 1e-7 relative, whole an integer and |f| <= 0.5, where the result is a normal number. The

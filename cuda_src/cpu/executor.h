@@ -140,7 +140,7 @@ void blame(Worker* w, const Fiber* other, const void* pc);
 [[noreturn]] void fail(Worker* w, int kind, const void* pc, const char* format, ...)
     __attribute__((format(printf, 4, 5)));
 
-// ---- checker.cpp: called when worker->checker is set -----------------------------------------------------
+// ---- checker.cpp and ordering.cpp: called when worker->checker is set -------------------------------------
 
 Checker* new_checker(const Job* job);
 void delete_checker(Checker* checker);

@@ -240,8 +240,9 @@ CA_API int ca_launch(const CaLaunch* launch, CaError* error) {
   set_up(job, *launch, blocks);
   job->checker = launch->check ? new_checker(job) : nullptr;
   // one worker when checking: the shadow of global memory has no locks
-  const uint64_t most = launch->workers < 1 || launch->check ? 1 : launch->workers > MAX_WORKERS ? MAX_WORKERS : launch->workers;
-  const int helpers = static_cast<int>((most < blocks ? most : blocks) - 1);
+  int workers = launch->check || launch->workers < 1 ? 1 : launch->workers;
+  if (workers > MAX_WORKERS) workers = MAX_WORKERS;
+  const int helpers = static_cast<uint64_t>(workers) < blocks ? workers - 1 : static_cast<int>(blocks) - 1;
   if (helpers > pool.threads) start_helpers(helpers);
   prepare(pool.workers[0], job);
   if (helpers > 0) {
