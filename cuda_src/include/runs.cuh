@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+// runs.cuh - 16 floats of one lane at a time: a run of weights or activations, and sums of products of runs.
+//
+// On the host with CA_FUSED a run is one vector (a register with AVX-512, several otherwise) and a RunSum 16 partial
+// sums; elsewhere both are plain floats. Below are also the vector conversions that dequant.cuh makes runs with.
+#ifndef CUPYATTN_RUNS_CUH
+#define CUPYATTN_RUNS_CUH
+
+#include "prelude.cuh"
+
+constexpr int RUN = 16;
+
+#if CA_CPU && CA_FUSED
+namespace ca {
+typedef float Floats4 __attribute__((vector_size(16)));
+typedef float Floats8 __attribute__((vector_size(32)));
+typedef float Floats16 __attribute__((vector_size(64)));
+typedef float Floats16Unaligned __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t Ints16 __attribute__((vector_size(64)));
+typedef uint8_t Bytes16 __attribute__((vector_size(16)));
+typedef int8_t SignedBytes16 __attribute__((vector_size(16)));
+
+// 16 bytes as 16 int32. GCC makes 16 scalar conversions of a vector conversion over two widths.
+#if defined(__clang__)
+CA_INLINE Ints16 widen_bytes(const Bytes16& bytes) { return __builtin_convertvector(bytes, Ints16); }
+CA_INLINE Ints16 widen_bytes(const SignedBytes16& bytes) { return __builtin_convertvector(bytes, Ints16); }
+#elif defined(__AVX512F__)
+typedef char Chars16 __attribute__((vector_size(16)));
+CA_INLINE Ints16 widen_bytes(const Bytes16& bytes) {
+  return __builtin_ia32_pmovzxbd512_mask(bit_cast<Chars16>(bytes), Ints16{}, 0xffff);
+}
+CA_INLINE Ints16 widen_bytes(const SignedBytes16& bytes) {
+  return __builtin_ia32_pmovsxbd512_mask(bit_cast<Chars16>(bytes), Ints16{}, 0xffff);
+}
+#else
+typedef uint16_t Shorts16 __attribute__((vector_size(32)));
+typedef int16_t SignedShorts16 __attribute__((vector_size(32)));
+CA_INLINE Ints16 widen_bytes(const Bytes16& bytes) {
+  return __builtin_convertvector(__builtin_convertvector(bytes, Shorts16), Ints16);
+}
+CA_INLINE Ints16 widen_bytes(const SignedBytes16& bytes) {
+  return __builtin_convertvector(__builtin_convertvector(bytes, SignedShorts16), Ints16);
+}
+#endif
+
+// The 4 or 8 float16 numbers at p as floats, 4 of them twice; kept out of memory, where they would be reloaded wider.
+template <int N>
+CA_INLINE Floats8 widen_scales(const __half* p) {
+#if defined(__F16C__)
+  typedef long long Longs2 __attribute__((vector_size(16)));
+  long long low, high;
+  __builtin_memcpy(&low, p, 8);
+  __builtin_memcpy(&high, p + N - 4, 8);
+  const Longs2 raw = {low, high};
+#if defined(__clang__)
+  typedef _Float16 Halves8 __attribute__((vector_size(16)));
+  return __builtin_convertvector(bit_cast<Halves8>(raw), Floats8);
+#else
+  typedef short Shorts8 __attribute__((vector_size(16)));
+  return __builtin_ia32_vcvtph2ps256(bit_cast<Shorts8>(raw));
+#endif
+#else
+  float wide[8];
+  for (int i = 0; i < 8; ++i) wide[i] = to_float(p[i % N]);
+  return bit_cast<Floats8>(wide);
+#endif
+}
+
+#if __has_builtin(__builtin_shufflevector)
+// p[I] eight times, then p[I + 1] eight times.
+template <int I>
+CA_INLINE Floats16 spread_groups(const Floats8& p) {
+  return __builtin_shufflevector(p, p, I, I, I, I, I, I, I, I, I + 1, I + 1, I + 1, I + 1, I + 1, I + 1, I + 1, I + 1);
+}
+// Elements FIRST, ... of x.
+template <typename V, int FIRST, typename X>
+CA_INLINE V slice(const X& x) {
+  if constexpr (sizeof(V) == sizeof(Floats8)) {
+    return __builtin_shufflevector(x, x, FIRST, FIRST + 1, FIRST + 2, FIRST + 3, FIRST + 4, FIRST + 5, FIRST + 6,
+                                   FIRST + 7);
+  } else {
+    return __builtin_shufflevector(x, x, FIRST, FIRST + 1, FIRST + 2, FIRST + 3);
+  }
+}
+#else  // GCC before 12
+template <int I>
+CA_INLINE Floats16 spread_groups(const Floats8& p) {
+  const float a = p[I], b = p[I + 1];
+  return Floats16{a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b};
+}
+template <typename V, int FIRST, typename X>
+CA_INLINE V slice(const X& x) {
+  V part;
+  __builtin_memcpy(&part, reinterpret_cast<const float*>(&x) + FIRST, sizeof(part));
+  return part;
+}
+#endif
+
+// Pins a value where -fassociative-math would reorder the sums of one kernel differently from those of another:
+// a register the compiler may not look into. No instruction.
+#if defined(__x86_64__)
+#define CA_PIN(x) __asm__("" : "+v"(x))
+#else
+#define CA_PIN(x) __asm__("" : "+w"(x))
+#endif
+CA_INLINE float in_this_order(float x) {
+  CA_PIN(x);
+  return x;
+}
+CA_INLINE Floats16 in_this_order(Floats16 x) {
+#if defined(__AVX512F__)
+  CA_PIN(x);
+#else
+#if defined(__AVX__)
+  typedef Floats8 Register;
+#else
+  typedef float Register __attribute__((vector_size(16)));
+#endif
+  Register parts[sizeof(x) / sizeof(Register)];
+  __builtin_memcpy(parts, &x, sizeof(x));
+#pragma GCC unroll 4
+  for (Register& part : parts) CA_PIN(part);
+  __builtin_memcpy(&x, parts, sizeof(x));
+#endif
+  return x;
+}
+#undef CA_PIN
+}  // namespace ca
+
+struct Run {
+  ca::Floats16 v;
+};
+// 16 running sums on the host, where they are one vector register; added up by total().
+struct RunSum {
+  ca::Floats16 v = {};
+  CA_INLINE void add_product(const Run& a, const Run& b) { v = ca::in_this_order(v + a.v * b.v); }
+  CA_INLINE float total() const {
+    const ca::Floats8 half = ca::slice<ca::Floats8, 0>(v) + ca::slice<ca::Floats8, 8>(v);
+    const ca::Floats4 quarter = ca::slice<ca::Floats4, 0>(half) + ca::slice<ca::Floats4, 4>(half);
+    return ca::in_this_order(ca::in_this_order(quarter[0] + quarter[2]) + ca::in_this_order(quarter[1] + quarter[3]));
+  }
+};
+CA_INLINE Run load_run(const float* p) { return {*reinterpret_cast<const ca::Floats16Unaligned*>(p)}; }
+#else
+struct Run {
+  float v[RUN];
+};
+struct RunSum {
+  float v = 0.0f;
+  __device__ __forceinline__ void add_product(const Run& a, const Run& b) {
+#pragma unroll
+    for (int i = 0; i < RUN; ++i) v = fmaf(a.v[i], b.v[i], v);
+  }
+  __device__ __forceinline__ float total() const { return v; }
+};
+// 64 bytes of shared memory at a multiple of 16
+__device__ __forceinline__ Run load_run(const float* p) {
+  Run run;
+#pragma unroll
+  for (int i = 0; i < RUN; i += 4) {
+    const Vec<float, 4> part = load_vec<float, 4>(p + i);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) run.v[i + j] = part.v[j];
+  }
+  return run;
+}
+#endif
+
+#endif  // CUPYATTN_RUNS_CUH
