@@ -15,14 +15,15 @@
 // 16 bits, 16-byte rows, sm_80).
 //
 // launch     grid (batch * num_kv_heads * row_tiles, num_chunks), block (32 * warps); a block owns ROWS of the
-//            q_len * heads_per_kv query rows that share a KV head. Dynamic shared memory: struct Layout. A warp takes
-//            every warps-th tile of 32 tokens; 3 warp-level meetings per tile, 2 block barriers in all.
+//            q_len * heads_per_kv query rows that share a KV head.
+//            CUDA cores: dynamic shared memory as struct Layout; a warp takes every warps-th tile of 32 tokens; 3
+//            warp-level meetings per tile, 2 block barriers in all. Tensor cores: see paged_decode_mma.cuh.
 // aliasing   out == q is allowed: a block reads its query rows before it writes them
 // traffic    every visible key and value row once per row tile
 #include "prelude.cuh"
 #include "params.h"
 #include "cp_async.cuh"
-#include "float8.cuh"
+#include "eight_floats.cuh"
 #include "warp.cuh"
 
 using T = CA_T;                       // q and out
@@ -96,8 +97,9 @@ CA_KERNEL __launch_bounds__(128, ROWS > 4 ? 2 : 3) void paged_decode(const __gri
 
   // 1. tokens of this chunk that any row sees
   const int chunk_begin = blockIdx.y * CHUNK;
-  const int begin = max(chunk_begin, rows.first_key(args, 0));
   const int end = min(chunk_begin + CHUNK, rows.last_key(args, rows.num_rows - 1) + 1);
+  // a first key past the end is the end: counting tiles from it must not overflow
+  const int begin = min(max(chunk_begin, rows.first_key(args, 0)), max(chunk_begin, end));
   if (args.num_chunks > 1 && begin >= end) {
     store_empty(args, rows);
     return;
@@ -136,12 +138,12 @@ CA_KERNEL __launch_bounds__(128, ROWS > 4 ? 2 : 3) void paged_decode(const __gri
 
   // 3. tiles of 32 tokens, counted from the chunk's start: warp w takes w, w + warps, ...
   float top[ROWS], sum[ROWS];
-  Float8 acc[ROWS];
+  EightFloats acc[ROWS];
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     top[r] = NEG_INF;
     sum[r] = 0.0f;  // of this lane's tokens alone
-    acc[r] = Float8::all(0.0f);
+    acc[r] = EightFloats::all(0.0f);
   }
   const int group = lane / at.lanes;  // lanes past groups * lanes have no part in copying and P.V
   const int dim = (lane - group * at.lanes) * STEP;
@@ -166,15 +168,15 @@ CA_KERNEL __launch_bounds__(128, ROWS > 4 ? 2 : 3) void paged_decode(const __gri
     // 3b. scores of the lane's token
     float score[ROWS], tile_top[ROWS];
     if (key_rows[lane] != nullptr) {
-      Float8 dot[ROWS];
+      EightFloats dot[ROWS];
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r) dot[r] = Float8::all(0.0f);
+      for (int r = 0; r < ROWS; ++r) dot[r] = EightFloats::all(0.0f);
       const KV* key = reinterpret_cast<const KV*>(stage + lane * at.key_bytes);
 #pragma unroll 1  // unrolled it takes too many registers
       for (int d = 0; d < head_dim; d += STEP) {
-        const Float8 k = Float8::from(load_step<true>(key + d));
+        const EightFloats k = EightFloats::from(load_step<true>(key + d));
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) dot[r].add_product(k, Float8::load(q + r * head_dim + d));
+        for (int r = 0; r < ROWS; ++r) dot[r].add_product(k, EightFloats::load(q + r * head_dim + d));
       }
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
@@ -214,7 +216,7 @@ CA_KERNEL __launch_bounds__(128, ROWS > 4 ? 2 : 3) void paged_decode(const __gri
       }
 #pragma unroll
       for (int i = 0; i < BATCH; ++i) {
-        const Float8 v = Float8::from(values[i]);
+        const EightFloats v = EightFloats::from(values[i]);
         const float* p = probs + (first + i * stride) % TILE * ROWS;  // past TILE: of any token, times zeros
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) acc[r].add_product(p[r], v);

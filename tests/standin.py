@@ -11,7 +11,6 @@ import contextlib
 import importlib
 import re
 import struct
-import threading
 from unittest import mock
 
 import cupy
@@ -182,7 +181,7 @@ def install(capability="90", devices=1):
         stack.enter_context(mock.patch.object(cuda, "_kernels", held))
         stack.enter_context(mock.patch.object(cuda, "_prepared", {}))
         module = importlib.import_module("cupyattn.runtime.launch")   # the package's `launch` is the function
-        stack.enter_context(mock.patch.object(module, "_workspaces", threading.local()))
+        stack.enter_context(mock.patch.object(module, "_gpu_workspaces", {}))
         cupy.cuda.set_allocator(device.allocate)
         stack.callback(cupy.cuda.set_allocator, allocator)
         _forget_device()

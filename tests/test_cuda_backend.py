@@ -4,6 +4,7 @@
 The first half holds CuPy itself to what the stand-in imitates: each of these tests runs on both.
 """
 
+import importlib
 import itertools
 import re
 import struct
@@ -339,6 +340,16 @@ def test_workspace_is_one_per_stream_and_zeroed(xp):
     assert workspace(cupy, 500).data.ptr == first.data.ptr
     with cupy.cuda.Stream(non_blocking=True):
         assert workspace(cupy, 500).data.ptr != first.data.ptr
+
+
+def test_a_grown_workspace_leaves_the_old_block_to_captured_graphs(xp):
+    cupy = xp.module
+    address = workspace(cupy, 1000).data.ptr
+    grown = workspace(cupy, 2**20)
+    assert grown.size >= 2**20 and grown.data.ptr != address
+    assert workspace(cupy, 1000).data.ptr == grown.data.ptr
+    blocks = importlib.import_module("cupyattn.runtime.launch")._gpu_workspaces
+    assert address in [block.data.ptr for held in blocks.values() for block in held]
 
 
 # ---- the stand-in alone: what one GPU cannot show --------------------------------------------------------

@@ -452,3 +452,25 @@ def test_shared_memory_fits(head_dim):
         for kv in ("float16", "float32"):
             assert plan("sm_75", kv=kv, q_len=q_len, head_dim=head_dim).shared_bytes <= 48 * 1024
         assert plan("sm_120a", q_len=q_len, head_dim=head_dim).shared_bytes <= 99 * 1024
+
+
+@pytest.mark.parametrize("start", [2**31 - 1, 2**31 - 40, 10_000])
+def test_starts_far_past_the_end(version, start):
+    case = make([2, 100], dtype="float16", head_dim=64)
+    case.starts = np.int32([start, 3])
+    out, lse = decode(case)
+    assert not out[0].any() and np.isneginf(lse[0]).all() and np.isfinite(lse[1]).all()
+
+
+def test_workspace_of_the_caller(xp):
+    case = make([1500, 7], dtype="float16")
+    arrays, tables = case.arguments(xp)
+    want = xp.numpy(cupyattn.paged_decode(*arrays, **tables))
+    scratch = xp.array(np.full(2**20, 0x7F, np.uint8))
+    got = cupyattn.paged_decode(*arrays, **tables, workspace=scratch)
+    assert_same_bits(xp.numpy(got), want)
+    assert (xp.numpy(scratch) != 0x7F).any()
+    with pytest.raises(ValueError, match=r"workspace must be \[nbytes\] with at least \d+ bytes, got \[8\]"):
+        cupyattn.paged_decode(*arrays, **tables, workspace=scratch[:8])
+    with pytest.raises(TypeError, match="paged_decode: workspace must be uint8, got float16"):
+        cupyattn.paged_decode(*arrays, **tables, workspace=arrays[0].reshape(-1))

@@ -256,3 +256,16 @@ def test_shapes(m, n, groups, format, offset, seed):
     assert got.shape == (m, n)
     if m:
         assert _error(got, x.astype(np.float64) @ w.astype(np.float64).T) <= 1e-5
+
+
+def test_more_tokens_than_a_grid_has_rows():
+    matrix = QMatrix.from_dense(np.eye(16, 8, dtype=np.float32))
+    x = np.arange(8 * (2**18 + 5), dtype=np.float32).reshape(-1, 8)
+    np.testing.assert_array_equal(cupyattn.quant_gemm(x, matrix)[:, :8], x)
+
+
+def test_bias_strides_are_whole_elements():
+    matrix = QMatrix.from_dense(np.eye(16, 8, dtype=np.float32))
+    bias = np.zeros(16, np.dtype([("b", np.float32), ("pad", np.uint8)]))["b"]
+    with pytest.raises(ValueError, match="quant_gemm: bias must have strides that are multiples of its itemsize 4"):
+        cupyattn.quant_gemm(np.zeros((1, 8), np.float32), matrix, bias=bias)

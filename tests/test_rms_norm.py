@@ -122,3 +122,13 @@ def test_shapes(rows, hidden, offset, data):
     x = base[:, offset:]
     weight = generator.standard_normal(hidden).astype(np.float32)
     assert_close(cupyattn.rms_norm(x, weight), reference.rms_norm.rms_norm(x, weight), 1e-6, 2.0**-8 * 1.02)
+
+
+def test_residual_must_be_writeable_and_strides_whole():
+    x, weight, residual = np.zeros((2, 8), np.float16), np.ones(8, np.float32), np.zeros((2, 8), np.float32)
+    residual.flags.writeable = False
+    with pytest.raises(ValueError, match="rms_norm: residual must be writeable"):
+        cupyattn.rms_norm(x, weight, residual=residual)
+    fields = np.zeros((4,), np.dtype([("a", np.float16, 8), ("pad", np.uint8)]))["a"]   # rows 17 bytes apart
+    with pytest.raises(ValueError, match="rms_norm: x must have strides that are multiples of its itemsize 2"):
+        cupyattn.rms_norm(fields, weight)

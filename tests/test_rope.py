@@ -274,3 +274,13 @@ def test_shapes(tokens, heads, pairs, extra, offset, style, data):
     options = {"cos": cos, "sin": sin, "positions": generator.integers(0, 12, tokens).astype(np.int32),
                "style": style, "rotary_dim": 2 * pairs}
     assert_close(cupyattn.rope(x, **options), expected_rope(x, **options), *tolerance("float32", x))
+
+
+def test_many_tokens_of_one_narrow_head(xp):
+    """The block shape that would be deepest."""
+    x = np.random.default_rng(3).standard_normal((130, 1, 64)).astype(np.float16)
+    cos, sin = tables(130, 16)
+    positions = np.arange(130, dtype=np.int32)
+    want = expected_rope(x, cos=cos, sin=sin, positions=positions, rotary_dim=16)
+    got = run(xp, xp.array(x), cos, sin, positions, rotary_dim=16)
+    assert_close(xp.numpy(got), want, *ROUNDING["float16"])

@@ -63,19 +63,25 @@ struct Queries {
   __device__ __forceinline__ Queries(const PagedDecodeArgs& args, const RowTile& rows, char* to)
       : shared(reinterpret_cast<Vec<uint32_t, 4>*>(to)) {
     const int lane = threadIdx.x % 32;
+    const T* row[2];  // of rows g and g + 8, null past num_rows
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = lane / 4 + half * 8;
+      row[half] = nullptr;
+      if (r < rows.num_rows) {
+        row[half] = static_cast<const T*>(args.q.data) + rows.seq * args.q.stride_seq +
+                    rows.query(args, r) * args.q.stride_token + rows.head(args, r) * args.q.stride_head;
+      }
+    }
 #pragma unroll
     for (int k = 0; k < K_STEPS; ++k) {
       if (Q_IN_SHARED && k % WARPS != threadIdx.x / 32) continue;
       Vec<uint32_t, 4> fragment;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {  // rows g and g + 8 (i % 2), dims 2t and 2t + 8 (i / 2)
-        const int r = lane / 4 + i % 2 * 8, dim = 16 * k + i / 2 * 8 + lane % 4 * 2;
+        const int dim = 16 * k + i / 2 * 8 + lane % 4 * 2;
         Vec<T, 2> pair = from_float<T, 2>({0.0f, 0.0f});
-        if (r < rows.num_rows && dim < args.head_dim) {
-          const T* row = static_cast<const T*>(args.q.data) + rows.seq * args.q.stride_seq +
-                         rows.query(args, r) * args.q.stride_token + rows.head(args, r) * args.q.stride_head;
-          pair = {{row[dim], row[dim + 1]}};
-        }
+        if (row[i % 2] != nullptr && dim < args.head_dim) pair = {{row[i % 2][dim], row[i % 2][dim + 1]}};
         fragment.v[i] = *reinterpret_cast<const uint32_t*>(&pair);
         if constexpr (!Q_IN_SHARED) held[k][i] = fragment.v[i];
       }
@@ -137,8 +143,9 @@ __device__ __forceinline__ void decode_on_tensor_cores(const PagedDecodeArgs& ar
 
   // 1. tokens of this chunk that any row sees
   const int chunk_begin = blockIdx.y * CHUNK;
-  const int begin = max(chunk_begin, rows.first_key(args, 0));
   const int end = min(chunk_begin + CHUNK, rows.last_key(args, rows.num_rows - 1) + 1);
+  // a first key past the end is the end: counting tiles from it must not overflow
+  const int begin = min(max(chunk_begin, rows.first_key(args, 0)), max(chunk_begin, end));
   if (args.num_chunks > 1 && begin >= end) {
     store_empty(args, rows);
     return;

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // paged_decode_rows.cuh - what both versions of paged_decode share: the query rows of a block, the tokens they see,
-// and the merging and storing of what the block's warps found. Included by paged_decode.cu after its constants.
+// and the merging and storing of what the block's warps found. Included by paged_decode.cu after its constants, of
+// which it uses T, ROWS, STEP and ALIGNED.
 #ifndef CUPYATTN_PAGED_DECODE_ROWS_CUH
 #define CUPYATTN_PAGED_DECODE_ROWS_CUH
 
-#include "float8.cuh"
+#include "eight_floats.cuh"
 #include "online_softmax.cuh"
 #include "page_table.cuh"
 #include "params.h"
@@ -80,7 +81,7 @@ __device__ __forceinline__ void store_empty(const PagedDecodeArgs& args, const R
 
 // Stores 8 outputs of row r from `dim` on and, once per row, its lse: as the final result or as a partial one.
 __device__ __forceinline__ void store_row(const PagedDecodeArgs& args, const RowTile& rows, int r, int dim,
-                                          Float8 values, float lse) {
+                                          EightFloats values, float lse) {
   const int64_t flat = rows.flat(args, r);
   if (args.num_chunks > 1) {
     const int64_t row = blockIdx.y * total_rows(args) + flat;
@@ -113,7 +114,7 @@ __device__ __forceinline__ void merge_and_store(const PagedDecodeArgs& args, con
     const int r = item / pieces;
     const int dim = (item - r * pieces) * STEP;
     float top = NEG_INF, sum = 0.0f;
-    Float8 out = Float8::all(0.0f);
+    EightFloats out = EightFloats::all(0.0f);
     for (int w = 0; w < warps; ++w) top = fmaxf(top, found.state[w * 2 * ROWS + r]);
     const float origin = softmax_origin(top);
     for (int w = 0; w < warps; ++w) {
@@ -121,7 +122,7 @@ __device__ __forceinline__ void merge_and_store(const PagedDecodeArgs& args, con
       sum += weight * found.state[(w * 2 + 1) * ROWS + r];
       const float* part = reinterpret_cast<const float*>(found.outputs + w * found.warp_bytes);
       for (int g = 0; g < found.groups; ++g)
-        out.add_product(weight, Float8::load(part + (g * ROWS + r) * found.row_stride + dim));
+        out.add_product(weight, EightFloats::load(part + (g * ROWS + r) * found.row_stride + dim));
     }
     out *= sum == 0.0f ? 0.0f : 1.0f / sum;
     store_row(args, rows, r, dim, out, natural_lse(top, sum));

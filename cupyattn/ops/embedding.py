@@ -9,7 +9,7 @@ from ..quant import QMatrix
 from ..quant.layout import FORMATS
 from ..runtime import Plan, Specialisation, arch_of, env, launch, make_args
 from ..runtime.arrays import alignment, array_namespace, as_rows, row_view
-from ..runtime.checks import FLOATS, check_dtype, check_last_axis, check_shape, check_writeable
+from ..runtime.checks import FLOATS, check_dtype, check_element_strides, check_last_axis, check_shape, check_writeable
 
 
 def _spec(table, out, ids, packed, vec):
@@ -88,6 +88,7 @@ def embedding(ids, table, /, *, out_dtype=None, out=None):
     if not packed:
         check_shape("embedding", "table", table, (None, None), "[rows, columns]")
         check_last_axis("embedding", "table", table)
+        check_element_strides("embedding", "table", table)
     rows, columns = table.shape
     if out is None:
         out = xp.empty((*ids.shape, columns), out_dtype or ("float32" if packed else table.dtype))

@@ -48,7 +48,7 @@ def _plan_kv_append(tokens, num_kv_heads, head_dim, head_dim_v, new, cache, alig
         return Plan(spec, arch, (min(tokens, -(-size // 32768)),), (1,), note=note)
     lanes = min(128, max(head_dim, head_dim_v) // vec)
     rows = min(2 * num_kv_heads, 128 // lanes)
-    depth = min(tokens, max(1, 128 // (lanes * rows)))
+    depth = min(tokens, 64, max(1, 128 // (lanes * rows)))   # a block is at most 64 deep
     grid = (-(-tokens // depth), -(-2 * num_kv_heads // rows))
     return Plan(spec, arch, grid, (lanes, rows, depth), note=note)
 

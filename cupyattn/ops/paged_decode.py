@@ -6,7 +6,7 @@ import functools
 import numpy as np
 
 from ..runtime import Plan, Specialisation, arch_of, env, launch, make_args, workspace
-from ..runtime.arrays import alignment, array_namespace, kv_view, page_table, strides
+from ..runtime.arrays import address, alignment, array_namespace, kv_view, page_table, strides
 from ..runtime.checks import FLOATS, check_dtype, check_element_strides, check_last_axis, check_shape
 from .split_reduce import check_outputs, check_sinks, launch_split_reduce, split_out
 
@@ -91,7 +91,7 @@ def _plan_paged_decode(batch, q_len, num_heads, num_kv_heads, head_dim, capacity
 
 
 def paged_decode(q, k_cache, v_cache, /, *, block_table, cache_seqlens, cache_starts=None, softmax_scale=None,
-                 window_size=0, softcap=0.0, sinks=None, out=None, return_lse=False):
+                 window_size=0, softcap=0.0, sinks=None, workspace=None, out=None, return_lse=False):
     """Attention of the newest tokens of each sequence over its paged cache.
 
     Query i of sequence b stands at token n = cache_seqlens[b] - q_len + i and sees the tokens t with
@@ -123,6 +123,9 @@ def paged_decode(q, k_cache, v_cache, /, *, block_table, cache_seqlens, cache_st
         0 (default) is off.
     sinks : ndarray [num_heads], float32, optional
         One more logit per head that takes probability and adds no value.
+    workspace : ndarray [nbytes], uint8, optional
+        Scratch for the partial results of a page table that holds more than 1024 tokens: 4 * (head_dim + 1) bytes
+        per query row and chunk, at a multiple of 16. Default: the one this stream's ops share.
     out : ndarray like q, or with ``return_lse=True`` the pair ``(out, lse)``, optional
         Where to write. May be `q`.
     return_lse : bool
@@ -147,7 +150,8 @@ def paged_decode(q, k_cache, v_cache, /, *, block_table, cache_seqlens, cache_st
     -----
     Keys are summed in chunks of 1024 tokens from each sequence's start, merged in order: the bits of a sequence do
     not depend on the batch around it, on the width of the page table or on the number of multiprocessors, and no
-    length is read on the host. Asynchronous on the current CuPy stream.
+    length is read on the host. With q_len > 1, an infinity or NaN in the value of a token that only later queries see
+    reaches the earlier ones as well (0 * inf); unused slots never do. Asynchronous on the current CuPy stream.
     Kernels: ``cuda_src/paged_decode.cu``, ``cuda_src/split_reduce.cu``.
 
     Examples
@@ -162,7 +166,8 @@ def paged_decode(q, k_cache, v_cache, /, *, block_table, cache_seqlens, cache_st
     op = "paged_decode"
     out, lse = split_out(op, out, return_lse)
     xp = array_namespace(op, q=q, k_cache=k_cache, v_cache=v_cache, block_table=block_table,
-                         cache_seqlens=cache_seqlens, cache_starts=cache_starts, sinks=sinks, out=out, lse=lse)
+                         cache_seqlens=cache_seqlens, cache_starts=cache_starts, sinks=sinks,
+                         workspace=workspace, out=out, lse=lse)
     _check_arrays(op, q, k_cache, v_cache)
     queries = q if q.ndim == 4 else q[:, None]
     batch, q_len, num_heads, head_dim = queries.shape
@@ -180,7 +185,7 @@ def paged_decode(q, k_cache, v_cache, /, *, block_table, cache_seqlens, cache_st
     if out.size:
         _launch(xp, queries, k_cache, v_cache, block_table, cache_seqlens, cache_starts,
                 head_dim ** -0.5 if softmax_scale is None else softmax_scale, window_size, softcap, sinks,
-                out if out.ndim == 4 else out[:, None], lse)
+                out if out.ndim == 4 else out[:, None], lse, workspace)
     return (out, lse) if return_lse else out
 
 
@@ -246,6 +251,19 @@ def _check_content(op, block_table, cache_seqlens, cache_starts, cache, q_len, w
                          f"{table[b, column]} at [{b}, {column}]")
 
 
+def _check_workspace(workspace, plan):
+    """`workspace` if the partial results of `plan` fit in it."""
+    check_dtype("paged_decode", "workspace", workspace, "uint8")
+    check_last_axis("paged_decode", "workspace", workspace)
+    if workspace.ndim != 1 or workspace.size < plan.workspace_bytes:
+        raise ValueError(f"paged_decode: workspace must be [nbytes] with at least {plan.workspace_bytes} bytes, got "
+                         f"{list(workspace.shape)}")
+    if address(workspace) % 16:
+        raise ValueError("paged_decode: workspace must start at a multiple of 16 bytes, got one "
+                         f"{address(workspace) % 16} bytes off")
+    return workspace
+
+
 def _sequence_view(array):
     """SequenceView of `array` [batch, q_len, heads, head_dim]."""
     seq, token, head, _ = strides(array)
@@ -253,7 +271,7 @@ def _sequence_view(array):
 
 
 def _launch(xp, q, k_cache, v_cache, block_table, cache_seqlens, cache_starts, softmax_scale, window_size, softcap,
-            sinks, out, lse):
+            sinks, out, lse, scratch):
     """Launch the chunks and, when there are several, their merge. q and out are [batch, q_len, heads, head_dim]."""
     batch, q_len, num_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[2]
@@ -266,7 +284,8 @@ def _launch(xp, q, k_cache, v_cache, block_table, cache_seqlens, cache_starts, s
     partial_out = partial_lse = None
     if num_chunks > 1:
         rows = num_chunks * batch * q_len * num_heads
-        floats = workspace(xp, plan.workspace_bytes)[:plan.workspace_bytes].view(np.float32)
+        scratch = workspace(xp, plan.workspace_bytes) if scratch is None else _check_workspace(scratch, plan)
+        floats = scratch[:plan.workspace_bytes].view(np.float32)
         partial_out, partial_lse = floats[:rows * head_dim], floats[rows * head_dim:]
     launch(plan, make_args(
         plan, q=_sequence_view(q), k=kv_view(k_cache), v=kv_view(v_cache), table=page_table(block_table, k_cache),

@@ -8,8 +8,9 @@ from ..quant import QMatrix
 from ..quant.layout import FORMATS, tiles
 from ..runtime import Plan, Specialisation, arch_of, launch, make_args
 from ..runtime.arrays import alignment, array_namespace, as_rows, row_view
-from ..runtime.checks import FLOATS, check_dtype, check_shape, check_writeable
+from ..runtime.checks import FLOATS, check_dtype, check_element_strides, check_shape, check_writeable
 
+_MAX_TOKENS = 2**18     # rows of x per launch: grid.y ends at 65535 tiles
 _SLICE_TILES, _MMA_SLICE_TILES = 24, 16   # MAX_SLICE_TILES of the two kernels
 _WARPS = 4                                # of a block on a GPU
 
@@ -146,6 +147,7 @@ def quant_gemm(x, qmatrix, /, *, bias=None, accumulate=False, out=None):
     if bias is not None:
         bias_dtype = check_dtype("quant_gemm", "bias", bias, tuple(dict.fromkeys(("float32", dtype))))
         check_shape("quant_gemm", "bias", bias, (rows,), "[out_features]")
+        check_element_strides("quant_gemm", "bias", bias)
     if out is None:
         if accumulate:
             raise ValueError("quant_gemm: out must be given with accumulate=True, got None")
@@ -158,11 +160,14 @@ def quant_gemm(x, qmatrix, /, *, bias=None, accumulate=False, out=None):
     x_rows = as_rows("quant_gemm", "x", x if x.ndim > 1 else x[None])
     out_rows = as_rows("quant_gemm", "out", out if out.ndim > 1 else out[None])
     arch = arch_of(xp)
-    plan = _plan_quant_gemm(x_rows.shape[0], qmatrix.shape, qmatrix.format, dtype, out_dtype, bias_dtype,
-                            alignment(x_rows), arch, _version(qmatrix.format, dtype, arch))
+    version, align = _version(qmatrix.format, dtype, arch), alignment(x_rows)
     row_tiles, column_tiles = qmatrix.packed.shape[:2]
-    launch(plan, make_args(plan, x=row_view(x_rows), out=row_view(out_rows), packed=qmatrix.packed, bias=bias,
-                           stride_bias=0 if bias is None else bias.strides[0] // bias.itemsize,
-                           tokens=x_rows.shape[0], rows=rows, columns=columns, row_tiles=row_tiles,
-                           column_tiles=column_tiles, accumulate=int(accumulate)))
+    for start in range(0, x_rows.shape[0], _MAX_TOKENS):
+        some, some_out = x_rows[start:start + _MAX_TOKENS], out_rows[start:start + _MAX_TOKENS]
+        plan = _plan_quant_gemm(some.shape[0], qmatrix.shape, qmatrix.format, dtype, out_dtype, bias_dtype, align,
+                                arch, version)
+        launch(plan, make_args(plan, x=row_view(some), out=row_view(some_out), packed=qmatrix.packed, bias=bias,
+                               stride_bias=0 if bias is None else bias.strides[0] // bias.itemsize,
+                               tokens=some.shape[0], rows=rows, columns=columns, row_tiles=row_tiles,
+                               column_tiles=column_tiles, accumulate=int(accumulate)))
     return out

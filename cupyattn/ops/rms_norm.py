@@ -92,6 +92,7 @@ def rms_norm(x, weight, /, *, eps=1e-6, residual=None, out_dtype=None, out=None)
     rows, residual_type = {"x": x, "out": out}, None
     if residual is not None:
         residual_type = check_dtype("rms_norm", "residual", residual, ("float32", x_type))
+        check_writeable("rms_norm", "residual", residual)
         rows["residual"] = residual
     for name, array in rows.items():
         check_shape("rms_norm", name, array, x.shape, "[..., hidden]")

@@ -52,7 +52,7 @@ def _plan_rope(tokens, heads, head_dim, rotary_dim, x, table, style, table_strid
     pairs = vec // 2 if style == "interleaved" and vec > 1 else vec   # of a thread at a time
     lanes = min(128, rotary_dim // 2 // pairs)
     rows = min(heads, 128 // lanes)
-    depth = min(tokens, max(1, 128 // (lanes * rows)))
+    depth = min(tokens, 64, max(1, 128 // (lanes * rows)))   # a block is at most 64 deep
     # many tokens: a thread keeps its part of the tables for up to four heads; few tokens: more blocks instead
     heads_per_thread = 4 if tokens >= 1024 else 1
     grid = (-(-tokens // depth), -(-heads // (rows * heads_per_thread)))

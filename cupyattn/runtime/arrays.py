@@ -93,6 +93,9 @@ def as_rows(op, name, array):
     if array.size and array.shape[-1] > 1 and array.strides[-1] != array.itemsize:
         raise ValueError(f"{op}: {name} must have a contiguous last axis, got strides {array.strides} bytes for "
                          f"{array.dtype.name}")
+    if any(stride % array.itemsize for stride in array.strides):
+        raise ValueError(f"{op}: {name} must have strides that are multiples of its itemsize {array.itemsize}, got "
+                         f"{array.strides}")
     if array.ndim == 2:
         return array
     axes = [(n, s) for n, s in zip(array.shape[:-1], array.strides[:-1], strict=True) if n != 1]

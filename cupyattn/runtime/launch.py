@@ -14,7 +14,8 @@ from . import cpu, env
 
 _recorder = contextvars.ContextVar("cupyattn_recorder", default=None)
 _profiler = contextvars.ContextVar("cupyattn_profiler", default=None)
-_workspaces = threading.local()
+_host_workspaces = threading.local()
+_gpu_workspaces = {}   # (device, stream) -> blocks, the newest last; an older one may be part of a captured graph
 
 
 def arch_of(xp):
@@ -131,23 +132,21 @@ def profiling():
 
 
 def workspace(xp, nbytes):
-    """Scratch of at least `nbytes` shared by all ops of this thread (NumPy) or device and stream (CuPy).
+    """Scratch of at least `nbytes`, shared by all ops of this thread (NumPy) or of this device and stream (CuPy).
 
-    uint8, 256-byte aligned, zeroed when it is made; kernels that need zeros leave zeros behind.
+    uint8, 256-byte aligned, zeroed when it is made; what an op leaves in it is garbage to the next. A larger request
+    makes a larger block; on a GPU the smaller ones stay, since a captured graph may write to them.
     """
     if xp is np:
-        key = "cpu"
+        blocks = _host_workspaces.__dict__.setdefault("blocks", [])
     else:
-        key = (xp.cuda.runtime.getDevice(), xp.cuda.get_current_stream().ptr)
-    held = _workspaces.__dict__.setdefault("held", {})
-    found = held.get(key)
-    if found is None or found.size < nbytes:
+        blocks = _gpu_workspaces.setdefault((xp.cuda.runtime.getDevice(), xp.cuda.get_current_stream().ptr), [])
+    if not blocks or blocks[-1].size < nbytes:
         size = 1 << max(16, (nbytes - 1).bit_length())
         if xp is np:
             raw = np.zeros(size + 256, np.uint8)
             start = -raw.__array_interface__["data"][0] % 256
-            found = raw[start:start + size]
+            blocks[:] = [raw[start:start + size]]
         else:
-            found = xp.zeros(size, np.uint8)
-        held[key] = found
-    return found
+            blocks.append(xp.zeros(size, np.uint8))
+    return blocks[-1]

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// float8.cuh - eight float32 numbers of one lane. On the CPU they are one vector register: g++ does not reliably turn
-// arrays of accumulators into vectors by itself.
-#ifndef CUPYATTN_FLOAT8_CUH
-#define CUPYATTN_FLOAT8_CUH
+// eight_floats.cuh - eight float32 numbers of one lane. On the CPU they are one vector register: g++ does not
+// reliably turn arrays of accumulators into vectors by itself.
+#ifndef CUPYATTN_EIGHT_FLOATS_CUH
+#define CUPYATTN_EIGHT_FLOATS_CUH
 
 #include "prelude.cuh"
 
-struct Float8 {
+struct EightFloats {
 #if CA_CPU
   typedef float Numbers __attribute__((vector_size(32)));
   Numbers x;
@@ -15,8 +15,8 @@ struct Float8 {
 #endif
 
   // The same number eight times.
-  static __device__ __forceinline__ Float8 all(float value) {
-    Float8 out;
+  static __device__ __forceinline__ EightFloats all(float value) {
+    EightFloats out;
 #if CA_CPU
     out.x = value - Numbers{};
 #else
@@ -26,10 +26,10 @@ struct Float8 {
     return out;
   }
   template <typename T>
-  static __device__ __forceinline__ Float8 from(const Vec<T, 8>& values) {
+  static __device__ __forceinline__ EightFloats from(const Vec<T, 8>& values) {
     float converted[8];
     to_float(values, converted);
-    Float8 out;
+    EightFloats out;
 #if CA_CPU
     __builtin_memcpy(&out.x, converted, sizeof(out.x));
 #else
@@ -46,8 +46,8 @@ struct Float8 {
     return from_float<T, 8>(values);
   }
   // From and to 16-byte aligned memory.
-  static __device__ __forceinline__ Float8 load(const float* p) {
-    Float8 out;
+  static __device__ __forceinline__ EightFloats load(const float* p) {
+    EightFloats out;
 #if CA_CPU
     __builtin_memcpy(&out.x, p, sizeof(out.x));
 #else
@@ -65,7 +65,7 @@ struct Float8 {
 #endif
   }
 
-  __device__ __forceinline__ void add_product(const Float8& a, const Float8& b) {
+  __device__ __forceinline__ void add_product(const EightFloats& a, const EightFloats& b) {
 #if CA_CPU
     x += a.x * b.x;
 #else
@@ -73,7 +73,7 @@ struct Float8 {
     for (int j = 0; j < 8; ++j) x[j] = fmaf(a.x[j], b.x[j], x[j]);
 #endif
   }
-  __device__ __forceinline__ void add_product(float a, const Float8& b) { add_product(all(a), b); }
+  __device__ __forceinline__ void add_product(float a, const EightFloats& b) { add_product(all(a), b); }
   __device__ __forceinline__ void operator*=(float factor) {
 #if CA_CPU
     x *= factor;
@@ -87,4 +87,4 @@ struct Float8 {
   }
 };
 
-#endif  // CUPYATTN_FLOAT8_CUH
+#endif  // CUPYATTN_EIGHT_FLOATS_CUH
