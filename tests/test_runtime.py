@@ -149,6 +149,46 @@ def test_unwritable_cache_falls_back_with_one_warning(tmp_path):
     assert done.stderr.count("RuntimeWarning") == 1 and "cannot be written" in done.stderr
 
 
+def test_unwritable_cache_and_several_compiling_threads(tmp_path):
+    (tmp_path / "file").write_text("a file where a folder should be")
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from cupyattn.ops import rms_norm, silu_mul
+from cupyattn.runtime import compile_all, cpu
+compile_all(rms_norm.CORE[:3] + silu_mul.CORE[:3], "cpu")
+print(*cpu.cache_hits())
+"""
+    done = _python(code, CUPYATTN_CACHE_DIR=str(tmp_path / "file" / "cache"))
+    assert done.stdout.strip() == "0 6" and done.stderr.count("Warning") == 1, done.stderr
+
+
+def test_moved_cache_is_still_good(tmp_path):
+    _python(CUPYATTN_CACHE_DIR=str(tmp_path / "before"))
+    (tmp_path / "before").rename(tmp_path / "after")
+    done = _python(CUPYATTN_CACHE_DIR=str(tmp_path / "after"), CUPYATTN_FORBID_COMPILE="1")
+    assert done.stdout.strip() == "hits and builds 1 0", done.stderr
+
+
+def test_failing_copy_into_a_full_cache_falls_back(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUPYATTN_CACHE_DIR", str(tmp_path / "full"))
+
+    def no_space(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    whole_copy = host_compiler.shutil.copytree
+    monkeypatch.setattr(host_compiler.shutil, "copytree",
+                        lambda a, b, **o: no_space() if str(tmp_path) in str(b) else whole_copy(a, b, **o))
+    spec = Specialisation(str(KERNELS / "scale.cu"), "scale", "ScaleArgs", {"UNUSED": 1})
+    with pytest.warns(RuntimeWarning, match=r"cannot be written \(No space left on device\)"):
+        compile_all([spec], "cpu")
+
+
+def test_foreign_byte_order_is_refused():
+    with pytest.raises(TypeError, match="rms_norm: x must be float16 .*, got float16 of foreign byte order"):
+        cupyattn.rms_norm(np.ones((1, 8), ">f2"), np.ones(8, np.float32))
+
+
 def test_no_compiler_says_what_to_install(tmp_path):
     code = SCRIPT.replace("from test_runtime", "from cupyattn.runtime import host_compiler\n"
                           "host_compiler.available = lambda: ()\nfrom test_runtime")

@@ -15,7 +15,7 @@ def dtype_name(array):
     dtype = array.dtype
     name = _names.get(dtype)
     if name is None:
-        name = _names[dtype] = dtype.name
+        name = _names[dtype] = dtype.name if dtype.isnative else f"{dtype.name} of foreign byte order"
     return name
 
 

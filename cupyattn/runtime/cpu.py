@@ -141,9 +141,17 @@ def counters():
 
 # ---- building --------------------------------------------------------------------------------------------
 
-@functools.lru_cache(maxsize=4)
+_executor_lock = threading.Lock()
+
+
 def _executor(compiler):
     """Path and handle of the executor's shared library, built once per machine and compiler."""
+    with _executor_lock:
+        return _load_executor(compiler)
+
+
+@functools.lru_cache(maxsize=4)
+def _load_executor(compiler):
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
         raise CompileError(f"the CPU executor runs on Linux x86-64 and aarch64, not on {sys.platform} "
                            f"{platform.machine()}; use CuPy arrays on a GPU")
@@ -151,8 +159,10 @@ def _executor(compiler):
     files = sorted(folder.glob("*.cpp"))
     compile_flags, link_flags = ("-O3", "-march=native", f"-I{folder}", "-pthread"), ("-pthread", "-ldl")
     digest = host_compiler.digest_of(compiler, compile_flags, link_flags, *(source.digest(f, True) for f in files))
+    # kernels find it by this name among the libraries already loaded, so a cache folder may be moved
+    soname = f"-Wl,-soname,libexecutor.{digest}.so"
     path, _ = host_compiler.build(compiler, "executor", digest, files, "libexecutor.so", compile_flags,
-                                  link_flags)
+                                  (*link_flags, soname))
     library = ctypes.CDLL(str(path))
     library.ca_launch.argtypes = (ctypes.POINTER(_Launch), ctypes.POINTER(_Error))
     library.ca_resume.argtypes = (ctypes.POINTER(_Error),)
@@ -209,7 +219,7 @@ def _build(spec, flavour, compiler):
     compile_flags = (*flavour, *spec.defines(), *includes)
     # -fsanitize=thread only instruments: the executor supplies its callbacks, libtsan is not linked
     link_flags = (str(path), *(f for f in flavour if f == "-fsanitize=undefined"))
-    digest = host_compiler.digest_of(compiler, spec.kernel, compile_flags, link_flags, source.digest(file, True),
+    digest = host_compiler.digest_of(compiler, spec.kernel, compile_flags, path.parent.name, source.digest(file, True),
                                      source.digest(source.root() / "cpu" / "cuda_cpu.h", True))
     library_path, cached = host_compiler.build(compiler, spec.kernel, digest, {"stub.cpp": stub}, "kernel.so",
                                                compile_flags, link_flags)
@@ -304,8 +314,8 @@ def _explain(plan, args, kernel, error):
     argument = None
     if 0 <= error.argument < len(args.arrays):
         argument = args.arrays[error.argument][0].path
-    text = f"{plan.spec.kernel}: {kind.replace('_', ' ')} at {location or 'unknown line'}, block {block}, " \
-           f"thread {thread}: {message}"
+    where = location or "an unknown line (binutils would name it)"
+    text = f"{plan.spec.kernel}: {kind.replace('_', ' ')} at {where}, block {block}, thread {thread}: {message}"
     if argument:
         text += f" (argument {argument})"
     if other:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The five environment variables, read each time they are asked for, and the cache folder."""
 
-import functools
+import atexit
 import logging
 import os
+import shutil
 import tempfile
+import threading
 import warnings
 from pathlib import Path
 
@@ -17,7 +19,8 @@ def _flag(name):
 
 def debug():
     """``CUPYATTN_DEBUG``: 0 quiet, 1 a line per compile, 2 also a line per launch, 3 also commands and logs."""
-    level = int(os.environ.get("CUPYATTN_DEBUG") or 0)
+    text = os.environ.get("CUPYATTN_DEBUG") or "0"
+    level = int(text) if text.isdecimal() else 1
     if level and not log.handlers:
         log.addHandler(logging.StreamHandler())
         log.setLevel(logging.DEBUG)
@@ -40,42 +43,35 @@ def forbid_compile():
 
 
 def cache_dir():
-    """Folder of compiled kernels: ``CUPYATTN_CACHE_DIR``, else the user's cache folder.
-
-    A folder that cannot be written (read-only, full) is replaced by a temporary one, with one warning.
-    """
+    """Folder of compiled kernels: ``CUPYATTN_CACHE_DIR``, else the user's cache folder. It may not exist yet."""
     wanted = os.environ.get("CUPYATTN_CACHE_DIR")
     if not wanted:
         import platformdirs
 
         wanted = platformdirs.user_cache_dir("cupyattn", appauthor=False)
-    return _usable(wanted)
+    return Path(wanted)
 
 
-@functools.lru_cache(maxsize=8)
-def _usable(wanted):
-    path = Path(wanted)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path) as probe:
-            probe.write(b"\0" * 4096)
-        return path
-    except OSError as error:
-        return fallback_cache_dir(wanted, error)
+_fallbacks = {}   # cache folder that could not be written -> temporary folder used instead
+_fallbacks_lock = threading.Lock()
 
 
-@functools.lru_cache(maxsize=8)
-def _temporary(wanted):
-    return tempfile.TemporaryDirectory(prefix="cupyattn-")
+def cache_dirs():
+    """Where a compiled kernel may be found: the cache folder and, if that could not be written, its substitute."""
+    wanted = cache_dir()
+    instead = _fallbacks.get(wanted)
+    return (wanted,) if instead is None else (wanted, instead)
 
 
-def fallback_cache_dir(wanted, error):
-    """Temporary folder used because `wanted` raised `error`; warns the first time."""
-    fresh = _temporary.cache_info().currsize
-    folder = _temporary(str(wanted)).name
-    if _temporary.cache_info().currsize != fresh:
-        warnings.warn(
-            f"cupyattn: the cache folder {wanted} cannot be written ({error.strerror or error}); "
-            f"kernels are kept in {folder} until this process ends; set CUPYATTN_CACHE_DIR to a writable folder",
-            RuntimeWarning, stacklevel=2)
-    return Path(folder)
+def fallback_cache_dir(error):
+    """Temporary folder to write to because `error` came from the cache folder; warns the first time."""
+    wanted = cache_dir()
+    with _fallbacks_lock:
+        if wanted not in _fallbacks:
+            _fallbacks[wanted] = Path(tempfile.mkdtemp(prefix="cupyattn-"))
+            atexit.register(shutil.rmtree, _fallbacks[wanted], ignore_errors=True)
+            warnings.warn(
+                f"cupyattn: the cache folder {wanted} cannot be written ({error.strerror or error}); kernels are kept "
+                f"in {_fallbacks[wanted]} until this process ends; set CUPYATTN_CACHE_DIR to a writable folder",
+                RuntimeWarning, stacklevel=2)
+        return _fallbacks[wanted]

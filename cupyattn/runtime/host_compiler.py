@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,46 +122,50 @@ def build(compiler, name, digest, sources, output, compile_flags=(), link_flags=
     (Path, bool)
         The library and whether it was found in the cache.
     """
-    folder = env.cache_dir() / "cpu" / f"{name}.{digest}"
-    if (folder / output).is_file():
-        return folder / output, True
+    folder = Path("cpu") / f"{name}.{digest}"
+    for root in env.cache_dirs():
+        if (root / folder / output).is_file():
+            return root / folder / output, True
     if env.forbid_compile():
-        raise CompileError(f"{name} is not in the cache {folder.parent}, and CUPYATTN_FORBID_COMPILE=1 forbids "
+        raise CompileError(f"{name} is not in the cache {env.cache_dir()}, and CUPYATTN_FORBID_COMPILE=1 forbids "
                            "compiling it")
-    try:
-        return _build_in(compiler, folder, name, sources, output, compile_flags, link_flags), False
-    except OSError as error:
-        folder = env.fallback_cache_dir(env.cache_dir(), error) / "cpu" / folder.name
-        if (folder / output).is_file():
-            return folder / output, True
-        return _build_in(compiler, folder, name, sources, output, compile_flags, link_flags), False
-
-
-def _build_in(compiler, folder, name, sources, output, compile_flags, link_flags):
-    """Build in a folder beside `folder` and rename it: other processes see all of it or nothing."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
-    try:
-        if isinstance(sources, dict):
-            for file, text in sources.items():
-                (temporary / file).write_text(text)
-            sources = [temporary / file for file in sources]
-        start = time.perf_counter()
-        objects = []
-        for file in sources:
-            objects.append(str(temporary / f"{file.stem}.o"))
-            _run(name, temporary, [*compiler.command, *compiler.flags(compile_flags), "-c", str(file), "-o",
-                                   objects[-1]])
-        _run(name, temporary, [*compiler.command, "-shared", *objects, "-o", str(temporary / output), *link_flags])
-        if env.debug() >= 1:
-            env.log.debug("compiled %s in %.1f s with %s", name, time.perf_counter() - start, compiler.identity)
-        for file in objects:
-            os.remove(file)
+    with tempfile.TemporaryDirectory(prefix=f"cupyattn-{name}-") as scratch:
+        _compile(compiler, Path(scratch), name, sources, output, compile_flags, link_flags)
         try:
-            os.replace(temporary, folder)
-        except OSError:
-            if not (folder / output).is_file():   # not the harmless case of another process having been first
-                raise
+            return _publish(Path(scratch), env.cache_dir() / folder, output), False
+        except OSError as error:
+            return _publish(Path(scratch), env.fallback_cache_dir(error) / folder, output), False
+
+
+def _compile(compiler, scratch, name, sources, output, compile_flags, link_flags):
+    """`scratch`/`output` and the build log, from `sources` as `build` takes them."""
+    if isinstance(sources, dict):
+        for file, text in sources.items():
+            (scratch / file).write_text(text)
+        sources = [scratch / file for file in sources]
+    start = time.perf_counter()
+    objects = [str(scratch / f"{file.stem}.o") for file in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda file, to: _run(name, scratch, [*compiler.command, *compiler.flags(compile_flags), "-c",
+                                                            str(file), "-o", to]), sources, objects))
+    _run(name, scratch, [*compiler.command, "-shared", *objects, "-o", str(scratch / output), *link_flags])
+    for file in objects:
+        os.remove(file)
+    if env.debug() >= 1:
+        env.log.debug("compiled %s in %.1f s with %s", name, time.perf_counter() - start, compiler.identity)
+
+
+def _publish(scratch, folder, output):
+    """Copy `scratch` beside `folder` and rename: other processes see all of it or nothing."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        shutil.copytree(scratch, temporary, dirs_exist_ok=True)
+        os.replace(temporary, folder)
+    except OSError as error:
+        if not (folder / output).is_file():   # not the harmless case of another process having been first
+            reasons = error.args[0] if isinstance(error, shutil.Error) else None
+            raise OSError(reasons[0][2].split(": ")[0] if reasons else error.strerror or str(error)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder / output
