@@ -6,8 +6,10 @@ fused, one matrix-vector product each. ``python perf/bench_generate.py`` prints 
 so whatever else the machine does hits both.
 """
 
+import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -98,45 +100,58 @@ class NumpyLlama:
 
 
 def compare(dtypes=("float16", "float32"), count=48, rounds=5, workers=2):
-    """Median tokens/s of NumPy and of each dtype, measured in turns.
+    """NumPy and each dtype in turns, in a process whose NumPy uses as many threads as the executor.
 
     Returns
     -------
     dict
-        "numpy" and every dtype to (tokens/s, greedy tokens).
+        "numpy" and every dtype to ``{"tokens_per_s": one per round, "ids": greedy tokens}``.
     """
+    # a BLAS reads its number of threads when it is loaded
+    threads = {f"{name}_NUM_THREADS": str(workers) for name in ("OPENBLAS", "OMP", "MKL")}
+    options = {"dtypes": dtypes, "count": count, "rounds": rounds, "workers": workers}
+    done = subprocess.run([sys.executable, __file__, "--measure", json.dumps(options)], env={**os.environ, **threads},
+                          stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def measure(dtypes, count, rounds, workers):
+    """What `compare` returns, measured in this process."""
     path = model_path()
     models = {dtype: Llama.from_gguf(path, dtype=dtype) for dtype in dtypes}
     baseline = NumpyLlama(path, next(iter(models.values())).config)
     ids = next(iter(models.values())).tokenizer.encode(PROMPT)
-    speeds, tokens = {name: [] for name in ("numpy", *dtypes)}, {}
+    found = {name: {"tokens_per_s": []} for name in ("numpy", *dtypes)}
+
+    def keep(name, tokens, speed):
+        found[name]["ids"] = tokens
+        found[name]["tokens_per_s"].append(speed)
+
     with cpu.settings(workers=workers):
         for model in models.values():
             model.generate([ids], max_new_tokens=2)
         baseline.generate(ids, 2)
         for _ in range(rounds):
-            tokens["numpy"], speed = baseline.generate(ids, count)
-            speeds["numpy"].append(speed)
+            keep("numpy", *baseline.generate(ids, count))
             for dtype, model in models.items():
                 (completion,) = model.generate([ids], max_new_tokens=count, ignore_eos=True)
-                speeds[dtype].append(completion.tokens_per_s)
-                tokens[dtype] = [token.id for token in completion.tokens]
-    return {name: (statistics.median(speeds[name]), tokens[name]) for name in speeds}
+                keep(dtype, [token.id for token in completion.tokens], completion.tokens_per_s)
+    return found
 
 
 def bench_generate():
     """The same tokens from both sides; the times are printed by running this file."""
     found = compare(dtypes=("float32",), count=12, rounds=1)
-    assert found["float32"][1] == found["numpy"][1]
+    assert found["float32"]["ids"] == found["numpy"]["ids"]
 
 
 def main():
     """Print the comparison and where the time goes."""
     found = compare()
-    base = found["numpy"][0]
-    for name, (speed, tokens) in found.items():
-        print(f"{name:<10}{speed:8.1f} tokens/s   {speed / base:5.2f} x NumPy float32   "
-              f"{'same tokens' if tokens == found['numpy'][1] else 'other tokens'}")
+    speeds = {name: statistics.median(result["tokens_per_s"]) for name, result in found.items()}
+    for name, speed in speeds.items():
+        print(f"{name:<10}{speed:8.1f} tokens/s   {speed / speeds['numpy']:5.2f} x NumPy float32   "
+              f"{'same tokens' if found[name]['ids'] == found['numpy']['ids'] else 'other tokens'}")
     model = Llama.from_gguf(model_path(), dtype="float16")
     model.generate([PROMPT], max_new_tokens=2)
     with runtime.profiling() as profile:
@@ -150,4 +165,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--measure"]:
+        json.dump(measure(**json.loads(sys.argv[2])), sys.stdout)
+    else:
+        main()
