@@ -143,3 +143,15 @@ def test_shapes(rows, hidden, offset, seed):
     x = generator.standard_normal((rows, hidden + offset)).astype(ml_dtypes.bfloat16)[:, offset:]
     weight, bias = generator.standard_normal((2, hidden)).astype(np.float32)
     assert_close(cupyattn.layer_norm(x, weight, bias), expected_norm(x, weight, bias), *_tolerance("bfloat16"))
+
+
+@pytest.mark.parametrize("error, eps, rule", [
+    (ValueError, -1.0, "a finite float32 of at least 0, got -1.0"),
+    (ValueError, float("nan"), "a finite float32 of at least 0, got nan"),
+    (ValueError, 1e39, r"a finite float32 of at least 0, got 1e\+39"), (TypeError, "a", "a number, got str"),
+    (TypeError, None, "a number, got NoneType"), (TypeError, np.zeros(1), "a number, got ndarray")])
+def test_eps(error, eps, rule):
+    x, weight = np.ones((1, 8), np.float32), np.ones(8, np.float32)
+    with pytest.raises(error, match=f"layer_norm: eps must be {rule}"):
+        cupyattn.layer_norm(x, weight, eps=eps)
+    assert_same_bits(cupyattn.layer_norm(x, weight, eps=np.float16(1)), cupyattn.layer_norm(x, weight, eps=1))

@@ -348,10 +348,33 @@ def test_errors():
     refused(TypeError, "block_table must be int32, got int64", q, k, v, block_table=case.table.astype(np.int64))
     refused(ValueError, r"cache_seqlens must be \[batch\] = \[1\]", q, k, v, cache_seqlens=np.int32([1, 2]))
     refused(ValueError, "cache_starts must be ≥ 0, got -1", q, k, v, cache_starts=np.int32([-1]))
-    refused(ValueError, "window_size and softcap must be ≥ 0", q, k, v, window_size=-1)
     refused(ValueError, "k_cache must have a contiguous last axis", q, k.swapaxes(0, 3).copy().swapaxes(0, 3), v)
     refused(TypeError, r"out must be the pair \(out, lse\)", q, k, v, out=np.empty_like(q), return_lse=True)
     refused(TypeError, "out must be float32, got float16", q, k, v, out=np.empty(q.shape, np.float16))
+
+
+@pytest.mark.parametrize("error, options, rule", [
+    (ValueError, {"softcap": np.nan}, "softcap must be a finite float32 of at least 0, got nan"),
+    (ValueError, {"softcap": np.inf}, "softcap must be a finite float32 of at least 0, got inf"),
+    (ValueError, {"softcap": -1}, "softcap must be a finite float32 of at least 0, got -1"),
+    (ValueError, {"softmax_scale": np.nan}, "softmax_scale must be a finite float32, got nan"),
+    (ValueError, {"softmax_scale": -np.inf}, "softmax_scale must be a finite float32, got -inf"),
+    (ValueError, {"softmax_scale": 10**400}, "softmax_scale must be a finite float32, got 1000"),
+    (ValueError, {"window_size": -1}, "window_size must be an int32 of at least 0, got -1"),
+    (ValueError, {"window_size": 2**31}, "window_size must be an int32 of at least 0, got 2147483648"),
+    (TypeError, {"window_size": 2.5}, "window_size must be an integer, got float"),
+    (TypeError, {"window_size": True}, "window_size must be an integer, got bool"),
+    (TypeError, {"softcap": None}, "softcap must be a number, got NoneType"),
+    (TypeError, {"softmax_scale": "a"}, "softmax_scale must be a number, got str")])
+def test_options_that_are_refused(error, options, rule):
+    with pytest.raises(error, match=f"paged_decode: {rule}"):
+        decode(make([30]), **options)
+
+
+def test_numpy_scalars_are_options():
+    case = make([30])
+    assert_same_bits(decode(case, window_size=np.int8(9), softcap=np.float16(2), softmax_scale=np.float32(-0.5))[0],
+                     decode(case, window_size=9, softcap=2, softmax_scale=-0.5)[0])
 
 
 # ---- against onnxruntime, on random shapes, under the checker --------------------------------------------

@@ -132,3 +132,15 @@ def test_residual_must_be_writeable_and_strides_whole():
     fields = np.zeros((4,), np.dtype([("a", np.float16, 8), ("pad", np.uint8)]))["a"]   # rows 17 bytes apart
     with pytest.raises(ValueError, match="rms_norm: x must have strides that are multiples of its itemsize 2"):
         cupyattn.rms_norm(fields, weight)
+
+
+@pytest.mark.parametrize("error, eps, rule", [
+    (ValueError, -1.0, "a finite float32 of at least 0, got -1.0"),
+    (ValueError, float("nan"), "a finite float32 of at least 0, got nan"),
+    (ValueError, 1e39, r"a finite float32 of at least 0, got 1e\+39"), (TypeError, "a", "a number, got str"),
+    (TypeError, None, "a number, got NoneType"), (TypeError, np.zeros(1), "a number, got ndarray")])
+def test_eps(error, eps, rule):
+    x, weight = np.ones((1, 8), np.float32), np.ones(8, np.float32)
+    with pytest.raises(error, match=f"rms_norm: eps must be {rule}"):
+        cupyattn.rms_norm(x, weight, eps=eps)
+    assert_same_bits(cupyattn.rms_norm(x, weight, eps=np.float16(1)), cupyattn.rms_norm(x, weight, eps=1))

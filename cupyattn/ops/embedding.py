@@ -55,6 +55,7 @@ def embedding(ids, table, /, *, out_dtype=None, out=None):
     out_dtype : dtype, optional
         Default the table's dtype, float32 for a quantized table; ignored when `out` is given.
     out : ndarray [..., columns], float16, bfloat16 or float32, optional
+        Where to write. Must overlap no input.
 
     Returns
     -------

@@ -156,6 +156,7 @@ def kv_append(k, v, k_cache, v_cache, /, *, slots=None, block_table=None, positi
     k_cache : ndarray [num_pages, page_size, num_kv_heads, head_dim], float16, bfloat16 or float32
         Any strides with a contiguous last axis: ``transpose(0, 2, 1, 3)`` of a head-major pool, or a contiguous cache
         [batch, capacity, num_kv_heads, head_dim] as pages of `capacity` tokens. Slots not named keep their bits.
+        The caches are written: they overlap neither each other nor `k` and `v`.
     v_cache : ndarray [num_pages, page_size, num_kv_heads, head_dim_v], dtype of k_cache
     slots : ndarray [tokens], int32 or int64, optional
         -1 skips the token.

@@ -5,7 +5,7 @@ import functools
 
 from ..runtime import Plan, Specialisation, arch_of, launch, make_args
 from ..runtime.arrays import alignment, array_namespace, as_rows, row_view
-from ..runtime.checks import FLOATS, check_dtype, check_last_axis, check_shape, check_writeable
+from ..runtime.checks import FLOATS, check_dtype, check_last_axis, check_number, check_shape, check_writeable
 
 
 def _spec(x, weight, out, bias, vec):
@@ -51,11 +51,11 @@ def layer_norm(x, weight, bias=None, /, *, eps=1e-5, out_dtype=None, out=None):
     bias : ndarray [hidden], weight.dtype, optional
         Added per channel.
     eps : float
-        Added to the variance. Default 1e-5.
+        Added to the variance. Default 1e-5, at least 0.
     out_dtype : dtype, optional
         Default ``x.dtype``; ignored when `out` is given.
     out : ndarray [..., hidden], optional
-        Where to write; float16, bfloat16 or float32. May be `x`.
+        Where to write; float16, bfloat16 or float32. Must be `x` itself or overlap no input.
 
     Returns
     -------
@@ -65,9 +65,9 @@ def layer_norm(x, weight, bias=None, /, *, eps=1e-5, out_dtype=None, out=None):
     Raises
     ------
     TypeError
-        NumPy and CuPy arrays mixed, or an unsupported dtype.
+        NumPy and CuPy arrays mixed, an unsupported dtype, or an `eps` that is no number.
     ValueError
-        Shapes that do not fit, or a last axis that is not contiguous.
+        Shapes that do not fit, a last axis that is not contiguous, or an `eps` that is negative or not finite.
 
     Notes
     -----
@@ -95,6 +95,7 @@ def layer_norm(x, weight, bias=None, /, *, eps=1e-5, out_dtype=None, out=None):
     check_dtype("layer_norm", "out", out, FLOATS)
     check_shape("layer_norm", "out", out, x.shape, "[..., hidden]")
     check_writeable("layer_norm", "out", out)
+    check_number("layer_norm", "eps", eps, least=0)
     x_rows, out_rows = as_rows("layer_norm", "x", x), as_rows("layer_norm", "out", out)
     if x.size == 0:
         return out

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..runtime import Plan, Specialisation, arch_of, env, launch, make_args, workspace
 from ..runtime.arrays import address, alignment, array_namespace, kv_view, page_table, strides
-from ..runtime.checks import FLOATS, check_dtype, check_element_strides, check_last_axis, check_shape
+from ..runtime.checks import FLOATS, check_dtype, check_element_strides, check_last_axis, check_number, check_shape
 from .split_reduce import check_outputs, check_sinks, launch_split_reduce, split_out
 
 CHUNK = 1024   # tokens of a partial result; CHUNK in the kernel
@@ -127,7 +127,7 @@ def paged_decode(q, k_cache, v_cache, /, *, block_table, cache_seqlens, cache_st
         Scratch for the partial results of a page table that holds more than 1024 tokens: 4 * (head_dim + 1) bytes
         per query row and chunk, at a multiple of 16. Default: the one this stream's ops share.
     out : ndarray like q, or with ``return_lse=True`` the pair ``(out, lse)``, optional
-        Where to write. May be `q`.
+        Where to write. `out` must be `q` itself or overlap no input, `lse` overlaps no other array.
     return_lse : bool
         Also return the log-sum-exp of the scores.
 
@@ -141,10 +141,11 @@ def paged_decode(q, k_cache, v_cache, /, *, block_table, cache_seqlens, cache_st
     Raises
     ------
     TypeError
-        NumPy and CuPy arrays mixed, or an unsupported dtype.
+        NumPy and CuPy arrays mixed, an unsupported dtype, or an option of the wrong kind.
     ValueError
-        Shapes or strides that do not fit. For NumPy arrays also page ids or lengths out of range; for CuPy arrays
-        only with ``CUPYATTN_CHECK=1``, else such tokens are invisible.
+        Shapes or strides that do not fit, an option that is not finite, a window_size or softcap below 0. For NumPy
+        arrays also page ids or lengths out of range; for CuPy arrays only with ``CUPYATTN_CHECK=1``, else such tokens
+        are invisible.
 
     Notes
     -----
@@ -173,8 +174,12 @@ def paged_decode(q, k_cache, v_cache, /, *, block_table, cache_seqlens, cache_st
     batch, q_len, num_heads, head_dim = queries.shape
     _check_table(op, block_table, cache_seqlens, cache_starts, batch)
     check_sinks(op, sinks, num_heads)
-    if window_size < 0 or softcap < 0:
-        raise ValueError(f"{op}: window_size and softcap must be ≥ 0 (0 is off), got {window_size} and {softcap}")
+    check_number(op, "window_size", window_size, least=0, integer=True)
+    check_number(op, "softcap", softcap, least=0)
+    if softmax_scale is None:
+        softmax_scale = head_dim ** -0.5
+    else:
+        check_number(op, "softmax_scale", softmax_scale)
     if out is None:
         out = xp.empty(q.shape, q.dtype)
     if return_lse and lse is None:
@@ -184,8 +189,7 @@ def paged_decode(q, k_cache, v_cache, /, *, block_table, cache_seqlens, cache_st
         _check_content(op, block_table, cache_seqlens, cache_starts, k_cache, q_len, window_size)
     if out.size:
         _launch(xp, queries, k_cache, v_cache, block_table, cache_seqlens, cache_starts,
-                head_dim ** -0.5 if softmax_scale is None else softmax_scale, window_size, softcap, sinks,
-                out if out.ndim == 4 else out[:, None], lse, workspace)
+                softmax_scale, window_size, softcap, sinks, out if out.ndim == 4 else out[:, None], lse, workspace)
     return (out, lse) if return_lse else out
 
 

@@ -109,7 +109,7 @@ def quant_gemm(x, qmatrix, /, *, bias=None, accumulate=False, out=None):
     accumulate : bool
         Add to what `out` holds instead of replacing it. Needs `out`.
     out : ndarray [..., N], float16, bfloat16 or float32, optional
-        Default: a new array of x.dtype. May not overlap `x`.
+        Default: a new array of x.dtype. Must overlap no input.
 
     Returns
     -------

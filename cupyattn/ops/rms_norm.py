@@ -5,7 +5,7 @@ import functools
 
 from ..runtime import Plan, Specialisation, arch_of, launch, make_args
 from ..runtime.arrays import alignment, array_namespace, as_rows, row_view
-from ..runtime.checks import FLOATS, check_dtype, check_last_axis, check_shape, check_writeable
+from ..runtime.checks import FLOATS, check_dtype, check_last_axis, check_number, check_shape, check_writeable
 
 
 def _spec(x, weight, residual, out, vec):
@@ -50,13 +50,14 @@ def rms_norm(x, weight, /, *, eps=1e-6, residual=None, out_dtype=None, out=None)
     weight : ndarray [hidden], float32 or x.dtype
         Gain per channel.
     eps : float
-        Added to the mean square. Default 1e-6.
+        Added to the mean square. Default 1e-6, at least 0.
     residual : ndarray [..., hidden], float32 or x.dtype, optional
         Updated in place: ``residual += x``, rounded to its dtype; the norm is taken of the updated values.
+        Must overlap no other array.
     out_dtype : dtype, optional
         Default ``x.dtype``; ignored when `out` is given.
     out : ndarray [..., hidden], optional
-        Where to write; float16, bfloat16 or float32. May be `x`.
+        Where to write; float16, bfloat16 or float32. Must be `x` itself or overlap no input.
 
     Returns
     -------
@@ -66,9 +67,9 @@ def rms_norm(x, weight, /, *, eps=1e-6, residual=None, out_dtype=None, out=None)
     Raises
     ------
     TypeError
-        NumPy and CuPy arrays mixed, or an unsupported dtype.
+        NumPy and CuPy arrays mixed, an unsupported dtype, or an `eps` that is no number.
     ValueError
-        Shapes that do not fit, or a last axis that is not contiguous.
+        Shapes that do not fit, a last axis that is not contiguous, or an `eps` that is negative or not finite.
 
     Notes
     -----
@@ -98,6 +99,7 @@ def rms_norm(x, weight, /, *, eps=1e-6, residual=None, out_dtype=None, out=None)
         check_shape("rms_norm", name, array, x.shape, "[..., hidden]")
         rows[name] = as_rows("rms_norm", name, array)
     check_writeable("rms_norm", "out", out)
+    check_number("rms_norm", "eps", eps, least=0)
     check_last_axis("rms_norm", "weight", weight)
     if x.size == 0:
         return out

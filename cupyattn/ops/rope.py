@@ -98,7 +98,7 @@ def rope(x, /, *, cos, sin, positions, style="neox", rotary_dim=None, out=None):
     rotary_dim : int, optional
         Rotated elements, the first ones of a head; even. The others are copied. Default ``head_dim``.
     out : ndarray [tokens, num_heads, head_dim], dtype of x, optional
-        Where to write. May be `x` itself; must not overlap it otherwise.
+        Where to write. Must be `x` itself or overlap no input.
 
     Returns
     -------

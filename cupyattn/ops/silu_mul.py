@@ -42,7 +42,7 @@ def silu_mul(gate, up, /, *, out=None):
         One dtype. Rows may be strided, e.g. the two halves of a fused projection's output
         ``gate_up[:, :cols], gate_up[:, cols:]``; the last axis is contiguous.
     out : ndarray [..., cols], dtype of gate, optional
-        Where to write. May be `gate` or `up`.
+        Where to write. Must be `gate` or `up` itself or overlap neither.
 
     Returns
     -------

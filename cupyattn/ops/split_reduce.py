@@ -74,7 +74,7 @@ def split_reduce(partial_out, partial_lse, /, *, sinks=None, out=None, return_ls
     sinks : ndarray [heads], float32, optional
         One more logit per head that takes probability and adds no value. Only for partials that do not hold it yet.
     out : ndarray [tokens, heads, head_dim], or with ``return_lse=True`` the pair ``(out, lse)``, optional
-        Where to write; float16, bfloat16 or float32. Default: a new float32 array.
+        Where to write; float16, bfloat16 or float32. Must overlap no input. Default: a new float32 array.
     return_lse : bool
         Also return the merged lse.
 

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metadata checks shared by the ops. Each message names the op, the argument, the rule and what was found."""
 
+import numbers
+
 from .arrays import dtype_name
 
 FLOATS = ("float16", "bfloat16", "float32")
+_FLOAT_MAX, _INT_MAX = (2 - 2**-23) * 2.0**127, 2**31 - 1   # of the float and int32_t fields of a kernel's arguments
 
 
 def check_dtype(op, name, array, allowed):
@@ -40,9 +43,26 @@ def check_element_strides(op, name, array):
 
 
 def check_writeable(op, name, array):
-    """A NumPy output may be written to."""
+    """An array the op writes is no read-only NumPy array and gives every element a place of its own along each axis."""
     if not getattr(array.flags, "writeable", True):
         raise ValueError(f"{op}: {name} must be writeable, got a read-only array")
+    if 0 in array.strides and array.size and any(
+            s == 0 and n > 1 for s, n in zip(array.strides, array.shape, strict=True)):
+        raise ValueError(f"{op}: {name} must not repeat elements, got strides {array.strides} for shape "
+                         f"{list(array.shape)}; it is written")
+
+
+def check_number(op, name, value, *, least=None, integer=False):
+    """`value` is a real number (or with `integer` an integer), finite in the kernel's type and at least `least`."""
+    kind = type(value)
+    if kind is not int and (integer or kind is not float):   # perhaps a NumPy scalar
+        if kind is bool or not isinstance(value, numbers.Integral if integer else numbers.Real):
+            raise TypeError(f"{op}: {name} must be {'an integer' if integer else 'a number'}, got {kind.__name__}")
+        value = int(value) if integer else float(value)
+    most = _INT_MAX if integer else _FLOAT_MAX
+    if not (-most if least is None else least) <= value <= most:   # NaN fails as well
+        rule = f"{'an int32' if integer else 'a finite float32'}{'' if least is None else f' of at least {least}'}"
+        raise ValueError(f"{op}: {name} must be {rule}, got {value}")
 
 
 def value_range(array):
