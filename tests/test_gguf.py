@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llama_float64 import reader, smollm2_path
 
-from cupyattn.models.gguf import GGUF, ModelError
+from cupyattn.models.gguf import GGUF, ModelError, field
 
 
 @pytest.fixture
@@ -52,6 +52,20 @@ def test_metadata_of_every_kind(small_file):
     assert metadata["general.architecture"] == "llama"
 
 
+def test_typed_fields(small_file):
+    metadata = GGUF(small_file[0]).metadata
+    for key, kind in {"uint8": int, "float32": float, "uint32": float, "bool": bool, "string": str,
+                      "words": list}.items():
+        assert field(metadata, "test." + key, kind) is metadata["test." + key]
+    assert field(metadata, "test.none", int, 7) == 7
+    for key, kind, message in (("none", int, "is missing"), ("bool", int, "an integer, got True"),
+                               ("float64", int, "an integer, got 0.1"), ("uint8", bool, "true or false, got 200"),
+                               ("numbers", int, "an integer, got an array of numbers"),
+                               ("words", str, "a string, got \\["), ("string", list, "a list of strings")):
+        with pytest.raises(ModelError, match=f"metadata test.{key} .*{message}"):
+            field(metadata, "test." + key, kind)
+
+
 def test_tensors_and_their_shapes(small_file):
     path, expected = small_file
     tensors = GGUF(path).tensors
@@ -66,10 +80,10 @@ def test_smollm2_equals_the_gguf_package():
     theirs, start = reader(), time.perf_counter()
     ours = GGUF(smollm2_path())
     assert time.perf_counter() - start < 0.5
-    fields = {name: field for name, field in theirs.fields.items() if not name.startswith("GGUF.")}
+    fields = {name: entry for name, entry in theirs.fields.items() if not name.startswith("GGUF.")}
     assert ours.metadata.keys() == fields.keys()
-    for name, field in fields.items():
-        assert np.array_equal(ours.metadata[name], field.contents()), name
+    for name, entry in fields.items():
+        assert np.array_equal(ours.metadata[name], entry.contents()), name
     assert list(ours.tensors) == [tensor.name for tensor in theirs.tensors]
     for tensor in theirs.tensors:
         found = ours.tensors[tensor.name]

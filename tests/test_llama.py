@@ -162,7 +162,9 @@ def test_generation_stops_at_the_context():
 @pytest.mark.parametrize(("prompt", "options", "error", "message"), [
     ([], {}, ModelError, "prompt 1 is empty"), ([640], {}, ValueError, "token ids from 0 to 639, got 640"),
     ([1], {"max_new_tokens": 0}, ValueError, "max_new_tokens"), ([1], {"temperature": -1}, ValueError, "temperature"),
-    ([1], {"temperature": float("nan")}, ValueError, "temperature"), ([1], {"page_size": 0}, ValueError, "page_size")])
+    ([1], {"temperature": float("nan")}, ValueError, "temperature"), ([1], {"page_size": 0}, ValueError, "page_size"),
+    ([1], {"page_size": 10**12}, ModelError, "no memory for a KV cache of 1 pages of 1000000000000 tokens"),
+    ([1], {"page_size": 10**30}, ModelError, "no memory for a KV cache")])
 def test_generate_refuses(prompt, options, error, message):
     with pytest.raises(error, match=message):
         random_llama(dataclasses.replace(SMALL, num_layers=1), seed=1).generate([prompt], **options)
@@ -179,6 +181,13 @@ def test_sampling_follows_the_distribution():
     cold = _Sampler(model, [1], 0.1, seed=0)
     assert np.mean([cold(logits).id == 0 for _ in range(500)]) > 0.98  # 1 / (1 + 0.6 ** 10) = 0.994
     assert sample(logits).logprob <= 0 and sample(logits).top5[0][0] == 0
+
+
+def test_a_vocabulary_of_fewer_than_five_tokens():
+    from cupyattn.models.generate import _Sampler
+
+    sample = _Sampler(random_llama(dataclasses.replace(SMALL, num_layers=1), seed=1), [1], 0.0, seed=0)
+    assert [id for id, _ in sample(np.float32([1, 3, 2])).top5] == [1, 2, 0]
 
 
 def test_on_token_tells_every_token_as_it_comes():
@@ -224,7 +233,26 @@ def test_configuration_is_read_from_the_file():
     ({"general.architecture": "mamba"}, "must be llama, got mamba"),
     ({"llama.block_count": None}, "llama.block_count is missing"),
     ({"llama.expert_count": 8}, "mixture-of-experts"),
-    ({"llama.rope.scaling.type": "yarn"}, "must be none or linear, got yarn")])
+    ({"llama.expert_count": np.int32([8])}, "mixture-of-experts"),
+    ({"llama.rope.scaling.type": "yarn"}, "must be none or linear, got yarn"),
+    ({"llama.rope.scaling.type": 1}, "llama.rope.scaling.type must be a string, got 1"),
+    ({"llama.attention.head_count": 0}, "llama.attention.head_count must be positive, got 0"),
+    ({"llama.attention.head_count": np.int32([9] * 30)}, "head_count must be an integer, got an array"),
+    ({"llama.attention.head_count": 2.5}, "head_count must be an integer, got 2.5"),
+    ({"llama.attention.head_count_kv": 2}, "head_count_kv must divide the 9 heads, got 2"),
+    ({"llama.attention.key_length": 257}, "key_length .* must be a multiple of 8 from 8 to 256, got 257"),
+    ({"llama.attention.head_count": 600}, "key_length .* must be a multiple of 8 from 8 to 256, got 0"),
+    ({"llama.block_count": -1}, "llama.block_count must be positive, got -1"),
+    ({"llama.context_length": 0}, "llama.context_length must be positive"),
+    ({"llama.attention.layer_norm_rms_epsilon": "small"}, "rms_epsilon must be a number, got 'small'"),
+    ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "rms_epsilon must be finite"),
+    ({"llama.vocab_size": 49153}, "llama.vocab_size must be the number of tokenizer.ggml.tokens, 49152, got 49153"),
+    ({"tokenizer.ggml.tokens": 5}, "tokenizer.ggml.tokens must be a list of strings, got 5"),
+    ({"llama.rope.dimension_count": 0}, "llama.rope.dimension_count must be from 2 to the 64 of a head, got 0"),
+    ({"llama.rope.dimension_count": 63}, "llama.rope.dimension_count.*must be even"),
+    ({"llama.rope.freq_base": 0.0}, "llama.rope.*freq_base.*base must be finite and greater than 1, got 0"),
+    ({"llama.rope.freq_base": True}, "llama.rope.freq_base must be a number, got True"),
+    ({"llama.rope.scaling.factor": 0}, "llama.rope.*factor must be finite and greater than 0, got 0")])
 def test_configurations_that_are_refused(change, message):
     from cupyattn.models.llama import config_from
 

@@ -115,3 +115,29 @@ def test_bos_as_the_metadata_says(metadata):
 def test_unknown_tokenizers_are_refused(metadata, change):
     with pytest.raises(ModelError, match="tokenizer"):
         Tokenizer(metadata | {"tokenizer.ggml." + key: value for key, value in change.items()})
+
+
+@pytest.mark.parametrize(("key", "value", "message"), [
+    ("pre", ["smollm"], "must be a string"), ("tokens", np.arange(3), "must be a list of strings, got an array"),
+    ("tokens", "abc", "must be a list of strings, got 'abc'"), ("merges", 7, "must be a list of strings, got 7"),
+    ("merges", ["ab"], "do not fit the tokens"), ("merges", ["zzq qzz"], "do not fit the tokens"),
+    ("token_type", np.ones(3, np.int32), r"one number for each of the 49152 tokens, got \[3\]"),
+    ("add_bos_token", 1, "must be true or false, got 1"), ("eos_token_id", np.int32([1]), "must be an integer"),
+    ("eos_token_id", ["a" * 200], r"must be an integer, got .{,60}$"), ("eot_token_id", True, "must be an integer"),
+    ("bos_token_id", 49152, "must be from 0 to 49151, got 49152")])
+def test_odd_metadata_is_one_line_that_names_the_key(metadata, key, value, message):
+    with pytest.raises(ModelError, match=message) as raised:
+        Tokenizer(metadata | {"tokenizer.ggml." + key: value})
+    assert "tokenizer.ggml." + key in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_text_that_is_no_unicode(tokenizer):
+    with pytest.raises(ModelError, match=r"valid UTF-8, got '\\udcff' as character 3"):
+        tokenizer.encode("ab\udcffc")
+
+
+def test_a_token_of_characters_outside_the_byte_alphabet(metadata):
+    tokens = list(metadata["tokenizer.ggml.tokens"])
+    tokens[-1] = "a東"
+    assert Tokenizer(metadata | {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": []}).decode(
+        [len(tokens) - 1]) == "a東"

@@ -17,7 +17,7 @@ class Token(NamedTuple):
     id: int
     text: str  # what became printable with it; the pieces of all tokens make up the completion's text
     logprob: float  # natural log-softmax at temperature 1
-    top5: list  # the five likeliest (id, logprob), best first
+    top5: list  # the five likeliest (id, logprob), best first; all of a smaller vocabulary
 
 
 @dataclass
@@ -129,7 +129,7 @@ class _Sampler:
 
     def __call__(self, logits):
         (logprobs,) = log_softmax(logits[None])
-        best = np.argpartition(-logprobs, 5)[:5]
+        best = np.argpartition(-logprobs, min(5, len(logprobs) - 1))[:5]
         best = best[np.lexsort((best, -logprobs[best]))]
         if self._temperature == 0:
             id = int(best[0])

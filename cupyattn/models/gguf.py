@@ -9,6 +9,7 @@ read; tensor bytes are touched when somebody looks at them.
 import math
 import mmap
 import struct
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,10 +18,42 @@ import numpy as np
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4  # GGML_MAX_DIMS
+_KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string", list: "a list of strings"}
 
 
 class ModelError(ValueError):
     """A model file, or what was asked of a model, cannot be used; the message is one line for the user."""
+
+
+def field(metadata, key, kind, default=None):
+    """Value of `key` in GGUF metadata, or `default`.
+
+    Parameters
+    ----------
+    metadata : dict
+        ``GGUF.metadata``.
+    key : str
+        Its full name, e.g. ``"llama.block_count"``.
+    kind : type
+        bool, int, float (an integer will do), str or list (of strings).
+    default : optional
+        What a file without the key gets; None makes the key a required one.
+
+    Raises
+    ------
+    ModelError
+        The key is missing or holds a value of another kind.
+    """
+    value = metadata.get(key)
+    if value is None:
+        value = default
+    if value is None:
+        raise ModelError(f"metadata {key} is missing")
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        found = "an array of numbers" if isinstance(value, np.ndarray) else repr(value)
+        raise ModelError(f"metadata {key} must be {_KINDS[kind]}, got {textwrap.shorten(found, 60)}")
+    return value
 
 
 class Tensor(NamedTuple):

@@ -10,6 +10,7 @@ between is in the model's dtype. A step feeds ``batch`` sequences ``q_len`` toke
     logits = rms_norm(x) @ Whead
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from .. import RopeParams, embedding, kv_append, paged_decode, quant_gemm, rms_norm, rope, runtime, silu_mul
 from ..pages import PageManager
-from .gguf import GGUF, ModelError
+from .gguf import GGUF, ModelError, field
 from .weights import Weights, random_tensors
 
 PREFILL_CHUNK = 8  # query tokens paged_decode takes at once
@@ -51,33 +52,64 @@ def config_from(metadata):
     Raises
     ------
     ModelError
-        Another architecture than llama, a missing key, or a RoPE scaling this reader does not know.
+        Another architecture than llama, a key that is missing or holds what no model can have, or a RoPE scaling
+        this reader does not know.
     """
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise ModelError(f"model architecture must be llama, got {architecture}")
-
-    def field(name, default=None):
-        value = metadata.get("llama." + name, default)
-        if value is None:
-            raise ModelError(f"metadata llama.{name} is missing")
-        return value
-
-    heads, hidden = field("attention.head_count"), field("embedding_length")
-    if metadata.get("llama.expert_count", 0):
+    if metadata.get("llama.expert_count") not in (None, 0):
         raise ModelError("mixture-of-experts models are not supported, got llama.expert_count = "
                          f"{metadata['llama.expert_count']}")
-    head_dim = field("attention.key_length", hidden // heads)
-    scaling = field("rope.scaling.type", "none")
-    if scaling not in ("none", "linear"):
-        raise ModelError(f"llama.rope.scaling.type must be none or linear, got {scaling}")
+
+    def size(name, default=None):
+        value = field(metadata, "llama." + name, int, default)
+        if value < 1:
+            raise ModelError(f"metadata llama.{name} must be positive, got {value}")
+        return value
+
+    heads, hidden = size("attention.head_count"), size("embedding_length")
+    kv_heads = size("attention.head_count_kv", heads)
+    if heads % kv_heads:
+        raise ModelError(f"metadata llama.attention.head_count_kv must divide the {heads} heads, got {kv_heads}")
+    head_dim = field(metadata, "llama.attention.key_length", int, hidden // heads)
+    if head_dim not in range(8, 257, 8):
+        raise ModelError("metadata llama.attention.key_length (without it embedding_length / head_count) must be "
+                         f"a multiple of 8 from 8 to 256, got {head_dim}")
+    eps = field(metadata, "llama.attention.layer_norm_rms_epsilon", float)
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ModelError(f"metadata llama.attention.layer_norm_rms_epsilon must be finite and at least 0, got {eps}")
     return LlamaConfig(
-        num_layers=field("block_count"), hidden_size=hidden, intermediate_size=field("feed_forward_length"),
-        num_heads=heads, num_kv_heads=field("attention.head_count_kv", heads), head_dim=head_dim,
-        vocab_size=field("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ())) or None),
-        context_length=field("context_length"), rms_eps=field("attention.layer_norm_rms_epsilon"),
-        rope=RopeParams(rotary_dim=field("rope.dimension_count", head_dim), base=field("rope.freq_base", 10000.0),
-                        style="interleaved", scaling=scaling, factor=field("rope.scaling.factor", 1.0)))
+        num_layers=size("block_count"), hidden_size=hidden, intermediate_size=size("feed_forward_length"),
+        num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, vocab_size=_vocab_size(metadata),
+        context_length=size("context_length"), rms_eps=eps, rope=_rope_from(metadata, head_dim))
+
+
+def _vocab_size(metadata):
+    """Rows of the embedding: one for each token of the vocabulary."""
+    tokens = field(metadata, "tokenizer.ggml.tokens", list)
+    vocab_size = field(metadata, "llama.vocab_size", int, len(tokens))
+    if vocab_size != len(tokens):
+        raise ModelError(f"metadata llama.vocab_size must be the number of tokenizer.ggml.tokens, {len(tokens)}, "
+                         f"got {vocab_size}")
+    return vocab_size
+
+
+def _rope_from(metadata, head_dim):
+    """RopeParams from GGUF metadata."""
+    key = "llama.rope."
+    rotary_dim = field(metadata, key + "dimension_count", int, head_dim)
+    if not 2 <= rotary_dim <= head_dim:
+        raise ModelError(f"metadata {key}dimension_count must be from 2 to the {head_dim} of a head, got {rotary_dim}")
+    scaling = field(metadata, key + "scaling.type", str, "none")
+    if scaling not in ("none", "linear"):
+        raise ModelError(f"metadata {key}scaling.type must be none or linear, got {scaling}")
+    base = field(metadata, key + "freq_base", float, 10000.0)
+    factor = field(metadata, key + "scaling.factor", float, 1.0)
+    try:
+        return RopeParams(rotary_dim=rotary_dim, base=base, style="interleaved", scaling=scaling, factor=factor)
+    except ValueError as error:
+        raise ModelError(f"metadata {key}dimension_count, freq_base and scaling.factor: {error}") from None
 
 
 class _Layer(NamedTuple):
@@ -209,8 +241,12 @@ class Llama:
         return runtime.arch_of(self.xp)
 
     def new_cache(self, num_pages, page_size):
-        """An empty KVCache for this model."""
-        return KVCache(self.config, num_pages, page_size, self.kv_dtype, self.xp)
+        """An empty KVCache for this model; ModelError if it does not fit into memory."""
+        try:
+            return KVCache(self.config, num_pages, page_size, self.kv_dtype, self.xp)
+        except (MemoryError, OverflowError, ValueError):  # all three mean too many bytes, by how much
+            raise ModelError(f"there is no memory for a KV cache of {num_pages} pages of {page_size} tokens; "
+                             "take a smaller page_size or fewer tokens") from None
 
     def forward(self, ids, step, cache):
         """Feed tokens and append their keys and values to the cache.

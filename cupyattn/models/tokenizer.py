@@ -5,7 +5,7 @@ import codecs
 
 import numpy as np
 
-from cupyattn.models.gguf import ModelError
+from cupyattn.models.gguf import ModelError, field
 
 # What splits the text before BPE, by GGUF's name of it: are digits single tokens?
 _DIGITS_ALONE = {"smollm": True, "gpt-2": False, "default": False}
@@ -16,8 +16,8 @@ def _byte_of_character():
     """GPT-2's map of 256 printable characters to bytes: printable Latin-1 is itself, the rest follows U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable}
-    table.update({chr(0x100 + n): byte for n, byte in enumerate(others)})
+    table = {chr(byte): bytes([byte]) for byte in printable}
+    table.update({chr(0x100 + n): bytes([byte]) for n, byte in enumerate(others)})
     return table
 
 
@@ -39,7 +39,7 @@ class Tokenizer:
     Raises
     ------
     ModelError
-        No vocabulary in the file, or a kind of tokenizer other than byte-level BPE.
+        No vocabulary in the file, one that contradicts itself, or a tokenizer other than byte-level BPE.
 
     Notes
     -----
@@ -50,22 +50,27 @@ class Tokenizer:
         from tokenizers import AddedToken, models, pre_tokenizers
         from tokenizers import Tokenizer as Backend
 
-        def field(name, default=None):
-            return metadata.get("tokenizer.ggml." + name, default)
+        def value(name, kind, default=None):
+            return field(metadata, "tokenizer.ggml." + name, kind, default)
 
-        kind, pre, tokens = field("model"), field("pre", "default"), field("tokens")
+        kind, pre = value("model", str, "none"), value("pre", str, "default")
         if kind != "gpt2" or pre not in _DIGITS_ALONE:
             raise ModelError(f"tokenizer must be byte-level BPE (gpt2) with pre-tokenizer {', '.join(_DIGITS_ALONE)}, "
                              f"got {kind} with {pre}")
-        if tokens is None or field("merges") is None:
-            raise ModelError("the file holds no tokenizer.ggml.tokens and tokenizer.ggml.merges")
-        types = np.asarray(field("token_type", np.ones(len(tokens), np.int32)))
+        tokens, merges = value("tokens", list), value("merges", list)
+        types = np.asarray(metadata.get("tokenizer.ggml.token_type", np.ones(len(tokens), np.int32)))
+        if types.shape != (len(tokens),):
+            raise ModelError(f"metadata tokenizer.ggml.token_type must hold one number for each of the {len(tokens)} "
+                             f"tokens, got {list(types.shape)}")
         special = np.flatnonzero((types == _CONTROL) | (types == _USER_DEFINED))
 
         vocabulary = {token: id for id, token in enumerate(tokens)}
-        merges = [tuple(merge.split(" ", 1)) for merge in field("merges")]
-        self._backend = Backend(models.BPE(vocabulary, merges))
-        split = [pre_tokenizers.ByteLevel(add_prefix_space=bool(field("add_space_prefix", False)))]
+        try:
+            self._backend = Backend(models.BPE(vocabulary, [tuple(merge.split(" ", 1)) for merge in merges]))
+        except Exception as error:  # the class tokenizers raises, for a merge of unknown tokens or of no two tokens
+            raise ModelError(f"metadata tokenizer.ggml.merges do not fit the tokens: "
+                             f"{str(error).splitlines()[0]}") from None
+        split = [pre_tokenizers.ByteLevel(add_prefix_space=value("add_space_prefix", bool, False))]
         if _DIGITS_ALONE[pre]:
             split.insert(0, pre_tokenizers.Digits(individual_digits=True))
         self._backend.pre_tokenizer = pre_tokenizers.Sequence(split)
@@ -75,11 +80,29 @@ class Tokenizer:
         self._control = frozenset(np.flatnonzero(types == _CONTROL).tolist())
         self._user_defined = frozenset(np.flatnonzero(types == _USER_DEFINED).tolist())
         self._bytes = _byte_of_character()
-        self.bos_id = field("bos_token_id") if field("add_bos_token", False) else None
-        self.eos_ids = frozenset(id for id in (field("eos_token_id"), field("eot_token_id")) if id is not None)
+        ids = {name: value(name, int) for name in ("bos_token_id", "eos_token_id", "eot_token_id")
+               if metadata.get("tokenizer.ggml." + name) is not None}
+        for name, id in ids.items():
+            if not 0 <= id < len(tokens):
+                raise ModelError(f"metadata tokenizer.ggml.{name} must be from 0 to {len(tokens) - 1}, got {id}")
+        self.bos_id = ids.pop("bos_token_id", None)
+        if not value("add_bos_token", bool, False):
+            self.bos_id = None
+        self.eos_ids = frozenset(ids.values())
 
     def encode(self, text):
-        """Token ids of `text`, a list of int; begins with ``bos_id`` if there is one."""
+        """Token ids of `text`, a list of int; begins with ``bos_id`` if there is one.
+
+        Raises
+        ------
+        ModelError
+            A lone surrogate in `text`: what Python makes of bytes on the command line that are no UTF-8.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ModelError("a prompt must be valid UTF-8, got "
+                             f"{text[error.start]!a} as character {error.start + 1}") from None
         ids = self._backend.encode(text).ids
         return ids if self.bos_id is None else [self.bos_id, *ids]
 
@@ -89,7 +112,8 @@ class Tokenizer:
             return b""
         if id in self._user_defined:
             return self._tokens[id].encode()
-        return bytes(self._bytes[character] for character in self._tokens[id])
+        # a character that stands for no byte is itself: such tokens fill up some vocabularies
+        return b"".join(self._bytes.get(character) or character.encode() for character in self._tokens[id])
 
     def decode(self, ids):
         """Text of the token ids; bytes that are no UTF-8 become U+FFFD."""
