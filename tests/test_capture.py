@@ -3,6 +3,7 @@
 
 import numpy as np
 import pytest
+from ggml_blocks import quantized
 
 import cupyattn
 
@@ -63,8 +64,25 @@ def _silu_mul(xp):
     return lambda: cupyattn.silu_mul(gate, up, out=out), [out]
 
 
+def _weights(xp):
+    """A q8_0 matrix [48, 64]."""
+    raw, _ = quantized("Q8_0", rng.standard_normal((48, 64)).astype(np.float32))
+    return cupyattn.QMatrix.from_gguf(raw, "q8_0", (48, 64)).to(xp.module)
+
+
+def _quant_gemm(xp):
+    x, weights, bias, out = _normal(xp, 3, 64), _weights(xp), _normal(xp, 48), xp.module.zeros((3, 48), np.float16)
+    return lambda: cupyattn.quant_gemm(x, weights, bias=bias, accumulate=True, out=out), [out]
+
+
+def _embedding(xp):
+    ids, table, out = xp.array(np.int32([47, 0, 5])), _weights(xp), xp.module.zeros((3, 64), np.float16)
+    return lambda: cupyattn.embedding(ids, table, out=out), [out]
+
+
 CASES = {"rms_norm": _rms_norm, "layer_norm": _layer_norm, "rope": _rope, "kv_append": _kv_append,
-         "paged_decode": _paged_decode, "split_reduce": _split_reduce, "silu_mul": _silu_mul}
+         "paged_decode": _paged_decode, "split_reduce": _split_reduce, "silu_mul": _silu_mul,
+         "quant_gemm": _quant_gemm, "embedding": _embedding}
 
 
 @pytest.mark.parametrize("xp", ["standin", pytest.param("cupy", marks=pytest.mark.gpu)], indirect=True)

@@ -451,6 +451,20 @@ def test_paged_decode_checked(xp, kernel, head_dim, dtype, monkeypatch):
         assert_same_bits(lse, results[0][1])
 
 
+@pytest.mark.parametrize("head_dim, dtype", [(128, "float16"), (200, "float16"), (256, "bfloat16")])
+def test_tensor_cores_checked(head_dim, dtype, monkeypatch):
+    """The deeper rings of the larger head_dims, over two chunks."""
+    monkeypatch.setattr(op, "_version", lambda *args: ("mma", "chosen by the test"))
+    case = make([300, 1030], heads=3, kv_heads=1, head_dim=head_dim, dtype=dtype, q_len=2)
+    results = []
+    for schedule in ("forward", "random"):
+        with settings(check=True, schedule=schedule):
+            results.append(decode(case))
+    assert_close(results[0][0], case.expected()[0], *TOLERANCE[dtype])
+    for a, b in zip(*results, strict=True):
+        assert_same_bits(a, b)
+
+
 # ---- plans -----------------------------------------------------------------------------------------------
 
 def plan(arch="cpu", q="float16", kv="float16", align=16, q_len=1, heads=32, kv_heads=8, head_dim=128, capacity=2048):

@@ -19,6 +19,7 @@ op = importlib.import_module("cupyattn.ops.quant_gemm")
 FORMATS = ("q4_0", "q4_1", "q8_0", "float16", "bfloat16", "float32")
 # relative Frobenius error by output type
 BOUND = {"float32": 1e-5, "float16": 3e-4, "bfloat16": 2e-3}
+SCHEDULES = (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2))
 rng = np.random.default_rng(11)
 
 
@@ -232,14 +233,19 @@ def test_quant_gemm_mma_checked(monkeypatch, format, dtype):
     _assert_clean(format, dtype)
 
 
-def _assert_clean(format, dtype):
-    matrix, _ = _weight(format, 24, 96)
-    x = _x(3, 96, dtype)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_quant_gemm_checked_over_slices(version, dtype):
+    _assert_clean("q4_1", dtype, m=17, k=2144, schedules=SCHEDULES[::2])
+
+
+def _assert_clean(format, dtype, m=3, k=96, schedules=SCHEDULES):
+    matrix, _ = _weight(format, 24, k)
+    x = _x(m, k, dtype)
     want = expected_gemm(x, matrix)
     results = []
-    for schedule, seed in (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2)):
+    for schedule, seed in schedules:
         with settings(check=True, schedule=schedule, seed=seed):
-            results.append(cupyattn.quant_gemm(x, matrix, out=poison(np.empty((3, 24), np.float32))))
+            results.append(cupyattn.quant_gemm(x, matrix, out=poison(np.empty((m, 24), np.float32))))
     assert _error(results[0], want) <= 1e-5
     for other in results[1:]:
         assert_same_bits(other, results[0])
