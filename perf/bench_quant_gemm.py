@@ -33,7 +33,7 @@ def _shapes():
     yield f"{model} lm_head", model.vocab_size, model.hidden_size, "Q8_0"
 
 
-@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("tokens", [1, 8, 256] if DEVICE.is_gpu else [1, 8])
 @pytest.mark.parametrize("name, n, k, kind", list(_shapes()), ids=lambda v: str(v).replace(" ", "-"))
 def bench_quant_gemm(bench, name, n, k, kind, tokens):
     """float16 activations; the baseline multiplies by weights dequantized beforehand (float32 NumPy, float16 CuPy)."""

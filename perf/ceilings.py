@@ -2,7 +2,9 @@
 """What the device can do at best, measured: bytes read per second, and what one launch costs."""
 
 import functools
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +30,26 @@ def read_all(x, out, num_sms=1):
 
 
 @functools.cache
-def read_bandwidth(nbytes=2**30):
-    """Bytes per second of a kernel that only reads, over arrays far larger than any cache. GPU only."""
+def read_bandwidth(nbytes=None):
+    """Bytes per second of reading memory far larger than any cache: a kernel on a GPU, NumPy's max on the CPU."""
+    if not DEVICE.is_gpu:
+        return _numpy_read_bandwidth(nbytes or 2**28)
+    nbytes = nbytes or 2**30
     sets = [(DEVICE.xp.zeros(nbytes // 4, np.uint32), DEVICE.xp.zeros(1, np.uint32)) for _ in range(2)]
     return nbytes / seconds_per_call(lambda x, out: read_all(x, out, DEVICE.num_sms), sets)
+
+
+def _numpy_read_bandwidth(nbytes):
+    """The best of a few rounds, with as many threads as the executor has workers."""
+    workers = len(os.sched_getaffinity(0))
+    parts = np.array_split(np.ones(nbytes // 8, np.int64), workers)
+    times = []
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in range(5):
+            start = time.perf_counter()
+            list(pool.map(np.max, parts))
+            times.append(time.perf_counter() - start)
+    return nbytes / min(times)
 
 
 def launch_overhead():

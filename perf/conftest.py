@@ -6,6 +6,7 @@
 
 import json
 
+import ceilings
 import numpy as np
 import pytest
 from timing import DEVICE, seconds_per_call
@@ -64,12 +65,10 @@ class Bench:
         sets = [arrays, *(on_device(host) for _ in range(copies - 1))]
         calls = _round["calls"] = DEVICE.calls_for(seconds_per_call(call, sets, rounds=1))
         self._benchmark.pedantic(DEVICE.repeated(call, sets, calls), rounds=20, warmup_rounds=2)
+        seconds = self._benchmark.stats.stats.median
         row = {"op": self._op, "shape": shape, "device": DEVICE.name, "nbytes": nbytes, "flops": flops,
-               "calls_per_round": calls, "seconds": self._benchmark.stats.stats.median}
-        if DEVICE.is_gpu:
-            from ceilings import read_bandwidth
-
-            row["share_of_read_bandwidth"] = nbytes / row["seconds"] / read_bandwidth()
+               "calls_per_round": calls, "seconds": seconds,
+               "share_of_read_bandwidth": nbytes / seconds / ceilings.read_bandwidth()}
         try:
             if baseline is not None:
                 row["baseline_seconds"] = seconds_per_call(baseline, sets)

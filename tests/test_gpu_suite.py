@@ -109,7 +109,8 @@ def test_table_of_a_results_file(tmp_path, capsys):
     file.write_text(json.dumps({"benches": [ROW, {**ROW, "flops": 10**9, "device": "other"}]}))
     table.main([file])
     printed = capsys.readouterr().out
-    assert printed.startswith("Measured on: Pretend GPU 9000, other") and "1000.00 TFLOP/s" in printed
+    assert printed.startswith("Measured on: Pretend GPU 9000\n") and "\n\nMeasured on: other\n" in printed
+    assert printed.count("1000.0 GB/s") == 2 and printed.count("1000.0 GB/s, 1000.00 TFLOP/s") == 1
 
 
 def test_comparison_of_two_runs():
@@ -146,10 +147,8 @@ def perf_conftest():
 def test_bench_on_a_gpu(pretended_gpu, tmp_path, monkeypatch):
     """Correctness gate, capture over rotating copies, rows on disk."""
     monkeypatch.setattr(type(pretended_gpu), "calls_for", lambda self, seconds: 5)
-    import ceilings
-
-    monkeypatch.setattr(ceilings, "read_bandwidth", lambda: 1e9)
     perf = perf_conftest()
+    monkeypatch.setattr(perf.ceilings, "read_bandwidth", lambda: 1e9)
     timed = []
     stats = SimpleNamespace(stats=SimpleNamespace(median=1e-3))
     benchmark = SimpleNamespace(disabled=False, extra_info={}, stats=stats,
@@ -171,6 +170,15 @@ def test_bench_on_a_gpu(pretended_gpu, tmp_path, monkeypatch):
     assert row["share_of_read_bandwidth"] == pytest.approx(512 / 1e-3 / 1e9) and row["baseline_seconds"] >= 0
     with pytest.raises(AssertionError, match="nothing is timed that is wrong"):
         bench("small", expected=lambda x, weight, out: x + 1, **arguments)
+
+
+def test_read_bandwidth_of_the_cpu(monkeypatch):
+    import ceilings
+
+    monkeypatch.setattr(ceilings, "DEVICE", timing.CpuExecutor())
+    ceilings.read_bandwidth.cache_clear()
+    assert 1e8 < ceilings.read_bandwidth(2**24) < 1e13
+    ceilings.read_bandwidth.cache_clear()
 
 
 def test_ceilings_on_a_gpu(pretended_gpu):
@@ -195,6 +203,21 @@ def test_model_path(monkeypatch, dtype):
         assert model_path.tokens_per_second(2, config=small, new_tokens=3) > 0
         monkeypatch.setitem(model_path.BOUNDS, dtype, {"max": -1.0, "median": 1.0})
         assert not model_path.compare_with_cpu(dtype, config=small, tokens=3)["passed"]
+
+
+def test_model_step_without_a_host_compiler(monkeypatch, tmp_path):
+    """The GPU's speed is kept, the reason why nothing was compared too, and the step has not passed."""
+    import model_path
+
+    monkeypatch.setattr(model_path, "tokens_per_second", lambda batch: 100.0 * batch)
+    monkeypatch.setattr(model_path, "compare_with_cpu", lambda dtype: {"passed": True})
+    assert gpu_suite.measure("model", tmp_path) == 0
+    (tmp_path / "model.jsonl").unlink()
+    monkeypatch.setenv("CUPYATTN_CXX", "no-such-compiler")
+    assert gpu_suite.measure("model", tmp_path) == 1
+    *speeds, reason = map(json.loads, (tmp_path / "model.jsonl").read_text().splitlines())
+    assert speeds == [{f"decode_tokens_per_second_batch_{batch}": 100.0 * batch} for batch in (1, 8, 64)]
+    assert reason["against_cpu_executor"].startswith("no host compiler: ")
 
 
 @pytest.mark.parametrize("pieces", [1, 1000, 4096])
