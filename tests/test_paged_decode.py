@@ -379,28 +379,32 @@ def test_numpy_scalars_are_options():
 
 # ---- against onnxruntime, on random shapes, under the checker --------------------------------------------
 
-def onnx_attention(q, k, v, lengths, window, softcap, sinks):
-    """GroupQueryAttention of onnxruntime's CPU provider; q [batch, q_len, H, D], k and v [batch, tokens, Hk, D]."""
+def onnx_attention(q, k, v, lengths, window=0, softcap=0.0, sinks=None, rotary=None):
+    """GroupQueryAttention of onnxruntime's CPU provider; q [batch, q_len, H, D], k and v [batch, tokens, Hk, D].
+
+    rotary = (cos, sin, style) rotates q and the newest keys first.
+    """
     import onnxruntime
-    from onnx import TensorProto, helper
+    from onnx import helper
 
     batch, q_len, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
+    cos, sin, style = rotary or (None, None, None)
     new = lengths[:, None] - q_len + np.arange(q_len)   # positions of the new tokens
     rows = np.arange(batch)[:, None]
     feeds = {"query": q.reshape(batch, q_len, -1), "key": k[rows, new].reshape(batch, q_len, -1),
              "value": v[rows, new].reshape(batch, q_len, -1), "past_key": k.transpose(0, 2, 1, 3),
              "past_value": v.transpose(0, 2, 1, 3), "seqlens_k": lengths - 1,
-             "total": np.int32([lengths.max()]), "head_sink": sinks}
+             "total": np.int32([lengths.max()]), "cos": cos, "sin": sin, "positions": None, "bias": None,
+             "head_sink": None if sinks is None else sinks.astype(q.dtype)}
+    names = ["" if a is None else name for name, a in feeds.items()]
     feeds = {name: np.ascontiguousarray(a) for name, a in feeds.items() if a is not None}
-    names = ["query", "key", "value", "past_key", "past_value", "seqlens_k", "total", "", "", "", "",
-             "head_sink" if sinks is not None else ""]
     node = helper.make_node("GroupQueryAttention", names, ["out", "present_key", "present_value"],
-                            domain="com.microsoft", num_heads=heads, kv_num_heads=kv_heads, softcap=softcap,
-                            local_window_size=window or -1)
+                            domain="com.microsoft", num_heads=heads, kv_num_heads=k.shape[2], softcap=softcap,
+                            local_window_size=window or -1, do_rotary=int(rotary is not None),
+                            rotary_interleaved=int(style == "interleaved"))
     inputs = [helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
               for name, a in feeds.items()]
-    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+    outputs = [helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(q.dtype), None)
                for name in ("out", "present_key", "present_value")]
     model = helper.make_model(helper.make_graph([node], "attention", inputs, outputs), ir_version=10, opset_imports=[
         helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)])
@@ -408,21 +412,52 @@ def onnx_attention(q, k, v, lengths, window, softcap, sinks):
     return session.run(["out"], feeds)[0].reshape(q.shape)
 
 
+def onnx_operands(case):
+    """q, k and v of a case in the form of onnx_attention; bfloat16, which its CPU provider lacks, as float32."""
+    k, v = (np.zeros((len(case.lengths), max(case.lengths), *pool.shape[2:]), pool.dtype) for pool in (case.k, case.v))
+    page_size = case.k.shape[1]
+    for b, length in enumerate(case.lengths):
+        t = np.arange(length)
+        k[b, :length] = case.k[case.table[b, t // page_size], t % page_size]
+        v[b, :length] = case.v[case.table[b, t // page_size], t % page_size]
+    return [a.astype(np.float32) if a.dtype == dtype_of("bfloat16") else a for a in (case.q, k, v)]
+
+
+ON_BOTH = pytest.mark.parametrize("kernel, dtype", [("cores", "float32"), ("cores", "float16"), ("mma", "float16"),
+                                                    ("cores", "bfloat16"), ("mma", "bfloat16")])
+
+
+@ON_BOTH
 @pytest.mark.parametrize("lengths, q_len", [([37, 1, 128, 300], 1), ([200], 5)])
 @pytest.mark.parametrize("window, softcap, sinks", [(0, 0.0, None), (33, 0.0, None), (0, 2.0, None),
                                                     (0, 0.0, [1.0, -2.0, 3.0, 0.5]), (20, 5.0, None)])
-def test_onnxruntime(lengths, q_len, window, softcap, sinks):
-    case = make(lengths, q_len=q_len, page_size=8)
-    sinks = None if sinks is None else np.float32(sinks)
-    tokens = max(lengths)
-    k, v = (np.zeros((len(lengths), tokens, 2, 64), np.float32) for _ in "kv")
-    for b, length in enumerate(lengths):
-        t = np.arange(length)
-        k[b, :length] = case.k[case.table[b, t // 8], t % 8]
-        v[b, :length] = case.v[case.table[b, t // 8], t % 8]
-    want = onnx_attention(case.q, k, v, case.lengths, window, softcap, sinks)
-    options = {"sinks": sinks} if sinks is not None else {}
-    assert_close(decode(case, window_size=window, softcap=softcap, **options)[0], want, 3e-6, 0)
+def test_onnxruntime(kernel, dtype, lengths, q_len, window, softcap, sinks, monkeypatch):
+    monkeypatch.setattr(op, "_version", lambda *args: (kernel, "chosen by the test"))
+    case = make(lengths, q_len=q_len, page_size=8, dtype=dtype)
+    options = {} if sinks is None else {"sinks": np.float32(sinks)}
+    want = onnx_attention(*onnx_operands(case), case.lengths, window, softcap, **options)
+    assert_close(decode(case, window_size=window, softcap=softcap, **options)[0], want, *TOLERANCE[dtype])
+
+
+@ON_BOTH
+@pytest.mark.parametrize("lengths, q_len", [([37, 1, 128], 1), ([200], 5)])
+@pytest.mark.parametrize("style", ["neox", "interleaved"])
+def test_onnxruntime_with_rope(kernel, dtype, lengths, q_len, style, monkeypatch):
+    """rope of the queries and the newest keys, kv_append and paged_decode are one GroupQueryAttention."""
+    monkeypatch.setattr(op, "_version", lambda *args: (kernel, "chosen by the test"))
+    case = make(lengths, q_len=q_len, page_size=8, dtype=dtype)
+    table = np.float32 if dtype == "bfloat16" else case.q.dtype
+    cos, sin = (a.astype(table) for a in cupyattn.RopeParams(rotary_dim=64).tables(256))
+    q, k, v = onnx_operands(case)
+    want = onnx_attention(q, k, v, case.lengths, rotary=(cos, sin, style))
+    positions = (case.lengths[:, None] - q_len + np.arange(q_len, dtype=np.int32)).reshape(-1)
+    rows = np.repeat(np.arange(len(lengths), dtype=np.int32), q_len)
+    new_k, new_v = (a[rows, positions].astype(case.k.dtype) for a in (k, v))
+    turn = {"cos": cos, "sin": sin, "positions": positions, "style": style}
+    cupyattn.kv_append(cupyattn.rope(new_k, **turn), new_v, case.k, case.v, block_table=case.table,
+                       positions=positions, batch_indices=rows)
+    case.q = cupyattn.rope(case.q.reshape(-1, 4, 64), **turn).reshape(case.q.shape)
+    assert_close(decode(case)[0], want, *TOLERANCE[dtype])
 
 
 @hypothesis_settings(max_examples=25, deadline=None, derandomize=True)
