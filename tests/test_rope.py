@@ -235,6 +235,8 @@ def test_errors():
             (ValueError, r"rope: style must be one of .* got 'gptj'", x, {"style": "gptj"}),
             (ValueError, r"rope: rotary_dim must be even and in \[2, head_dim=8\], got 10", x, {"rotary_dim": 10}),
             (ValueError, "rope: rotary_dim must be even .* got 3", x, {"rotary_dim": 3}),
+            (TypeError, "rope: rotary_dim must be an integer, got float", x, {"rotary_dim": 8.0}),
+            (TypeError, "rope: rotary_dim must be an integer, got str", x, {"rotary_dim": "a"}),
             (ValueError, r"rope: cos must be \[max_pos, 4\] or \[max_pos, 8\], got \[4, 3\]", x, {"cos": cos[:, :3]}),
             (ValueError, "rope: sin must be the shape of cos", x, {"sin": sin[:3]}),
             (TypeError, "rope: sin must be float32, got float16", x, {"sin": sin.astype(np.float16)}),

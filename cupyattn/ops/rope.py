@@ -12,6 +12,7 @@ from ..runtime.checks import (
     check_dtype,
     check_element_strides,
     check_last_axis,
+    check_number,
     check_shape,
     check_writeable,
     value_range,
@@ -133,6 +134,7 @@ def rope(x, /, *, cos, sin, positions, style="neox", rotary_dim=None, out=None):
     if style not in STYLES:
         raise ValueError(f"rope: style must be one of {STYLES}, got {style!r}")
     rotary_dim = head_dim if rotary_dim is None else rotary_dim
+    check_number("rope", "rotary_dim", rotary_dim, integer=True)
     if not 0 < rotary_dim <= head_dim or rotary_dim % 2:
         raise ValueError(f"rope: rotary_dim must be even and in [2, head_dim={head_dim}], got {rotary_dim}")
     if out is None:
