@@ -40,19 +40,24 @@ def main():
 
 @contextlib.contextmanager
 def _one_line_errors():
-    from .errors import CompileError
-    from .models.gguf import ModelError
-
     try:
-        yield
+        from .errors import CompileError
+        from .models.gguf import ModelError
+
+        try:
+            yield
+        except (ModelError, CompileError, NotImplementedError) as error:
+            _fail(str(error))
     except BrokenPipeError:
         raise
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except MemoryError as error:
+        _fail(f"there is not enough memory: {error}")
     except ModuleNotFoundError as error:
-        _fail(f"the package {error.name} is missing; pip install 'cupyattn[models]'")
-    except (ModelError, CompileError) as error:
-        _fail(str(error))
+        package = (error.name or str(error)).partition(".")[0]
+        wanted = "'cupyattn[models]'" if package in ("tokenizers", "gguf") else package
+        _fail(f"the package {package} is missing; pip install {wanted}")
 
 
 def _fail(message):
@@ -98,7 +103,7 @@ def _cache_hits(xp):
 
 
 class _CompileProgress:
-    """Shows kernels being compiled: a bar on a terminal, lines elsewhere, nothing when all come from the cache."""
+    """Shows kernels being compiled: a bar on a terminal, elsewhere a line at the start and one for each of them."""
 
     def __init__(self, console, xp):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -116,6 +121,11 @@ class _CompileProgress:
         self._bar.stop()
 
     def __call__(self, done, total, spec):
+        if done == 0:
+            if not self._console.is_terminal:
+                self._console.print(f"compiling {total} kernels for {_executor_name(self._xp)}; those in the cache "
+                                    "take no time", highlight=False, markup=False, soft_wrap=True)
+            return
         compiled = _cache_hits(self._xp)[1]
         if compiled > self._compiled and not self._console.is_terminal:
             self._console.print(f"compiled kernel {done} of {total}: {spec.kernel}", highlight=False)
@@ -188,17 +198,16 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt and line on stdout.")] = False,
 ):
     """Continue prompts with a language model, all in one batch."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
     with _one_line_errors():
+        from rich.console import Console
+
+        console = Console(stderr=True)
         xp = _array_module(device)
         from . import runtime
         from .diagnosis import device_name, model_path
         from .models import Llama
 
         path = model or model_path()
-
         llama = Llama.from_gguf(path, dtype=dtype.value, kv_dtype=kv_dtype and kv_dtype.value, xp=xp)
         ids = [llama.tokenizer.encode(prompt) for prompt in prompts]
         with _CompileProgress(console, xp) as progress:
@@ -257,6 +266,9 @@ def cache(clear: Annotated[bool, typer.Option("--clear", help="Delete every comp
         typer.echo(f"size     {sum(map(size_of, entries)) / 1e6:.1f} MB")
         typer.echo(f"entries  {len(entries)}")
         if clear:
-            for entry in entries:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            try:
+                for entry in entries:
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            except OSError as error:
+                _fail(f"{folder} cannot be cleared: {error}")
             typer.echo("cleared")

@@ -7,6 +7,9 @@ import importlib.util
 import os
 import platform
 import re
+import shutil
+import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -50,11 +53,13 @@ def gpu_problem():
         return "no NVIDIA driver (libcuda.so.1) on this machine"
     if importlib.util.find_spec("cupy") is None:
         return "CuPy is not installed; pip install 'cupyattn[cuda13]' (or cuda12, whichever the driver supports)"
-    import cupy
-
     try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
+        from cupy.cuda import runtime
+    except (ImportError, AttributeError) as error:
+        return f"CuPy is installed but broken: {_first_line(error)}"
+    try:
+        count = runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
         return f"CUDA does not start: {error}"
     return None if count else "no NVIDIA GPU on this machine"
 
@@ -123,18 +128,40 @@ def facts():
     yield "cupy cache", str(cupy_cache_dir())
 
 
-def _run_rms_norm(xp):
-    """Compile and run one small kernel; (it was right, what happened)."""
+def _first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _run_kernels(xp):
+    """Compile and run two kernels on a few numbers; (they were right, what happened)."""
+    start, wrong = time.perf_counter(), []
+    try:
+        for name, run in (("rms_norm", _rms_norm_error), ("quant_gemm", _quant_gemm_error)):
+            if not run(xp) < 1e-6:
+                wrong.append(name)
+    except Exception as error:  # whatever goes wrong here is what the user wants to be told
+        return False, " ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
+    found = f"{' and '.join(wrong)} gave a wrong result" if wrong else "rms_norm ran, quant_gemm ran"
+    return not wrong, f"{found} ({time.perf_counter() - start:.1f} s)"
+
+
+def _rms_norm_error(xp):
+    """How far rms_norm of one row is from the truth."""
     from . import rms_norm
 
-    start = time.perf_counter()
-    try:
-        out = rms_norm(xp.asarray([[3.0, 4.0]], "float32"), xp.ones(2, "float32"), eps=0.0)
-        right = bool(abs(out - xp.asarray([[0.6, 0.8]], "float32") * 2**0.5).max() < 1e-6)
-    except Exception as error:  # whatever goes wrong here is what the user wants to be told
-        return False, str(error).splitlines()[0]
-    word = "rms_norm ran" if right else "rms_norm gave a wrong result"
-    return right, f"{word} ({time.perf_counter() - start:.1f} s)"
+    out = rms_norm(xp.asarray([[3.0, 4.0]], "float32"), xp.ones(2, "float32"), eps=0.0)
+    return float(abs(out - xp.asarray([[0.6, 0.8]], "float32") * 2**0.5).max())
+
+
+def _quant_gemm_error(xp):
+    """How far quant_gemm of 16 rows of packed Q8_0 blocks is from the truth, which float16 holds exactly."""
+    from . import QMatrix, quant_gemm
+
+    blocks = np.zeros(16, [("scale", "<f2"), ("numbers", "i1", 32)])
+    blocks["scale"], blocks["numbers"] = 0.5, np.arange(16)[:, None] - 8
+    weight = QMatrix.from_gguf(blocks.view(np.uint8), "Q8_0", (16, 32), xp=np).to(xp)
+    out = quant_gemm(xp.ones((1, 32), "float16"), weight)
+    return float(abs(out - xp.asarray(16.0 * (np.arange(16) - 8), "float16")).max())
 
 
 def checks():
@@ -142,18 +169,50 @@ def checks():
     supported = platform.system() == "Linux" and platform.machine() in ("x86_64", "aarch64")
     yield Check("platform", supported, f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
                 "" if supported else "the CPU executor needs Linux on x86-64 or aarch64; a GPU works without it")
-    compilers = "; ".join(c.identity for c in host_compiler.available()) or "none"
-    yield Check("compilers", compilers != "none", compilers + (f" (CUPYATTN_CXX={env.cxx()})" if env.cxx() else ""),
-                "" if compilers != "none" else "apt install g++, or pip install 'cupyattn[cpu]'")
-    ok, found = _run_rms_norm(np)
-    yield Check("cpu kernels", ok, found, "" if ok else "set CUPYATTN_DEBUG=3 to see every command", True)
+    compilers = _compiler_check()
+    yield compilers
+    ok, found = _run_kernels(np)
+    yield Check("cpu kernels", ok, found, "" if ok else compilers.remedy or "set CUPYATTN_DEBUG=3 to see every command",
+                True)
+    tool = shutil.which("addr2line")
+    yield Check("addr2line", tool is not None, tool or "not found",
+                "" if tool else "only for file and line of a fault in checking mode: apt install binutils")
     yield from _gpu_checks()
     yield from _model_checks()
+    yield _cache_check()
+
+
+def _compiler_check():
+    """The compiler in use first, then the others; it must build a C++17 program, not only tell its version."""
+    try:
+        used = host_compiler.compiler()
+    except CompileError as error:
+        found, _, remedy = str(error).partition("; ")
+        return Check("compilers", False, found, remedy)
+    chosen = f" (CUPYATTN_CXX={env.cxx()})" if env.cxx() else ""
+    source = "#include <string>\nint main(int n, char** v) { if constexpr (true) return std::string(v[0]).at(n); }\n"
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder, "program")
+        done = subprocess.run([*used.command, "-std=c++17", "-x", "c++", "-", "-o", str(program)], input=source,
+                              capture_output=True, text=True)
+        built = program.is_file()
+    if not built:
+        remedy = "CUPYATTN_CXX must name a C++17 compiler, e.g. g++ or clang++" if chosen else \
+                 "apt install g++, or pip install 'cupyattn[cpu]'"
+        return Check("compilers", False, f"{used.identity}{chosen} does not build C++17: "
+                     f"{_first_line(done.stderr) if done.stderr else 'it wrote no program'}", remedy)
+    others = [c.identity for c in host_compiler.available() if c.identity != used.identity]
+    return Check("compilers", True, "; ".join([used.identity + chosen, *others]))
+
+
+def _cache_check():
     folder = env.cache_dir()
-    asked = os.environ.get("CUPYATTN_CACHE_DIR")
-    lost = asked is not None and folder != Path(asked)
-    yield Check("cache", not lost, f"{folder}, {sum(map(size_of, cache_entries(folder))) / 1e6:.1f} MB",
-                f"{asked} cannot be written" if lost else "")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return Check("cache", True, f"{folder}, {sum(map(size_of, cache_entries(folder))) / 1e6:.1f} MB")
+    except OSError as error:
+        return Check("cache", False, f"{folder}: {error.strerror}", "set CUPYATTN_CACHE_DIR to a writable folder")
 
 
 def _gpu_checks():
@@ -171,18 +230,19 @@ def _gpu_checks():
         return
     import cupy
 
-    ok, found = _run_rms_norm(cupy)
+    ok, found = _run_kernels(cupy)
     yield Check("gpu kernels", ok, f"{device_name(cupy)}: {found}",
                 "" if ok else "set CUPYATTN_DEBUG=3 to see the options", True)
 
 
 def _nvrtc_check():
-    from cupy.cuda import nvrtc
-
     try:
+        from cupy.cuda import nvrtc
+
         major, minor = nvrtc.getVersion()
     except (RuntimeError, ImportError) as error:
-        return Check("nvrtc", False, str(error).splitlines()[0], "pip install 'cupyattn[cuda13]' (or cuda12)")
+        return Check("nvrtc", False, _first_line(error),
+                     "pip install --force-reinstall 'cupyattn[cuda13]' (or cuda12)")
     return Check("nvrtc", True, f"CUDA {major}.{minor}")
 
 

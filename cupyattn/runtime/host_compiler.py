@@ -44,7 +44,7 @@ def _probe(command, family=None):
         out = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=120)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    if out.returncode != 0:
+    if out.returncode != 0 or not out.stdout.strip():
         return None
     first = out.stdout.strip().splitlines()[0]
     if family is None:
@@ -54,7 +54,10 @@ def _probe(command, family=None):
 
 @functools.lru_cache(maxsize=8)
 def _named(text):
-    command = shlex.split(text)
+    try:
+        command = shlex.split(text)
+    except ValueError:   # a quote that is not closed
+        return None
     family = "ziglang" if "zig" in text else None
     return _probe(command, family)
 
