@@ -55,17 +55,16 @@ def config_from(metadata):
         Another architecture than llama, a key that is missing or holds what no model can have, or a RoPE scaling
         this reader does not know.
     """
-    architecture = metadata.get("general.architecture")
+    architecture = field(metadata, "general.architecture", str)
     if architecture != "llama":
         raise ModelError(f"model architecture must be llama, got {architecture}")
-    if metadata.get("llama.expert_count") not in (None, 0):
-        raise ModelError("mixture-of-experts models are not supported, got llama.expert_count = "
-                         f"{metadata['llama.expert_count']}")
+    if experts := field(metadata, "llama.expert_count", int, 0):
+        raise ModelError(f"mixture-of-experts models are not supported, got llama.expert_count = {experts}")
 
     def size(name, default=None):
         value = field(metadata, "llama." + name, int, default)
-        if value < 1:
-            raise ModelError(f"metadata llama.{name} must be positive, got {value}")
+        if not 1 <= value < 2**31:
+            raise ModelError(f"metadata llama.{name} must be from 1 to {2**31 - 1}, got {value}")
         return value
 
     heads, hidden = size("attention.head_count"), size("embedding_length")
