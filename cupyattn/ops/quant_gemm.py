@@ -19,7 +19,9 @@ def _spec(x, out, bias, format, m_tile, row_tiles, warps, vec):
     """CUDA cores."""
     return Specialisation("quant_gemm", "quant_gemm", "QuantGemmArgs",
                           {"T": x, "U": out, "B": bias, "FORMAT": FORMATS[format].trait, "M_TILE": m_tile,
-                           "ROW_TILES": row_tiles, "WARPS": warps, "VEC": vec, "TENSOR_CORES": 0})
+                           "ROW_TILES": row_tiles, "WARPS": warps, "VEC": vec, "TENSOR_CORES": 0},
+                          # one-warp blocks are the CPU executor's: a GPU would keep some of their sums in memory
+                          spill_bytes=1024 if warps == 1 else 0)
 
 
 def _mma_spec(x, out, bias, format, m_tile, vec):
@@ -45,13 +47,14 @@ CORE = [*(_spec(*case) for case in (
 
 
 def _all():
+    """What GPU plans pick; the CPU's one-warp blocks with one type of out and bias, which are a conversion only."""
     for x in FLOATS:
         for out, bias, format in itertools.product(FLOATS, dict.fromkeys((x, "float32")), FORMATS):
-            for vec in (1, 4 if x == "float32" else 8):
-                for m_tile, (row_tiles, warps) in itertools.product(
-                        (1, 2, 4, 8), ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (1, _WARPS))):
-                    if row_tiles * m_tile <= 64:
-                        yield _spec(x, out, bias, format, m_tile, row_tiles, warps, vec)
+            for m_tile, vec in itertools.product((1, 2, 4, 8), (1, 4 if x == "float32" else 8)):
+                yield _spec(x, out, bias, format, m_tile, 1, _WARPS, vec)
+                for row_tiles in (1, 2, 4, 8, 16):
+                    if row_tiles * m_tile <= 64 and (out, bias) == (x, "float32"):
+                        yield _spec(x, out, bias, format, m_tile, row_tiles, 1, vec)
             if _version(format, x, "sm_80")[0] == "mma":
                 for m_tile, vec in itertools.product((8, 16), (1, 2)):
                     yield _mma_spec(x, out, bias, format, m_tile, vec)
