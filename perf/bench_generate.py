@@ -3,7 +3,8 @@
 
 The NumPy side has every advantage NumPy offers: weights dequantized beforehand, keys and values cached, projections
 fused, one matrix-vector product each. ``python perf/bench_generate.py`` prints the comparison; both sides take turns,
-so whatever else the machine does hits both.
+so whatever else the machine does hits both, but not alike: BLAS threads that must share cores with other processes
+wait for each other, and NumPy then loses up to nine tenths of its speed. Quote figures of an idle machine only.
 """
 
 import json
