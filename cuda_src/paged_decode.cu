@@ -96,10 +96,8 @@ CA_KERNEL __launch_bounds__(128, ROWS > 4 ? 2 : 3) void paged_decode(const __gri
   const int lane = threadIdx.x % 32;
 
   // 1. tokens of this chunk that any row sees
-  const int chunk_begin = blockIdx.y * CHUNK;
-  const int end = min(chunk_begin + CHUNK, rows.last_key(args, rows.num_rows - 1) + 1);
-  // a first key past the end is the end: counting tiles from it must not overflow
-  const int begin = min(max(chunk_begin, rows.first_key(args, 0)), max(chunk_begin, end));
+  const TokenRange chunk = visible_tokens(args, rows);
+  const int chunk_begin = chunk.start, begin = chunk.begin, end = chunk.end;
   if (args.num_chunks > 1 && begin >= end) {
     store_empty(args, rows);
     return;

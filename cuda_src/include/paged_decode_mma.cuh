@@ -142,10 +142,8 @@ __device__ __forceinline__ void decode_on_tensor_cores(const PagedDecodeArgs& ar
   const int lane = threadIdx.x % 32;
 
   // 1. tokens of this chunk that any row sees
-  const int chunk_begin = blockIdx.y * CHUNK;
-  const int end = min(chunk_begin + CHUNK, rows.last_key(args, rows.num_rows - 1) + 1);
-  // a first key past the end is the end: counting tiles from it must not overflow
-  const int begin = min(max(chunk_begin, rows.first_key(args, 0)), max(chunk_begin, end));
+  const TokenRange chunk = visible_tokens(args, rows);
+  const int chunk_begin = chunk.start, begin = chunk.begin, end = chunk.end;
   if (args.num_chunks > 1 && begin >= end) {
     store_empty(args, rows);
     return;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // paged_decode_rows.cuh - what both versions of paged_decode share: the query rows of a block, the tokens they see,
 // and the merging and storing of what the block's warps found. Included by paged_decode.cu after its constants, of
-// which it uses T, ROWS, STEP and ALIGNED.
+// which it uses T, ROWS, STEP, ALIGNED and CHUNK.
 #ifndef CUPYATTN_PAGED_DECODE_ROWS_CUH
 #define CUPYATTN_PAGED_DECODE_ROWS_CUH
 
@@ -68,6 +68,18 @@ struct RowTile {
     return (seq * args.q_len + query(args, r)) * (args.num_kv_heads * args.heads_per_kv) + head(args, r);
   }
 };
+
+// The chunk of this block starts at `start`; its tokens [begin, end) are those that any of the rows sees.
+struct TokenRange {
+  int start, begin, end;
+};
+
+__device__ __forceinline__ TokenRange visible_tokens(const PagedDecodeArgs& args, const RowTile& rows) {
+  const int chunk_begin = blockIdx.y * CHUNK;
+  const int end = min(chunk_begin + CHUNK, rows.last_key(args, rows.num_rows - 1) + 1);
+  // a first key past the end is the end: counting tiles from it must not overflow
+  return {chunk_begin, min(max(chunk_begin, rows.first_key(args, 0)), max(chunk_begin, end)), end};
+}
 
 __device__ __forceinline__ int64_t total_rows(const PagedDecodeArgs& args) {
   return static_cast<int64_t>(args.batch) * args.q_len * args.num_kv_heads * args.heads_per_kv;
