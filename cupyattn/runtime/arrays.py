@@ -28,27 +28,6 @@ def _kind(array):
     return None
 
 
-def as_array(op, name, value):
-    """`value` as a NumPy or CuPy array without copying; foreign device arrays come in zero-copy.
-
-    NumPy and CuPy arrays pass through. Objects with ``__cuda_array_interface__`` or a CUDA DLPack capsule become
-    CuPy arrays, host DLPack objects become NumPy arrays. Anything else is a TypeError.
-    """
-    if _kind(value) is not None:
-        return value
-    if hasattr(value, "__cuda_array_interface__"):
-        import cupy
-
-        return cupy.asarray(value)
-    if hasattr(value, "__dlpack_device__"):
-        if value.__dlpack_device__()[0] == 1:
-            return np.from_dlpack(value)
-        import cupy
-
-        return cupy.from_dlpack(value)
-    raise TypeError(f"{op}: {name} must be a NumPy or CuPy array, got {type(value).__name__}")
-
-
 def array_namespace(op, /, **arrays):
     """The module (numpy or cupy) all `arrays` belong to; None values are ignored.
 
