@@ -130,8 +130,8 @@ CA_KERNEL __launch_bounds__(128, ROWS > 4 ? 2 : 3) void paged_decode(const __gri
   const auto look_up = [&](int token, const KV** to) {
     TokenSlot slot = {-1, 0};
     if (token >= begin && token < end) slot = find_token(args.table, rows.seq, token);
-    to[lane] = kv_row<KV>(args.k, slot, rows.kv_head);
-    to[TILE + lane] = kv_row<KV>(args.v, slot, rows.kv_head);
+    to[lane] = kv_row<KV>(args.k, args.table, slot, rows.kv_head);
+    to[TILE + lane] = kv_row<KV>(args.v, args.table, slot, rows.kv_head);
   };
 
   // 3. tiles of 32 tokens, counted from the chunk's start: warp w takes w, w + warps, ...

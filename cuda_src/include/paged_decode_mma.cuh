@@ -177,7 +177,7 @@ __device__ __forceinline__ void decode_on_tensor_cores(const PagedDecodeArgs& ar
   };
   // Makes the row known to the warp; returns the tokens of the tile that are in a page, one bit each.
   const auto publish = [&](TokenSlot slot, int parity) {
-    pointers[parity * 2 * TILE + lane] = kv_row<T>(lane < TILE ? args.k : args.v, slot, rows.kv_head);
+    pointers[parity * 2 * TILE + lane] = kv_row<T>(lane < TILE ? args.k : args.v, args.table, slot, rows.kv_head);
     return __ballot_sync(FULL_MASK, slot.page >= 0);
   };
   const auto copy = [&](int stage, int parity) {

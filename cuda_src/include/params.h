@@ -23,17 +23,39 @@ struct HeadView {
   int64_t stride_head;   // elements between heads
 };
 
-struct KvView {
-  void* data;            // T [pages, page_size, num_kv_heads, head_dim] last axis contiguous, any other strides
-  int64_t stride_page;   // elements between pages
-  int64_t stride_token;  // elements between tokens of a page
+struct SequenceView {
+  void* data;            // T [batch, q_len, heads, head_dim] last axis contiguous
+  int64_t stride_seq;    // elements between sequences; 0 when tokens are counted through all sequences
+  int64_t stride_token;  // elements between tokens
   int64_t stride_head;   // elements between heads
 };
 
+struct KvView {
+  void* data;            // C [pages, page_size, num_kv_heads, codes of a row] last axis contiguous, any other strides
+  int64_t stride_page;   // elements between pages
+  int64_t stride_token;  // elements between tokens of a page
+  int64_t stride_head;   // elements between heads
+  int64_t offset;        // bytes from a block's start to its first row, with block pointers; data is then null
+};
+
+struct KvScale {
+  void* scale;           // S [pages, page_size, num_kv_heads, groups] x = code * scale + zero; stride 0 where shared
+  void* zero;            // S like scale; null for none
+  int64_t stride_page;   // elements between pages
+  int64_t stride_token;  // elements between tokens of a page
+  int64_t stride_head;   // elements between heads
+  int64_t stride_group;  // elements between groups of dims
+  int64_t scale_offset;  // bytes from a block's start to its first scale, with block pointers; scale is then null
+  int64_t zero_offset;   // bytes from a block's start to its first zero, with block pointers
+};
+
 struct PageTable {
-  const int32_t* block_table;  // int32 [batch, max_pages] page ids, entries past a sequence's length are not read
+  const int32_t* block_table;  // int32 [batch, max_pages] page ids, or with indptr those of all sequences in one row
+  const int32_t* indptr;       // int32 [batch + 1] pages of sequence b are entries indptr[b] to indptr[b + 1]; or null
+  const int64_t* block_ptrs;   // uint64 addresses of blocks in place of page ids, with indptr; null for ids
+  const int32_t* row_starts;   // int32 [batch + 1] no pages: token t of sequence b is slot row_starts[b] + t; or null
   int64_t stride_seq;          // elements between rows of block_table
-  int32_t max_pages;           // columns of block_table
+  int32_t max_pages;           // columns of block_table, with indptr its length
   int32_t page_size;           // tokens per page
   int32_t num_pages;           // pages in the cache; an id outside [0, num_pages) makes its tokens invisible
   int32_t reserved;            // zero
@@ -50,13 +72,6 @@ struct RmsNormArgs {
   int32_t hidden;      // row length
   float eps;           // added to the mean square
   int32_t reserved;    // zero
-};
-
-struct SequenceView {
-  void* data;            // T [batch, q_len, heads, head_dim] last axis contiguous
-  int64_t stride_seq;    // elements between sequences
-  int64_t stride_token;  // elements between tokens of a sequence
-  int64_t stride_head;   // elements between heads
 };
 
 struct PagedDecodeArgs {

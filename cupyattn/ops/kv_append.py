@@ -205,7 +205,8 @@ def kv_append(k, v, k_cache, v_cache, /, *, slots=None, block_table=None, positi
                            min(alignment(a) for a in (k, v, k_cache, v_cache)), arch_of(xp))
     by_table = block_table is not None
     table = page_table(block_table, k_cache) if by_table else {
-        "block_table": None, "stride_seq": 0, "max_pages": 0, "page_size": k_cache.shape[1],
+        "block_table": None, "indptr": None, "block_ptrs": None, "row_starts": None, "stride_seq": 0, "max_pages": 0,
+        "page_size": k_cache.shape[1],
         "num_pages": k_cache.shape[0], "reserved": 0}
     wide = not by_table and slots.dtype.itemsize == 8
     launch(plan, make_args(

@@ -101,11 +101,11 @@ def head_view(array):
 def kv_view(array):
     """KvView of `array` [pages, page_size, num_kv_heads, head_dim], any strides with a contiguous last axis."""
     page, token, head, _ = strides(array)
-    return {"data": array, "stride_page": page, "stride_token": token, "stride_head": head}
+    return {"data": array, "stride_page": page, "stride_token": token, "stride_head": head, "offset": 0}
 
 
 def page_table(block_table, cache):
     """PageTable of `block_table` int32 [batch, max_pages] over `cache` [pages, page_size, ...]."""
-    return {"block_table": block_table, "stride_seq": block_table.strides[0] // 4,
-            "max_pages": block_table.shape[1], "page_size": cache.shape[1], "num_pages": cache.shape[0],
+    return {"block_table": block_table, "indptr": None, "block_ptrs": None, "row_starts": None,
+            "stride_seq": block_table.strides[0] // 4, "max_pages": block_table.shape[1], "page_size": cache.shape[1], "num_pages": cache.shape[0],
             "reserved": 0}
