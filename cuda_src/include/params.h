@@ -61,6 +61,38 @@ struct PageTable {
   int32_t reserved;            // zero
 };
 
+struct MaskView {
+  const void* data;      // uint8 (nonzero: visible) or float [batch, heads, queries, keys] by strides, 0 to repeat
+  int64_t stride_seq;    // elements between sequences
+  int64_t stride_head;   // elements between heads
+  int64_t stride_query;  // elements between queries
+  int64_t stride_key;    // elements between keys
+  int32_t keys;          // keys of the mask; later ones stay visible
+  int32_t kind;          // 0 none, 1 bool, 2 float32 added to the score, 3 float16 added, 4 bfloat16 added
+};
+
+struct PartialRows {
+  float* out;            // float32 normalised outputs of items that are not a whole unit
+  float* lse;            // float32 natural lse times lse_factor, -inf for a row without keys
+  float* sum;            // float32 like lse: 1 for a row with keys, 0 without; null when not wanted
+  int32_t* split_count;  // int32 [tokens] splits that hold a token's result, 0: it is in out; null when not wanted
+  int64_t stride_split;  // elements of out between slots
+  int64_t stride_token;  // elements of out between the rows of a slot, or between tokens when unit is -1
+  int64_t stride_head;   // elements of out between heads when unit is -1
+  int64_t lse_split;     // the same strides of lse and sum
+  int64_t lse_token;     // elements
+  int64_t lse_head;      // elements
+};
+
+struct WorkItems {
+  const int32_t* items;         // int32 [items, 8] seq, kv_head, first_row, begin, end, slot, unit, members
+  const int32_t* worker_items;  // int32 [blocks + 1] block w runs items worker_items[w] to worker_items[w + 1]
+  const int32_t* units;         // int32 [units, 2] first piece, pieces
+  const int32_t* pieces;        // int32 [pieces] partial row (slot * ROWS + row) of a unit's row 0, in merge order
+  const int32_t* members;       // int32 [members, 2] seq, unit of its KV head 0
+  int32_t* counters;            // int32 [units] pieces that have arrived; zero before and after
+};
+
 // ---- one struct per kernel, in the order of the op list ------------------------------------------------
 
 struct RmsNormArgs {
@@ -72,6 +104,46 @@ struct RmsNormArgs {
   int32_t hidden;      // row length
   float eps;           // added to the mean square
   int32_t reserved;    // zero
+};
+
+struct AttentionArgs {
+  const SequenceView q;          // T [tokens, num_heads, head_dim] queries after RoPE
+  const KvView k;                // keys, in codes of the format
+  const KvView v;                // values, in codes of the format
+  const KvScale k_scale;         // scales of quantized keys
+  const KvScale v_scale;         // scales of quantized values
+  const PageTable table;         // where the keys of every sequence are
+  const MaskView mask;           // user's mask
+  SequenceView out;              // T [tokens, num_heads, head_dim_v] results
+  PartialRows partials;          // results of items that are not a whole unit
+  WorkItems work;                // which block does what
+  const int32_t* cu_seqlens_q;   // int32 [batch + 1] first query token of every sequence; null: q_len tokens each
+  const int32_t* cache_seqlens;  // int32 [batch] tokens to attend to, the new ones included; null: rows of table
+  const int32_t* cache_starts;   // int32 [batch] first visible key; null for 0
+  const int32_t* key_offsets;    // int32 [batch] position of local key 0; null for key_offset
+  const int32_t* key_counts;     // int32 [batch] local keys; null: all below cache_seqlens
+  const uint8_t* finished;       // bool [batch] sequences that give zeros; null for none
+  const uint32_t* tree_mask;     // uint32 [tokens, words] bit j: new token j is visible; null: causal decides
+  const float* alibi_slopes;     // float32 [num_heads]; null for none
+  const float* sinks;            // float32 [num_heads] one extra logit per head; null for none
+  float* lse;                    // float32 [tokens, num_heads] contiguous; null when not wanted
+  int64_t stride_seqlens;        // elements between entries of cache_seqlens
+  int64_t stride_starts;         // elements between entries of cache_starts
+  int64_t stride_tree;           // elements between rows of tree_mask
+  int32_t batch;                 // number of sequences
+  int32_t q_len;                 // query tokens per sequence without cu_seqlens_q
+  int32_t num_kv_heads;          // KV heads
+  int32_t heads_per_kv;          // query heads per KV head
+  int32_t head_dim;              // of queries and keys: a multiple of 8, at most 256
+  int32_t head_dim_v;            // of values and out: a multiple of 8, at most 256
+  int32_t causal;                // 1: a query sees no later token
+  int32_t window_size;           // visible tokens, the query's own included; 0 for all
+  int32_t key_stride;            // local key l stands at position l * key_stride + key_offset
+  int32_t key_offset;            // position of local key 0
+  int32_t sink_in_partials;      // 1: the last split of a unit counts the sink into its partial result
+  float softmax_scale;           // natural scale of the scores
+  float softcap;                 // scores become softcap * tanh(score / softcap); 0 for off
+  float lse_factor;              // partial lse is stored times this
 };
 
 struct PagedDecodeArgs {

@@ -107,5 +107,5 @@ def kv_view(array):
 def page_table(block_table, cache):
     """PageTable of `block_table` int32 [batch, max_pages] over `cache` [pages, page_size, ...]."""
     return {"block_table": block_table, "indptr": None, "block_ptrs": None, "row_starts": None,
-            "stride_seq": block_table.strides[0] // 4, "max_pages": block_table.shape[1], "page_size": cache.shape[1], "num_pages": cache.shape[0],
-            "reserved": 0}
+            "stride_seq": block_table.strides[0] // 4, "max_pages": block_table.shape[1], "page_size": cache.shape[1],
+            "num_pages": cache.shape[0], "reserved": 0}
