@@ -17,10 +17,11 @@ from .ops.split_reduce import split_reduce
 from .pages import PageManager
 from .params import PagedParams, Params
 from .quant import QMatrix
-from .rope_params import RopeParams
+from .rope_params import RopeKernelParam, RopeParams
 
 __all__ = [
-    "CompileError", "KernelCheckError", "PagedParams", "PageManager", "Params", "QMatrix", "RopeParams",
+    "CompileError", "KernelCheckError", "PagedParams", "PageManager", "Params", "QMatrix", "RopeKernelParam",
+    "RopeParams",
     "embedding", "kv_append", "layer_norm", "paged_decode", "quant_gemm", "rms_norm", "rope", "silu_mul",
     "split_reduce",
 ]
