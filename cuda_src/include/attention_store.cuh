@@ -10,6 +10,7 @@
 
 #include "attention_work.cuh"
 #include "eight_floats.cuh"
+#include "hadamard.cuh"
 #include "kv_format.cuh"
 #include "online_softmax.cuh"
 
@@ -219,10 +220,9 @@ __device__ __forceinline__ void merge_and_store(const AttentionArgs& args, const
     for (int n = 0; n < WIDTH / STEP; ++n) out[n] *= scale;
     if constexpr (VF::ROTATED) hadamard32(out);
     if constexpr (VF::CHANNEL) {
-      const float* channel = static_cast<const float*>(args.v_scale.scale) +
-                             rows.item.kv_head * args.v_scale.stride_head;
+      const EightFloats channels = channel_scales(args.v_scale, rows.item.kv_head, dim);
 #pragma unroll
-      for (int j = 0; j < STEP; ++j) out[0].x[j] *= channel[(dim + j) * args.v_scale.stride_group];
+      for (int j = 0; j < STEP; ++j) out[0].x[j] *= channels.x[j];
     }
 #pragma unroll
     for (int n = 0; n < WIDTH / STEP; ++n)
