@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+import numpy as np
+import pytest
+from compare import assert_same_bits
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from cupyattn.reference import schedule as reference
+from cupyattn.work_list import WorkList, make_work
+
+WORKERS = (1, 7, 16, 264)
+LENGTHS = st.integers(0, 300) | st.integers(0, 5000) | st.sampled_from([63, 64, 65, 1023, 1024, 1025, 4096])
+
+
+def assert_same_work(got, want):
+    for name in WorkList.ARRAYS:
+        assert_same_bits(getattr(got, name), getattr(want, name))
+    assert (got.rows, got.workers, got.num_slots) == (want.rows, want.workers, want.num_slots)
+
+
+@st.composite
+def cases(draw, most_queries=40):
+    """Arguments of make_work: ragged lengths, and every rule of what a query sees."""
+    batch = draw(st.integers(0, 6))
+
+    def per_sequence(values):
+        return np.array(draw(st.lists(values, min_size=batch, max_size=batch)), np.int32)
+
+    kwargs = {"num_kv_heads": draw(st.integers(1, 3)), "heads_per_kv": draw(st.sampled_from([1, 2, 3, 4, 8])),
+              "rows": draw(st.sampled_from([1, 2, 8, 16, 64])), "workers": draw(st.sampled_from(WORKERS)),
+              "causal": draw(st.booleans()), "window_size": draw(st.sampled_from([0, 0, 1, 64, 1000]))}
+    every, rows = 2**31 - 1, kwargs["rows"]
+    kwargs["packed_rows"] = draw(st.sampled_from([(1, every), (1, rows), (rows + 1, every)]))
+    policy = draw(st.sampled_from(["balanced", "balanced", "invariant", "splits"]))
+    if policy == "invariant":
+        kwargs["invariant"] = True
+    elif policy == "splits":
+        kwargs["num_splits"] = draw(st.integers(1, 64))
+    if draw(st.booleans()):
+        kwargs["cache_starts"] = per_sequence(st.integers(0, 3000))
+    if draw(st.booleans()):
+        kwargs["finished"] = per_sequence(st.booleans()).astype(bool)
+    shards = draw(st.sampled_from(["none", "none", "round robin", "contiguous"]))
+    if shards == "round robin":
+        kwargs["key_stride"] = draw(st.integers(2, 8))
+        kwargs["key_offset"] = draw(st.integers(0, kwargs["key_stride"] - 1))
+    elif shards == "contiguous":
+        kwargs["key_offsets"], kwargs["key_counts"] = per_sequence(st.integers(0, 2000)), per_sequence(LENGTHS)
+    q_lens = per_sequence(st.integers(0, most_queries))
+    return per_sequence(LENGTHS), q_lens, kwargs
+
+
+@hypothesis_settings(max_examples=150, deadline=None, derandomize=True)
+@given(cases())
+def test_make_work(case):
+    """Array by array what plain loops over units and key tiles give."""
+    seqlens, q_lens, kwargs = case
+    got = make_work(seqlens, q_lens, **kwargs)
+    assert_same_work(got, reference.make_work(seqlens, q_lens, **kwargs))
+    check_list(got, "invariant" not in kwargs and "num_splits" not in kwargs)
+
+
+def check_list(work, balanced):
+    """Promises of any list: one owner per item, slots and units used once, few partial items per block."""
+    items, splits = work.items, work.splits()
+    assert (np.diff(work.worker_items) >= 0).all()
+    assert (work.worker_items[0], work.worker_items[-1]) == (0, len(items))
+    partial = items[:, 5] >= 0
+    assert (items[partial, 5] == np.arange(work.num_slots)).all()
+    assert sorted(work.pieces // work.rows) == list(range(work.num_slots)) or len(work.members)
+    assert len(work.units) == len(work.counters) == (splits > 1).sum() or len(work.members)
+    if len(work.units):
+        assert (work.units[:, 0] == np.cumsum(work.units[:, 1]) - work.units[:, 1]).all()
+    if balanced:
+        for w in range(work.workers):
+            assert partial[work.worker_items[w]:work.worker_items[w + 1]].sum() <= 2
+        assert work.num_slots <= 2 * work.workers
+
+
+def test_balance():
+    """Costs of key tiles and item starts differ by at most what starting the items of one block costs."""
+    rng = np.random.default_rng(3)
+    work = make_work(rng.integers(1, 30000, 12), 1, num_kv_heads=8, heads_per_kv=4, rows=16, workers=264)
+    assert work.imbalance < 0.2
+    tiles = (work.items[:, 4] - work.items[:, 3]) // 64
+    sums = [tiles[a:b].sum() for a, b in zip(work.worker_items, work.worker_items[1:], strict=False)]
+    assert max(sums) <= -(-(tiles.sum() + 2 * 96) // 264)
+
+
+@pytest.mark.parametrize("tiles, num_splits, real", [(17, 16, 9), (100, 64, 50), (10, 4, 4), (5, 64, 5), (1, 64, 1)])
+def test_turbomind_splits(tiles, num_splits, real):
+    """TurboMind's rule: ceil(tiles / splits) tiles each, so fewer splits than asked for may be real."""
+    for seqlen in (64 * tiles, 64 * tiles - 63):
+        work = make_work([seqlen], 1, num_kv_heads=2, heads_per_kv=4, rows=16, workers=16, num_splits=num_splits)
+        assert work.splits().tolist() == [real, real]
+        each = -(-tiles // num_splits) * 64
+        assert work.items[:real, 3].tolist() == list(range(0, 64 * tiles, each))
+
+
+def test_window_counts_tiles_from_its_first():
+    work = make_work([10000], 1, num_kv_heads=1, heads_per_kv=1, rows=1, workers=1, window_size=1000, num_splits=4)
+    assert work.items[:, 3].tolist() == [64 * (140 + t) for t in (0, 5, 10, 15)]   # token 9000 is in tile 140
+
+
+def test_invariant_cuts_depend_on_the_sequence_alone():
+    """Alone or among others, with 1, 7 or 132 blocks: cut at the same keys."""
+    rng = np.random.default_rng(5)
+    seqlens, q_lens = rng.integers(0, 9000, 8), rng.integers(0, 50, 8)
+    cuts = []
+    for workers in (1, 7, 132):
+        work = make_work(seqlens, q_lens, num_kv_heads=2, heads_per_kv=4, rows=16, workers=workers, invariant=True)
+        cuts.append(work.items[:, :7].tolist())
+    assert cuts[0] == cuts[1] == cuts[2]
+    for b in range(8):
+        alone = make_work(seqlens[b:b + 1], q_lens[b:b + 1], num_kv_heads=2, heads_per_kv=4, rows=16, workers=132,
+                          invariant=True)
+        among = work.items[work.items[:, 0] == b]
+        assert (alone.items[:, 1:5] == among[:, 1:5]).all() and len(alone.items) == len(among)
+
+
+@hypothesis_settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.data())
+def test_shared_prefix_work(data):
+    """Prefix items and the units after them, against plain loops."""
+    q_len, heads_per_kv = data.draw(st.sampled_from([(1, 1), (1, 4), (2, 4), (1, 3)]))
+    invariant = data.draw(st.booleans())
+    unit = 1024 if invariant else 64
+    order = data.draw(st.permutations(range(9)))
+    prefixes, at = [], 0
+    for size in data.draw(st.lists(st.integers(2, 6), max_size=3)):
+        if at + size <= 9:
+            prefixes.append((unit * data.draw(st.integers(1, 4)), np.sort(order[at:at + size])))
+            at += size
+    seqlens = np.array(data.draw(st.lists(st.integers(0, 300), min_size=9, max_size=9)))
+    for keys, group in prefixes:
+        seqlens[group] += keys + q_len
+    kwargs = {"num_kv_heads": data.draw(st.integers(1, 3)), "heads_per_kv": heads_per_kv, "rows": 16,
+              "workers": data.draw(st.sampled_from(WORKERS)), "invariant": invariant, "prefixes": prefixes}
+    got = make_work(seqlens, q_len, **kwargs)
+    assert_same_work(got, reference.make_work(seqlens, q_len, **kwargs))
+    check_list(got, False)
+    check_coverage(got, seqlens, q_len * heads_per_kv)
+
+
+def check_coverage(work, seqlens, each):
+    """Every key tile of every row of every (sequence, KV head) is in exactly one piece of its unit, in order."""
+    of_slot = {item[5]: item for item in work.items.tolist() if item[5] >= 0}
+    whole = {(item[0], item[1]): item for item in work.items.tolist() if item[5] < 0}
+    heads = int(work.items[:, 1].max()) + 1 if len(work.items) else 0
+    units = {(item[0], item[1]): item[6] for item in work.items.tolist() if item[5] >= 0 and not item[7]}
+    for b, seqlen in enumerate(seqlens):
+        for head in range(heads):
+            if (b, head) in whole:
+                assert whole[b, head][3:5] == [0, -(-seqlen // 64) * 64]
+                continue
+            first, count = work.units[units[b, head]]
+            at = 0
+            for piece in work.pieces[first:first + count]:
+                slot, row = divmod(int(piece), work.rows)
+                seq, kv_head, first_row, begin, end, _, _, members = of_slot[slot]
+                assert kv_head == head and begin == at
+                if members:
+                    assert members * each <= work.rows and row % each == 0
+                    member = work.members[first_row + row // each]
+                    assert member.tolist() == [b, units[b, 0]] and row // each < members
+                else:
+                    assert (seq, first_row, row) == (b, 0, 0)
+                at = end
+            assert at == -(-seqlen // 64) * 64
+
+
+def test_invariant_prefix_changes_no_piece():
+    """With and without a shared prefix, a unit is merged from the same ranges of keys."""
+    seqlens = [5000, 2100, 7000, 300, 2049]
+    kwargs = {"num_kv_heads": 2, "heads_per_kv": 4, "rows": 16, "workers": 16, "invariant": True}
+
+    def ranges(work):
+        of_slot = {item[5]: (item[3], item[4]) for item in work.items.tolist() if item[5] >= 0}
+        return {(item[0], item[1]): [of_slot[p // 16] for p in work.pieces[slice(*np.cumsum(work.units[item[6]]))]]
+                for item in work.items.tolist() if item[6] >= 0 and not item[7]}
+
+    shared = make_work(seqlens, 1, prefixes=[(2048, [0, 1, 2, 4])], **kwargs)
+    assert (shared.items[:, 7] > 0).any()
+    assert ranges(shared) == ranges(make_work(seqlens, 1, **kwargs))
