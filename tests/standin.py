@@ -7,6 +7,7 @@ pretended GPU and enforces CuPy's and CUDA's rules. Any other CuPy call that nee
 its tests here uses our kernels and these calls alone. test_cuda_backend.py checks each of them on a real GPU too.
 """
 
+import bisect
 import contextlib
 import importlib
 import re
@@ -104,16 +105,34 @@ def _argument(value):
 
 
 def _args(layout, data):
-    """Args of a launch of which only the bytes are known; a pointer may reach the whole allocation it points into."""
+    """Args of a launch of which only the bytes are known; a pointer may reach the whole allocation it points into.
+
+    So may the addresses in an array whose field is called ``..._ptrs``.
+    """
     record = np.frombuffer(data, layout.dtype)[0]
+    blocks = sorted(device.state.memory.values(), key=lambda block: block.address)
+    starts = [block.address for block in blocks]
+
+    def allocation(address):
+        i = bisect.bisect(starts, address) - 1
+        return blocks[i] if i >= 0 and address < starts[i] + blocks[i].bytes.size else None
+
     arrays = []
     for leaf in layout.leaves:
         if leaf.is_pointer:
             address = record[leaf.top]
             for name in leaf.sub:
                 address = address[name]
-            arrays += [(leaf, block.bytes) for block in list(device.state.memory.values())
-                       if block.address <= address < block.address + block.bytes.size]
+            block = allocation(address)
+            if block is None:
+                continue
+            arrays.append((leaf, block.bytes))
+            if leaf.path.endswith("_ptrs"):
+                start = int(address) - block.address
+                held = block.bytes[start:start + (block.bytes.size - start) // 8 * 8].view(np.int64)
+                reached = {id(b): b for b in map(allocation, held) if b is not None}
+                arrays += [(leaf._replace(read_only=False, sub=(*leaf.sub, str(n))), b.bytes)
+                           for n, b in enumerate(reached.values())]
     return Args(layout, data, arrays)
 
 

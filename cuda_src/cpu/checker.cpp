@@ -4,7 +4,7 @@
 // An access must lie in an argument's buffer, in shared memory, on the thread's stack or in the library's own data.
 // Two accesses of one byte, one of them a write, must be ordered or both be atomic. Within a block a block barrier
 // orders everything (it starts a new epoch); between two of those, collectives, named barriers and atomics hand on
-// what each thread knows of the others' clocks. Between blocks only global atomics order.
+// what each thread knows of the others' clocks. Between blocks only fences with global atomics order.
 #include "checker.h"
 
 #include <link.h>
@@ -94,21 +94,9 @@ void on_shared(Worker* w, std::vector<SharedByte>& shadow, size_t offset, size_t
        write ? "written" : "read", after_write ? "write" : "read", b[0], b[1], b[2], t[0], t[1], t[2]);
 }
 
-bool global_ordered(Worker* w, uint32_t owner, const Mark& m, int thread) {
-  Checker* c = w->checker;
-  if (!owner) return true;
-  const Owner& o = c->owners[owner];
-  if (o.block == w->block_number) return ordered_before(c, m, thread);
-  return o.published && c->acquired > o.published;
-}
-
-uint32_t own_entry(Worker* w) {
-  Checker* c = w->checker;
-  if (!c->owner) {
-    c->owner = static_cast<uint32_t>(c->owners.size());
-    c->owners.push_back({w->block_number, 0});
-  }
-  return c->owner;
+bool global_ordered(Checker* c, uint32_t block, const Mark& m, int thread) {
+  if (!block) return true;
+  return block + 1 == c->blocks.size() ? ordered_before(c, m, thread) : visible_from_block(c, block, m, thread);
 }
 
 void on_global(Worker* w, int buffer, uintptr_t address, size_t bytes, bool write, bool atomic, const void* pc) {
@@ -117,35 +105,39 @@ void on_global(Worker* w, int buffer, uintptr_t address, size_t bytes, bool writ
   if (!shadow) return;
   const int thread = self()->number;
   const Mark now = mark_now(c, thread, pc);
-  const uint32_t owner = own_entry(w);
+  const uint32_t block = static_cast<uint32_t>(c->blocks.size()) - 1;
   const size_t first = address - c->launch->buffers[buffer].base;
   for (size_t i = first; i < first + bytes; ++i) {
     GlobalByte& g = shadow[i];
-    if (!(atomic && g.atomic) && !global_ordered(w, g.write_owner, g.write, thread)) {
-      fail_global_race(w, buffer, i, c->owners[g.write_owner].block, g.write, true, write, pc);
+    if (!(atomic && g.atomic) && !global_ordered(c, g.write_block, g.write, thread)) {
+      fail_global_race(w, buffer, i, c->blocks[g.write_block], g.write, true, write, pc);
     }
     if (write) {
-      if (!global_ordered(w, g.read_owner, g.read, thread)) {
-        fail_global_race(w, buffer, i, c->owners[g.read_owner].block, g.read, false, true, pc);
+      if (!global_ordered(c, g.read_block, g.read, thread)) {
+        fail_global_race(w, buffer, i, c->blocks[g.read_block], g.read, false, true, pc);
       }
+      if (g.atomic && !atomic) c->places.erase(c->launch->buffers[buffer].base + i);  // ends what atomics passed on
       g.write = now;
-      g.write_owner = owner;
+      g.write_block = block;
       g.atomic = atomic;
     } else if (!atomic) {
       g.read = now;
-      g.read_owner = owner;
+      g.read_block = block;
     }
   }
 }
 
 // The buffer an access lies in; of overlapping ones, one that may be written. -1: none.
 int find_buffer(Checker* c, uintptr_t address, size_t bytes) {
-  const CaLaunch* l = c->launch;
+  const CaBuffer* buffers = c->launch->buffers;
   const auto inside = [&](const CaBuffer& b) { return address >= b.base && address + bytes <= b.base + b.bytes; };
-  if (l->num_buffers && !c->overlaps[c->last_buffer] && inside(l->buffers[c->last_buffer])) return c->last_buffer;
+  if (!c->by_base.empty() && !c->overlaps[c->last_buffer] && inside(buffers[c->last_buffer])) return c->last_buffer;
+  const auto after = std::upper_bound(c->by_base.begin(), c->by_base.end(), address,
+                                      [&](uintptr_t a, int i) { return a < buffers[i].base; });
   int found = -1;
-  for (int i = 0; i < l->num_buffers; ++i) {
-    if (inside(l->buffers[i]) && (found < 0 || !l->buffers[found].writeable)) found = i;
+  for (size_t k = after - c->by_base.begin(); k-- > 0 && c->reach[k] >= address + bytes;) {
+    const int i = c->by_base[k];
+    if (inside(buffers[i]) && (found < 0 || !buffers[found].writeable)) found = i;
   }
   if (found >= 0) c->last_buffer = found;
   return found;
@@ -209,6 +201,22 @@ int visit_library(dl_phdr_info* info, size_t, void* data) {
   return 1;
 }
 
+void sort_buffers(Checker* c) {
+  const CaBuffer* buffers = c->launch->buffers;
+  const int n = c->launch->num_buffers;
+  for (int i = 0; i < n; ++i) c->by_base.push_back(i);
+  std::sort(c->by_base.begin(), c->by_base.end(), [&](int a, int b) { return buffers[a].base < buffers[b].base; });
+  c->overlaps.resize(n);
+  uint64_t reach = 0;
+  for (int k = 0, widest = 0; k < n; ++k) {
+    const int i = c->by_base[k];
+    const uint64_t end = buffers[i].base + buffers[i].bytes;
+    if (buffers[i].bytes && buffers[i].base < reach) c->overlaps[i] = c->overlaps[widest] = true;
+    if (end > reach) reach = end, widest = i;
+    c->reach.push_back(reach);
+  }
+}
+
 bool on_a_stack(const Worker* w, uintptr_t address) {
   return address - reinterpret_cast<uintptr_t>(w->stacks) < MAX_THREADS * STACK_STRIDE;
 }
@@ -257,9 +265,7 @@ void on_atomic(const void* pointer, size_t bytes, const void* pc) {
   on_access(pointer, bytes, false, true, pc);
   on_access(pointer, bytes, true, true, pc);
   if (!Range{shared, shared + c->launch->shared_bytes}.holds(a, bytes) && !c->static_range.holds(a, bytes)) {
-    if (c->owner) c->owners[c->owner].published = ++c->time;
-    c->owner = 0;
-    c->acquired = ++c->time;
+    pass_global_atomic(c, a, self()->number);
   }
   Clocks& place = c->atomics[a];
   acquire_from(c, place, self()->number);
@@ -282,19 +288,18 @@ Checker* new_checker(const Job* job) {
   c->threads = l->block[0] * l->block[1] * l->block[2];
   c->args.low = reinterpret_cast<uintptr_t>(job->args);
   c->args.high = c->args.low + l->args_bytes;
-  c->overlaps.resize(l->num_buffers);
+  sort_buffers(c);
   for (int i = 0; i < l->num_buffers; ++i) {
     const CaBuffer& b = l->buffers[i];
-    for (int k = 0; k < l->num_buffers; ++k) {
-      const CaBuffer& other = l->buffers[k];
-      if (k != i && b.base < other.base + other.bytes && other.base < b.base + b.bytes) c->overlaps[i] = true;
+    const bool shadowed = b.writeable && b.bytes;
+    c->global.push_back(static_cast<GlobalByte*>(shadowed ? map_memory(b.bytes * sizeof(GlobalByte)) : nullptr));
+    if (shadowed && !c->global.back()) {
+      delete_checker(c);
+      return nullptr;
     }
-    void* shadow = b.writeable && b.bytes ? map_memory(b.bytes * sizeof(GlobalByte)) : nullptr;
-    c->global.push_back(static_cast<GlobalByte*>(shadow));
   }
   c->dynamic_shared.resize(l->shared_bytes);
   c->known.resize(c->threads);
-  c->owners.push_back({});
   dl_iterate_phdr(visit_library, c);
   return c;
 }
@@ -310,9 +315,14 @@ void check_block_start(Worker* w) {
   Checker* c = w->checker;
   c->block_epoch = ++c->epoch;
   c->clock.assign(c->threads, 1);
+  c->epoch_clock.assign(c->threads, 0);
   c->atomics.clear();
-  c->owner = 0;
-  c->acquired = 0;
+  c->blocks.push_back(w->block_number);
+  c->fences.clear();
+  c->settled = {};
+  c->acquires.clear();
+  c->acquired.clear();
+  c->last_release = 0;
   c->unseen = false;
 }
 

@@ -27,14 +27,30 @@ struct SharedByte {
 
 struct GlobalByte {
   Mark write, read;
-  uint32_t write_owner, read_owner;  // index into Checker::owners
+  uint32_t write_block, read_block;  // index into Checker::blocks
   bool atomic;
 };
 
-// The accesses of a block between two global atomics of it. Entry 0 stands for none.
-struct Owner {
-  uint64_t block;
-  uint64_t published;  // time of the atomic that followed, 0 if none did
+// Blocks are ordered as CUDA's memory model does it: a thread's __threadfence, then its atomic (or that of a thread
+// which a barrier or collective puts after the fence), then another block's atomic on the same address, then a
+// __threadfence there. What came before the first fence is visible after the second.
+
+// What a block had fenced when a thread of it went through an atomic.
+struct Release {
+  uint32_t block;
+  std::vector<uint32_t> clocks;  // by thread: accesses up to here
+};
+using Releases = std::vector<uint32_t>;  // ascending indices into Checker::releases
+
+struct Fence {
+  Mark at;
+  std::vector<uint32_t> clocks;  // by thread of the running block: accesses up to here come before the fence
+  Releases releases;             // acquired before the fence: visible after it
+};
+
+struct Acquire {
+  Mark at;
+  Releases releases;  // those of the atomics before this one
 };
 
 struct Request {  // the lanes of a warp at one instruction, collected one after another
@@ -65,6 +81,8 @@ struct Checker {
   const CaLaunch* launch;
   int threads;
   std::vector<GlobalByte*> global;  // shadow of each buffer, null for read-only ones
+  std::vector<int> by_base;         // buffers in the order of their addresses
+  std::vector<uint64_t> reach;      // where by_base[0..i] end
   std::vector<bool> overlaps;       // the buffer shares bytes with another
   int last_buffer = 0;
   std::vector<SharedByte> dynamic_shared, static_shared;
@@ -72,13 +90,19 @@ struct Checker {
   Range library, args;  // of the kernel
   uint32_t epoch = 0, block_epoch = 0;  // now, and when the block began
   std::vector<uint32_t> clock;          // own clock of each thread
+  std::vector<uint32_t> epoch_clock;    // what it was when the epoch before this one ended
   std::vector<Clocks> known;            // what each thread knows of the others
   Clocks barriers[BARRIERS];
   std::unordered_map<uintptr_t, Clocks> atomics;
   uint32_t crossed_epoch = 0;           // in it, knowledge has passed between warps
-  std::vector<Owner> owners;
-  uint32_t owner = 0;                   // of the running block's accesses, 0: none yet
-  uint64_t time = 0, acquired = 0;      // global atomics so far; the block's last
+  std::vector<uint64_t> blocks{0};      // numbers of those that have begun, the running one last; entry 0: none
+  std::vector<Release> releases;
+  std::unordered_map<uintptr_t, Releases> places;  // of atomics that follow a fence
+  std::vector<Fence> fences;            // of the running block in this epoch,
+  Fence settled;                        // those before it taken together
+  std::vector<Acquire> acquires;        // of the running block in this epoch,
+  Releases acquired;                    // those before it taken together
+  uint32_t last_release = 0;            // the one that made an access legal last, plus one
   bool unseen = false;                  // inside a collective's own code
   std::unordered_map<uint64_t, Instruction> instructions;
 };
@@ -94,6 +118,9 @@ Mark mark_now(Checker* c, int thread, const void* pc);
 bool ordered_before(Checker* c, const Mark& m, int thread);      // within the block
 void release_to(Checker* c, Clocks& place, int thread);          // publishes what the thread has done and knows
 void acquire_from(Checker* c, Clocks& place, int thread);
+void begin_epoch(Checker* c);
+void pass_global_atomic(Checker* c, uintptr_t address, int thread);
+bool visible_from_block(Checker* c, uint32_t block, const Mark& m, int thread);  // an access of another block
 
 // requests.cpp
 void note_request(Worker* w, int buffer, uintptr_t address, size_t bytes, bool write, const void* pc);

@@ -105,9 +105,10 @@ CA_API void ca_cp_async_wait(uint32_t pending);
 enum Event { COUNT_MMA, COUNT_LDMATRIX, COUNT_SHUFFLE };
 CA_API void ca_count(int event, uint64_t amount);
 
-// Checked builds: one access of its true width, and a copy that is not an access.
+// Checked builds: one access of its true width, a copy that is not an access, and __threadfence.
 CA_API void ca_access(const void* address, uint32_t bytes, uint32_t alignment, int write);
 CA_API void ca_copy_unseen(void* to, const void* from, uint32_t bytes);
+CA_API void ca_fence(void);
 
 // Every lane of `mask` deposits its operand; MEET computes for all of them and writes results through the pointers.
 template <typename Operand, void (*MEET)(Operand* const*, uint32_t)>

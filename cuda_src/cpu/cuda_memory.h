@@ -88,8 +88,15 @@ CA_HOST_INLINE T atomicCAS(T* address, typename CaSame<T>::type compare, typenam
   return compare;
 }
 
-CA_HOST_INLINE void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-CA_HOST_INLINE void __threadfence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+// A checked launch has one OS thread: there a fence only says what it orders.
+CA_HOST_INLINE void __threadfence() {
+#if CA_CHECK
+  ca::ca_fence();
+#else
+  __atomic_thread_fence(__ATOMIC_SEQ_CST);
+#endif
+}
+CA_HOST_INLINE void __threadfence_system() { __threadfence(); }
 CA_HOST_INLINE void __threadfence_block() { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
 
 #define CA_CACHED_LOAD(name) \

@@ -142,13 +142,14 @@ void blame(Worker* w, const Fiber* other, const void* pc);
 
 // ---- checker.cpp and ordering.cpp: called when worker->checker is set -------------------------------------
 
-Checker* new_checker(const Job* job);
+Checker* new_checker(const Job* job);  // null without memory
 void delete_checker(Checker* checker);
 void check_block_start(Worker* w);
 void check_block_end(Worker* w);
 void check_arrive(Worker* w, const Fiber& fiber, int barrier);   // a thread reaches a barrier
 void check_release(Worker* w, const Fiber& fiber, int barrier);  // and leaves it
 void check_meeting(Worker* w, uint32_t warp, uint32_t mask);     // lanes met in a collective
+void check_fence(Worker* w);                                     // the running thread's __threadfence
 void check_meet_body(Worker* w, bool running);                   // what a collective does itself is not judged
 void check_async_issue(Worker* w, const AsyncCopy& copy, const void* pc);
 void check_async_land(Worker* w, const AsyncCopy& copy);

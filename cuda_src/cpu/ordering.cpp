@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// ordering.cpp - which accesses of a block come before which: vector clocks, counted anew in each epoch.
+// ordering.cpp - which accesses come before which. Within a block: vector clocks, counted anew in each epoch; between
+// blocks: fences and atomics.
 #include <algorithm>
+#include <iterator>
 
 #include "checker.h"
 
@@ -16,7 +18,20 @@ std::vector<uint32_t>& current(Checker* c, Clocks& k) {
 }
 
 void join(std::vector<uint32_t>& into, const std::vector<uint32_t>& from) {
-  for (size_t i = 0; i < into.size(); ++i) into[i] = std::max(into[i], from[i]);
+  if (into.size() < from.size()) into.resize(from.size());
+  for (size_t i = 0; i < from.size(); ++i) into[i] = std::max(into[i], from[i]);
+}
+
+void unite(Releases& into, const Releases& from) {
+  if (from.empty() || into == from) return;
+  Releases all;
+  std::set_union(into.begin(), into.end(), from.begin(), from.end(), std::back_inserter(all));
+  into = std::move(all);
+}
+
+void add(Fence& to, const Fence& from) {
+  join(to.clocks, from.clocks);
+  unite(to.releases, from.releases);
 }
 
 }  // namespace
@@ -49,7 +64,7 @@ void check_arrive(Worker* w, const Fiber& fiber, int id) {
   Checker* c = w->checker;
   const BarrierState& b = w->barriers[id];
   if (id == 0 && b.expected == static_cast<uint32_t>(c->threads)) {
-    if (b.arrived + 1 == b.expected) ++c->epoch;
+    if (b.arrived + 1 == b.expected) begin_epoch(c);
   } else {
     if (b.arrived == 0) c->barriers[id].epoch = 0;
     release_to(c, c->barriers[id], fiber.number);
@@ -81,6 +96,63 @@ void check_meeting(Worker* w, uint32_t warp, uint32_t mask) {
     std::copy(all + first, all + end, seen.begin() + first);
   }
   if (c->launch->counters) ++c->launch->counters->collectives;
+}
+
+// ---- between blocks --------------------------------------------------------------------------------------
+
+// All threads of the block have met: each knows what any of them knew.
+void begin_epoch(Checker* c) {
+  ++c->epoch;
+  for (int i = 0; i < c->threads; ++i) c->epoch_clock[i] = c->clock[i]++;
+  for (const Fence& f : c->fences) add(c->settled, f);
+  for (const Acquire& a : c->acquires) unite(c->acquired, a.releases);
+  c->fences.clear();
+  c->acquires.clear();
+}
+
+void check_fence(Worker* w) {
+  Checker* c = w->checker;
+  const int thread = self()->number;
+  Fence f{mark_now(c, thread, nullptr), c->epoch_clock, c->acquired};
+  join(f.clocks, current(c, c->known[thread]));
+  f.clocks[thread] = c->clock[thread]++;
+  for (const Acquire& a : c->acquires) {
+    if (ordered_before(c, a.at, thread)) unite(f.releases, a.releases);
+  }
+  c->fences.push_back(std::move(f));
+}
+
+void pass_global_atomic(Checker* c, uintptr_t address, int thread) {
+  const auto found = c->places.find(address);
+  if (found != c->places.end()) c->acquires.push_back({mark_now(c, thread, nullptr), found->second});
+  Fence before = c->settled;
+  for (const Fence& f : c->fences) {
+    if (ordered_before(c, f.at, thread)) add(before, f);
+  }
+  if (before.clocks.empty()) return;  // nothing was fenced
+  const uint32_t block = static_cast<uint32_t>(c->blocks.size()) - 1;
+  if (c->releases.empty() || c->releases.back().block != block || c->releases.back().clocks != before.clocks) {
+    c->releases.push_back({block, before.clocks});
+  }
+  Releases& place = c->places[address];
+  unite(place, before.releases);
+  unite(place, {static_cast<uint32_t>(c->releases.size()) - 1});
+}
+
+bool visible_from_block(Checker* c, uint32_t block, const Mark& m, int thread) {
+  const auto covers = [&](uint32_t r) {
+    return c->releases[r].block == block && c->releases[r].clocks[m.thread] >= m.clock;
+  };
+  if (c->last_release && covers(c->last_release - 1)) return true;
+  for (uint32_t r : c->settled.releases) {
+    if (!covers(r)) continue;
+    c->last_release = r + 1;
+    return true;
+  }
+  for (const Fence& f : c->fences) {
+    if (ordered_before(c, f.at, thread) && std::any_of(f.releases.begin(), f.releases.end(), covers)) return true;
+  }
+  return false;
 }
 
 }  // namespace ca

@@ -239,6 +239,10 @@ CA_API int ca_launch(const CaLaunch* launch, CaError* error) {
   Job* job = &pool.current;
   set_up(job, *launch, blocks);
   job->checker = launch->check ? new_checker(job) : nullptr;
+  if (launch->check && !job->checker) {
+    end_launch();
+    return refuse(error, "the checking mode needs address space, 36 bytes for each byte that may be written", 0);
+  }
   // one worker when checking: the shadow of global memory has no locks
   int workers = launch->check || launch->workers < 1 ? 1 : launch->workers;
   if (workers > MAX_WORKERS) workers = MAX_WORKERS;

@@ -149,4 +149,9 @@ CA_API void ca::ca_count(int event, uint64_t amount) {
   if (w->checker) check_count(w, event, amount);
 }
 
+CA_API void ca::ca_fence(void) {
+  Worker* w = self()->worker;
+  if (w->checker) check_fence(w);
+}
+
 CA_API void ca::ca_copy_unseen(void* to, const void* from, uint32_t bytes) { memcpy(to, from, bytes); }

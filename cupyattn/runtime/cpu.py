@@ -242,8 +242,10 @@ def compiler_for_current_settings():
 
 # ---- launching -------------------------------------------------------------------------------------------
 
-def launch(plan, args):
+def launch(plan, args, buffers=(), const_buffers=()):
     """Run `plan`'s kernel to its end. Releases the GIL; Ctrl-C abandons the launch.
+
+    `buffers` and `const_buffers` are arrays beside those of `args`; only the checking mode looks at them.
 
     Raises
     ------
@@ -257,13 +259,14 @@ def launch(plan, args):
     kernel = _kernel(plan.spec, _flavour(options), options.cxx)
     request = _Launch(kernel.entry, args.data, len(args.data), plan.grid, plan.block, plan.shared_bytes,
                       options.num_workers(), _SCHEDULES[options.schedule], options.seed, checking, checking)
-    collected = None
+    collected, names = None, ()
     if checking:
-        buffers = _buffers(args)
-        request.num_buffers, request.buffers = len(buffers), buffers
+        known = _known_arrays(args, buffers, const_buffers)
+        names = [name for name, _, _ in known]
+        request.num_buffers, request.buffers = len(known), _ranges(known)
         collected = _counters.get()
         if collected is not None:
-            per_buffer = (_BufferCounters * (len(buffers) + 1))()
+            per_buffer = (_BufferCounters * (len(known) + 1))()
             counts = _Counters(per_buffer=per_buffer)
             request.counters = ctypes.pointer(counts)
     error = _Error()
@@ -275,25 +278,31 @@ def launch(plan, args):
         kernel.executor.ca_abandon()
         raise
     if code == 1:
-        raise _explain(plan, args, kernel, error)
+        raise _explain(plan, names, kernel, error)
     if collected is not None:
-        names = [leaf.path for leaf, _ in args.arrays]
         collected.append(LaunchCounters(
             plan.spec.kernel, {n: getattr(counts, n) for n in _COUNTS},
             {name: {f: getattr(c, f) for f, _ in _BufferCounters._fields_}
              for name, c in zip(names, per_buffer, strict=False)}))
 
 
-def _buffers(args):
-    """Address ranges the kernel may touch, one per array argument."""
-    buffers = (_Buffer * len(args.arrays))()
-    for i, (leaf, array) in enumerate(args.arrays):
+def _known_arrays(args, buffers, const_buffers):
+    """(name, array, whether it may be written) of all memory of a launch."""
+    return [*((leaf.path, array, not leaf.read_only) for leaf, array in args.arrays),
+            *((f"buffers[{i}]", array, True) for i, array in enumerate(buffers)),
+            *((f"const_buffers[{i}]", array, False) for i, array in enumerate(const_buffers))]
+
+
+def _ranges(known):
+    """The address ranges of `known` as the executor takes them."""
+    ranges = (_Buffer * len(known))()
+    for i, (_, array, writeable) in enumerate(known):
         low, high = np.lib.array_utils.byte_bounds(array)
-        buffers[i] = _Buffer(low, high - low, not leaf.read_only, i)
-    return buffers
+        ranges[i] = _Buffer(low, high - low, writeable, i)
+    return ranges
 
 
-def _explain(plan, args, kernel, error):
+def _explain(plan, names, kernel, error):
     """KernelCheckError (or ValueError for a bad launch) from what the executor reported."""
     kind = _KINDS[error.kind]
     message = error.message.decode(errors="replace")
@@ -301,9 +310,7 @@ def _explain(plan, args, kernel, error):
         return ValueError(f"{plan.spec.kernel}: {message}; plan {plan!r}")
     block, thread = tuple(error.block), tuple(error.thread)
     location, other = _location(kernel, error.pc), _location(kernel, error.other_pc)
-    argument = None
-    if 0 <= error.argument < len(args.arrays):
-        argument = args.arrays[error.argument][0].path
+    argument = names[error.argument] if 0 <= error.argument < len(names) else None
     where = location or "an unknown line (binutils would name it)"
     text = f"{plan.spec.kernel}: {kind.replace('_', ' ')} at {where}, block {block}, thread {thread}: {message}"
     if argument:

@@ -164,8 +164,11 @@ def _explain(spec, flags, error):
 _prepared = {}
 
 
-def launch(plan, args):
-    """Enqueue `plan`'s kernel on the current stream of the current device and return at once."""
+def launch(plan, args, buffers=(), const_buffers=()):
+    """Enqueue `plan`'s kernel on the current stream of the current device and return at once.
+
+    `buffers` and `const_buffers` are arrays beside those of `args`: only their device is looked at.
+    """
     if 0 in plan.grid:
         return
     import cupy
@@ -176,9 +179,18 @@ def launch(plan, args):
         run = _prepared[plan, device] = _prepare(plan, device)
     for leaf, array in args.arrays:
         if array.data.device_id != device:
-            raise ValueError(f"{plan.spec.kernel}: {leaf.path} must be on the current device {device}, got an array "
-                             f"on device {array.data.device_id}; use `with cupy.cuda.Device({array.data.device_id}):`")
+            raise _wrong_device(plan, leaf.path, array, device)
+    for name, arrays in (("buffers", buffers), ("const_buffers", const_buffers)):
+        for i, array in enumerate(arrays):
+            if array.data.device_id != device:
+                raise _wrong_device(plan, f"{name}[{i}]", array, device)
     run(plan.grid, plan.block, (args.record(),), shared_mem=plan.shared_bytes)
+
+
+def _wrong_device(plan, name, array, device):
+    found = array.data.device_id
+    return ValueError(f"{plan.spec.kernel}: {name} must be on the current device {device}, got an array on device "
+                      f"{found}; use `with cupy.cuda.Device({found}):`")
 
 
 def _prepare(plan, device):

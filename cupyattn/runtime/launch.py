@@ -27,8 +27,26 @@ def arch_of(xp):
     return cuda.arch()
 
 
-def launch(plan, args):
-    """Run `plan`'s kernel: on the CPU executor before returning, or asynchronously on the current CuPy stream."""
+def launch(plan, args, *, buffers=(), const_buffers=()):
+    """Run `plan`'s kernel: on the CPU executor before returning, or asynchronously on the current CuPy stream.
+
+    Parameters
+    ----------
+    plan : Plan
+    args : Args
+        From `make_args`. Arrays behind its pointers are known to the launch.
+    buffers, const_buffers : sequence of ndarray
+        Arrays the kernel reaches only through addresses stored in other arrays: those it may write, and those it only
+        reads. The checking mode knows their memory, and no other, and counts their traffic as ``buffers[0]``, ... On
+        a GPU they must be on the current device.
+
+    Notes
+    -----
+    On a GPU the launch holds no array until the kernel has run, nor need it: memory that CuPy's pool gets back is
+    handed out again on the stream it was allocated on, behind the kernel. As ever with CuPy, an array allocated on
+    one stream and used by a kernel on another must be kept until that kernel is done, and what a captured graph uses
+    until its last replay.
+    """
     if env.debug() >= 2:
         env.log.debug("launch %r", plan)
     recorded = _recorder.get()
@@ -43,9 +61,9 @@ def launch(plan, args):
         run = cuda.launch
     profile = _profiler.get()
     if profile is None:
-        run(plan, args)
+        run(plan, args, buffers, const_buffers)
     else:
-        profile.add(plan, lambda: run(plan, args))
+        profile.add(plan, lambda: run(plan, args, buffers, const_buffers))
 
 
 @contextlib.contextmanager

@@ -183,7 +183,7 @@ CA_KERNEL void global_race_in_block(const __grid_constant__ PlantedArgs args) {
   if (args.out[blockDim.x - 1 - threadIdx.x] < -1e30f) args.counter[0] = 1;
 }
 
-// the block that arrives last sums the others' results: atomics order it after them
+// the block that arrives last sums the others' results: fences and atomics order it after them
 CA_KERNEL void last_block_reduces(const __grid_constant__ PlantedArgs args) {
   __shared__ int32_t arrived;
   if (threadIdx.x == 0) {
@@ -192,6 +192,7 @@ CA_KERNEL void last_block_reduces(const __grid_constant__ PlantedArgs args) {
     if (!BUG) arrived = atomicAdd(args.counter, 1);
     if (BUG) arrived = blockIdx.x;
     if (arrived == static_cast<int32_t>(gridDim.x) - 1) {
+      __threadfence();
       float sum = 0.0f;
       for (int b = 0; b < static_cast<int>(gridDim.x); ++b) sum += args.out[1 + b];
       args.out[0] = sum;
@@ -237,6 +238,7 @@ CA_KERNEL void announced_too_early(const __grid_constant__ PlantedArgs args) {
   __threadfence();
   if (!BUG) arrived = atomicAdd(args.counter, 1);
   if (arrived == static_cast<int32_t>(gridDim.x) - 1) {
+    __threadfence();
     float sum = 0.0f;
     for (int b = 0; b < static_cast<int>(gridDim.x); ++b) sum += args.out[1 + b];
     args.out[0] = sum;
