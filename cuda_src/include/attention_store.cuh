@@ -93,13 +93,13 @@ __device__ __forceinline__ void store_partial(const AttentionArgs& args, const R
                                               EightFloats values, float lse) {
   const PartialRows& to = args.partials;
   int64_t token = r, head = 0;
-  if (rows.item.unit < 0) {
+  if (args.num_splits > 0) {
     const QueryRow row = rows.row(args, r);
     token = row.token, head = row.head;
-    if (args.sink_in_partials != 0 && args.sinks != nullptr && rows.item.end >= rows.unit_keys(args).end) {
+    if (args.sink_in_partials != 0 && args.sinks != nullptr && rows.is_last(args)) {
       values *= sink_share(lse, args.sinks[row.head]);
       const float sink = args.sinks[row.head], top = fmaxf(lse, sink);
-      lse = top + LN_2 * log2f(exp2f(LOG2_E * (lse - top)) + exp2f(LOG2_E * (sink - top)));
+      if (top > NEG_INF) lse = top + LN_2 * log2f(exp2f(LOG2_E * (lse - top)) + exp2f(LOG2_E * (sink - top)));
     }
   }
   values.store(to.out + rows.item.slot * to.stride_split + token * to.stride_token + head * to.stride_head + dim);
@@ -116,12 +116,20 @@ __device__ __forceinline__ void store_row(const AttentionArgs& args, const RowTi
   else store_partial(args, rows, r, dim, values, lse);
 }
 
-// Tells the caller that merges how many splits hold each token's result; called by all threads.
+// For a caller that merges: how many splits hold each token's result, and that the later ones hold none. Called by all
+// threads.
 __device__ __forceinline__ void store_split_counts(const AttentionArgs& args, const RowTile& rows) {
-  if (args.partials.split_count == nullptr || rows.item.end < rows.unit_keys(args).end) return;
+  if (args.num_splits == 0 || !rows.is_last(args)) return;
+  const PartialRows& to = args.partials;
   for (int r = threadIdx.x; r < rows.num_rows; r += blockDim.x) {
     const QueryRow row = rows.row(args, r);
-    if (row.head == 0) args.partials.split_count[row.token] = rows.item.slot + 1;
+    if (to.split_count != nullptr && row.head == 0) to.split_count[row.token] = rows.item.slot + 1;
+    if (rows.item.slot < 0) continue;
+    for (int split = rows.item.slot + 1; split < args.num_splits; ++split) {
+      const int64_t at = split * to.lse_split + row.token * to.lse_token + row.head * to.lse_head;
+      to.lse[at] = NEG_INF;
+      if (to.sum != nullptr) to.sum[at] = 0.0f;
+    }
   }
 }
 
@@ -190,12 +198,14 @@ struct WarpResults {
   int warp_bytes;
   int row_stride;
   int groups;
+  int flip = 0;        // the 8 outputs of piece p of row r are at piece p ^ (r & flip), against bank conflicts
 };
 
 // Merges warps and groups in their order and stores the rows; a thread owns WIDTH outputs of a row.
+template <typename F = VF>  // so that what the format does not need is not compiled
 __device__ __forceinline__ void merge_and_store(const AttentionArgs& args, const RowTile& rows,
                                                 const WarpResults& found) {
-  constexpr int WIDTH = VF::ROTATED ? 32 : STEP;  // a rotation mixes 32 dims
+  constexpr int WIDTH = F::ROTATED ? 32 : STEP;  // a rotation mixes 32 dims
   const int pieces = args.head_dim_v / WIDTH;
   for (int i = threadIdx.x; i < rows.num_rows * pieces; i += blockDim.x) {
     const int r = i / pieces;
@@ -213,13 +223,14 @@ __device__ __forceinline__ void merge_and_store(const AttentionArgs& args, const
       for (int g = 0; g < found.groups; ++g)
 #pragma unroll
         for (int n = 0; n < WIDTH / STEP; ++n)
-          out[n].add_product(weight, EightFloats::load(part + (g * ROWS + r) * found.row_stride + dim + n * STEP));
+          out[n].add_product(weight, EightFloats::load(part + (g * ROWS + r) * found.row_stride +
+                                                      (dim + n * STEP ^ (r & found.flip) * STEP)));
     }
     const float scale = sum == 0.0f ? 0.0f : 1.0f / sum;
 #pragma unroll
     for (int n = 0; n < WIDTH / STEP; ++n) out[n] *= scale;
-    if constexpr (VF::ROTATED) hadamard32(out);
-    if constexpr (VF::CHANNEL) {
+    if constexpr (F::ROTATED) hadamard32(out);
+    if constexpr (F::CHANNEL) {
       const EightFloats channels = channel_scales(args.v_scale, rows.item.kv_head, dim);
 #pragma unroll
       for (int j = 0; j < STEP; ++j) out[0].x[j] *= channels.x[j];

@@ -89,8 +89,8 @@ struct WorkItem {
   int kv_head;
   int first_row;  // of the unit's packed rows; with members the first entry of work.members
   int begin, end; // local keys, multiples of KEY_TILE
-  int slot;       // of partial results; -1: the whole unit, the result is final
-  int unit;       // whose arrivals are counted; -1: none, partial results are the caller's
+  int slot;       // of partial results; -1: the whole unit, the result is final. With num_splits the number of the split
+  int unit;       // whose arrivals are counted; -1: none, nobody merges here
   int members;    // 0: rows of sequence seq; else the rows of so many sequences, to which all these keys are visible
 
   __device__ __forceinline__ WorkItem(const AttentionArgs& args, int index) {
@@ -123,8 +123,16 @@ struct RowTile {
       const KeyRange seen = unit_keys(args);
       visible = {max(item.begin, seen.begin), min(item.end, seen.end)};
       if (visible.begin >= visible.end) visible = {item.begin, item.begin};
+      if (args.num_splits > 0) {  // as the planner cut the unit
+        const int first = seen.begin / KEY_TILE, tiles = (seen.end + KEY_TILE - 1) / KEY_TILE - first;
+        const int each = max(1, (tiles + args.num_splits - 1) / args.num_splits);
+        item.slot = args.whole_to_out != 0 && tiles <= each ? -1 : (item.begin / KEY_TILE - first) / each;
+        item.unit = -1;
+      }
     }
   }
+  // Of an item without members: it has the unit's last keys.
+  __device__ __forceinline__ bool is_last(const AttentionArgs& args) const { return item.end >= unit_keys(args).end; }
   // Local keys that some row of the item's unit may see.
   __device__ __forceinline__ KeyRange unit_keys(const AttentionArgs& args) const {
     const Visibility rule(args, item.seq);

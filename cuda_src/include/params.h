@@ -75,10 +75,10 @@ struct PartialRows {
   float* out;            // float32 normalised outputs of items that are not a whole unit
   float* lse;            // float32 natural lse times lse_factor, -inf for a row without keys
   float* sum;            // float32 like lse: 1 for a row with keys, 0 without; null when not wanted
-  int32_t* split_count;  // int32 [tokens] splits that hold a token's result, 0: it is in out; null when not wanted
-  int64_t stride_split;  // elements of out between slots
-  int64_t stride_token;  // elements of out between the rows of a slot, or between tokens when unit is -1
-  int64_t stride_head;   // elements of out between heads when unit is -1
+  int32_t* split_count;  // int32 [tokens] with num_splits: splits with a token's result, 0: it is in out; or null
+  int64_t stride_split;  // elements of out between slots, or with num_splits between splits
+  int64_t stride_token;  // elements of out between the rows of a slot, or with num_splits between tokens
+  int64_t stride_head;   // elements of out between heads, with num_splits
   int64_t lse_split;     // the same strides of lse and sum
   int64_t lse_token;     // elements
   int64_t lse_head;      // elements
@@ -140,7 +140,9 @@ struct AttentionArgs {
   int32_t window_size;           // visible tokens, the query's own included; 0 for all
   int32_t key_stride;            // local key l stands at position l * key_stride + key_offset
   int32_t key_offset;            // position of local key 0
-  int32_t sink_in_partials;      // 1: the last split of a unit counts the sink into its partial result
+  int32_t num_splits;            // > 0: the caller merges so many splits per unit, found in partials by token and head
+  int32_t whole_to_out;          // 1: of those, a unit that is one split goes to out all the same
+  int32_t sink_in_partials;      // 1: the last of those splits counts the sink into its partial result
   float softmax_scale;           // natural scale of the scores
   float softcap;                 // scores become softcap * tanh(score / softcap); 0 for off
   float lse_factor;              // partial lse is stored times this
@@ -288,6 +290,109 @@ struct EmbeddingArgs {
   int32_t rows;           // rows of the table
   int32_t columns;        // length of a row
   int32_t column_tiles;   // ceil(columns / 64)
+};
+
+// ---- TurboMind's parameters, for C callers; no kernel here reads them ------------------------------------
+//
+// The layout of the C struct with its own types (char**, bool, pointers to T): what its compiler pads is spelled out.
+
+struct TurboMindLinearIteratorParams {
+  const void* kv_cache;  // T [num_kv_heads][K, V][tokens][head_dim]
+  int64_t stride_h;      // elements from one KV head to the next
+  int64_t key_to_val;    // elements from a key to its value
+};
+
+struct TurboMindBlockIteratorParams {
+  void* block_ptrs;             // char* [blocks] addresses of memory blocks
+  const int32_t* cu_block_nums; // int32 [batch + 1] first block of every sequence
+  int32_t layer_id;             // layers before this one in a block
+  int32_t block_len;            // tokens per block
+};
+
+struct TurboMindYarnRope {
+  float scale_factor;             // -log2(base) / dim
+  float attention_factor;         // multiplies cos and sin
+  float ramp_inv_factor_div_2;    // 0.5 / (high - low)
+  float ramp_inv_factor_mul_min;  // low / (high - low)
+};
+
+struct TurboMindLlama3Rope {
+  float scale_factor;  // -log2(base) / dim
+  float alpha;         // original_max / (2 pi) / (high_freq_factor - low_freq_factor)
+  float beta;          // low_freq_factor / (high_freq_factor - low_freq_factor)
+};
+
+struct TurboMindMrope {
+  int32_t section_t;        // pairs that turn by time
+  int32_t section_h;        // by height
+  int32_t section_w;        // by width
+  int32_t stride;           // positions of a token in position_ids
+  void* position_ids;       // int32 [tokens, 3]
+  void* position_delta;     // int32 [batch] added to the position of later tokens
+  void* length;             // int32 [batch] tokens of a sequence that have an entry in position_ids
+  void* position_offsets;   // int32 [batch] first entry of a sequence
+};
+
+struct TurboMindRopeKernelParam {
+  int32_t type;                // 0 none, 1 default, 2 linear, 3 dynamic, 4 yarn, 5 llama3
+  int32_t padding;             // zero
+  void* base;                  // float32 [batch] base of every sequence; null for the one in scale_factor
+  int32_t dim;                 // rotated elements of a head
+  float scale_factor;          // -log2(base) / dim
+  float inv_factor;            // 1 / factor, 1 for dynamic
+  int32_t mrope_mode;          // 0 one position, 1 three in sections, 2 three interleaved
+  TurboMindYarnRope yarn;      // type 4
+  TurboMindLlama3Rope llama3;  // type 5
+  int32_t padding2;            // zero
+  TurboMindMrope mrope;        // with a mrope_mode
+};
+
+struct TurboMindFastDivmod {
+  int32_t divisor;       // x / divisor == high half of x * multiplier >> shift_right, x itself for 1
+  uint32_t multiplier;   // ceil(2^(32 + shift_right) / divisor)
+  uint32_t shift_right;  // ceil(log2(divisor)) - 1
+};
+
+struct TurboMindAttentionParams {
+  void* out;                                         // T [token_num, num_heads, size_per_head]
+  void* q;                                           // T first query, element (t, h, d) at t * stride + h * D + d
+  void* k;                                           // T first key, the same way
+  void* v;                                           // T first value
+  int64_t stride;                                    // elements between tokens of q, k and v
+  void* q_bias;                                      // T [num_heads, size_per_head]
+  void* k_bias;                                      // T [num_kv_heads, size_per_head]
+  void* v_bias;                                      // T [num_kv_heads, size_per_head]
+  const int32_t* cu_q_len;                           // int32 [batch + 1] first new token of every sequence
+  const int32_t* cu_k_len;                           // int32 [batch + 1] first context token of every sequence
+  const void* finished;                              // bool [batch]
+  const float* rope_theta;                           // float32 [batch] base of every sequence
+  TurboMindLinearIteratorParams linear_iter_params;  // contiguous K and V
+  TurboMindBlockIteratorParams block_iter_params;    // K and V in blocks
+  int32_t token_num;                                 // new tokens
+  int32_t batch_size;                                // sequences
+  int32_t max_q_len;                                 // most new tokens of a sequence
+  int32_t max_k_len;                                 // longest context
+  int32_t num_heads;                                 // query heads
+  int32_t num_kv_heads;                              // KV heads
+  int32_t size_per_head;                             // head_dim
+  float inv_sqrt_dh;                                 // softmax scale times log2(e), as TurboMind's kernels want it
+  int32_t window_size;                               // visible tokens, the query's own included
+  int32_t padding;                                   // zero
+  TurboMindRopeKernelParam rope_param;               // rotary embedding
+  int32_t use_logn_attn;                             // bool in the first byte
+  int32_t max_position_embeddings;                   // of log-n scaling
+  int32_t quant_policy;                              // 0, 4 or 8
+  int32_t max_split_k;                               // capacity of the split axis of the partials
+  int32_t* split_cnt;                                // int32 [token_num] splits of every token, 0: out is final
+  float* partial_O;                                  // float32 [token_num, num_heads, max_split_k, size_per_head]
+  float* partial_ML;                                 // float32 [token_num, num_heads, max_split_k, 2]
+  int32_t cp_rank;                                   // context parallel
+  TurboMindFastDivmod cp_size;                       // ranks
+  int32_t arch;                                      // compute capability times 10
+  int32_t padding2;                                  // zero
+  void* stream;                                      // cudaStream_t
+  void* qk;                                          // float32 debug output; null
+  void* pr;                                          // T debug output; null
 };
 
 #endif  // CUPYATTN_PARAMS_H
