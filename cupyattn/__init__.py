@@ -17,11 +17,12 @@ from .ops.split_reduce import split_reduce
 from .pages import PageManager
 from .params import PagedParams, Params
 from .quant import QMatrix
+from .quantized_kv import BlockKV, QuantizedKV
 from .rope_params import RopeKernelParam, RopeParams
 
 __all__ = [
-    "CompileError", "KernelCheckError", "PagedParams", "PageManager", "Params", "QMatrix", "RopeKernelParam",
-    "RopeParams",
+    "BlockKV", "CompileError", "KernelCheckError", "PagedParams", "PageManager", "Params", "QMatrix", "QuantizedKV",
+    "RopeKernelParam", "RopeParams",
     "embedding", "kv_append", "layer_norm", "paged_decode", "quant_gemm", "rms_norm", "rope", "silu_mul",
     "split_reduce",
 ]

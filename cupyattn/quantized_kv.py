@@ -1,0 +1,501 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys or values as caches hold them: plain arrays, quantized arrays, and rows inside memory blocks."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from .runtime.arrays import alignment, array_namespace, dtype_name
+from .runtime.plan import CUDA_TYPES
+
+FLOATS = ("float16", "bfloat16", "float32")
+_FP8_DTYPES = {"fp8_e4m3": ("uint8", "float8_e4m3fn"), "fp8_e5m2": ("uint8", "float8_e5m2")}
+
+
+class Format(NamedTuple):
+    """How a quantized format stores rows; `cupyattn.reference.kv_codec` says what the numbers mean."""
+
+    bits: int              # per element, scales not counted
+    tag: str               # C++ type in kv_format.cuh; {} is the scale's type
+    dtypes: tuple          # of the codes
+    scale_dtypes: tuple
+    granularities: tuple   # what may have a scale of its own, the default first
+    multiple: int = 8      # head_dim is a multiple of it
+    has_zero: bool = False
+    rotated: bool = False
+
+    def row_codes(self, head_dim):
+        """Elements of the codes of a row."""
+        return head_dim * self.bits // 8
+
+
+_BY_HAND = ("tensor", "head")
+FORMATS = {
+    "int8": Format(8, "KvInt8<{}>", ("uint8",), FLOATS, ("token",), has_zero=True),
+    "int4": Format(4, "KvInt4<{}>", ("uint8",), FLOATS, ("token",), has_zero=True),
+    "int8_symmetric": Format(8, "KvInt8Sym", ("int8",), ("float32",), _BY_HAND),
+    "int8_channel": Format(8, "KvInt8Channel", ("int8",), ("float32",), ("channel",)),
+    "fp8_e4m3": Format(8, "KvE4M3", _FP8_DTYPES["fp8_e4m3"], ("float32",), (*_BY_HAND, "token")),
+    "fp8_e5m2": Format(8, "KvE5M2", _FP8_DTYPES["fp8_e5m2"], ("float32",), (*_BY_HAND, "token")),
+    "hadamard8": Format(8, "KvHadamard8", ("uint8",), ("float16",), ("group",), 32, rotated=True),
+    "hadamard6": Format(6, "KvHadamard6", ("uint8",), ("float16",), ("group",), 32, rotated=True),
+    "hadamard4": Format(4, "KvHadamard4", ("uint8",), ("float16",), ("group",), 32, rotated=True),
+}
+NO_SCALE = {"scale": None, "zero": None, "stride_page": 0, "stride_token": 0, "stride_head": 0, "stride_group": 0,
+            "scale_offset": 0, "zero_offset": 0}
+
+
+class KvSide(NamedTuple):
+    """K or V as a kernel takes it, whatever holds it."""
+
+    tag: str           # C++ type in kv_format.cuh
+    format: str        # key of FORMATS, or the dtype of a plain array
+    shape: tuple       # pages, page_size, num_kv_heads, head_dim; pages is None inside blocks
+    view: dict         # fields of KvView
+    scale: dict        # fields of KvScale
+    alignment: int     # largest power of two ≤ 16 bytes that divides the address of every row
+    arrays: dict       # name of the argument or of its part -> array
+
+
+def _shape_of(format, pages, page_size, num_kv_heads, head_dim, granularity):
+    """Shape of the scale."""
+    return {"token": (pages, page_size, num_kv_heads), "head": (num_kv_heads,), "tensor": (1,),
+            "group": (pages, page_size, num_kv_heads, head_dim // 32), "channel": (num_kv_heads, head_dim)}[granularity]
+
+
+def _check_format(format, owner="QuantizedKV"):
+    if format not in FORMATS:
+        raise ValueError(f"{owner}: format must be one of {', '.join(FORMATS)}, got {format!r}")
+    return FORMATS[format]
+
+
+def _check_head_dim(format, head_dim, owner="QuantizedKV"):
+    if head_dim % FORMATS[format].multiple:
+        raise ValueError(f"{owner}: head_dim must be a multiple of {FORMATS[format].multiple} in format {format}, got "
+                         f"{head_dim}")
+
+
+class QuantizedKV:
+    """Keys or values of all pages in a quantized format; K and V are two objects, their formats may differ.
+
+    Stands where a kernel's `k_cache` or `v_cache` may be an array. Holds the arrays given, copies nothing.
+
+    Parameters
+    ----------
+    codes : ndarray [pages, page_size, num_kv_heads, row], uint8 or the format's dtype
+        `row` is head_dim, head_dim / 2 in the 4-bit and 3 * head_dim / 4 in the 6-bit formats. Any strides with a
+        contiguous last axis.
+    scale : ndarray
+        | int8, int4: [pages, page_size, num_kv_heads], float16, bfloat16 or float32
+        | hadamard8, hadamard6, hadamard4: [pages, page_size, num_kv_heads, head_dim / 32], float16
+        | int8_symmetric: float32 [1] or [num_kv_heads]
+        | int8_channel: float32 [num_kv_heads, head_dim]
+        | fp8_e4m3, fp8_e5m2: float32 [1], [num_kv_heads] or [pages, page_size, num_kv_heads]
+
+        Any strides.
+    zero : ndarray, optional
+        int8 and int4: the minimum of each row, with the scale's shape, dtype and strides.
+    format : str
+        One of ``int8 int4 int8_symmetric int8_channel fp8_e4m3 fp8_e5m2 hadamard8 hadamard6 hadamard4``.
+
+    Attributes
+    ----------
+    shape : tuple
+        (pages, page_size, num_kv_heads, head_dim).
+    bits : int
+        Per element, scales not counted.
+    granularity : str
+        What has a scale of its own: "token" (and head), "group" (32 dims of a token and head), "tensor", "head" or
+        "channel" (a dim of a head, for all tokens).
+    nbytes : int
+        Codes, scales and zeros.
+
+    Raises
+    ------
+    TypeError
+        NumPy and CuPy arrays mixed, or a dtype the format does not have.
+    ValueError
+        An unknown format, or shapes or strides that do not fit.
+
+    Notes
+    -----
+    x = code * scale + zero for int8 and int4, x = code * scale for int8_symmetric, int8_channel and fp8. The hadamard
+    formats rotate every 32 dims, so that outliers spread out, and put each on 2^bits levels between -scale and scale.
+    Exactly: ``cupyattn.reference.kv_codec``.
+
+    Examples
+    --------
+    >>> import cupyattn
+    >>> cupyattn.QuantizedKV.empty(10, 16, 8, 128, format="int4")
+    QuantizedKV(int4, pages=10, page_size=16, num_kv_heads=8, head_dim=128, scale=float16 per token, 4.25 bits)
+    """
+
+    def __init__(self, codes, scale, zero=None, *, format):
+        kind = _check_format(format)
+        self.xp = array_namespace("QuantizedKV", codes=codes, scale=scale, zero=zero)
+        if codes.ndim != 4:
+            raise ValueError("QuantizedKV: codes must be [pages, page_size, num_kv_heads, row], got "
+                             f"{list(codes.shape)}")
+        if dtype_name(codes) not in kind.dtypes:
+            raise TypeError(f"QuantizedKV: codes must be {' or '.join(kind.dtypes)} in format {format}, got "
+                            f"{dtype_name(codes)}")
+        if codes.size and codes.shape[3] > 1 and codes.strides[3] != 1:
+            raise ValueError(f"QuantizedKV: codes must have a contiguous last axis, got strides {codes.strides} bytes")
+        row = codes.shape[3]
+        head_dim = row * 8 // kind.bits
+        if kind.row_codes(head_dim) != row or head_dim % kind.multiple:
+            raise ValueError(f"QuantizedKV: codes must have rows of whole {kind.multiple * kind.bits // 8} bytes in "
+                             f"format {format}, got {row}")
+        self.codes, self.scale, self.zero, self.format = codes, scale, zero, format
+        self.shape = (*codes.shape[:3], head_dim)
+        self.bits = kind.bits
+        self._check_scale(kind)
+
+    def _check_scale(self, kind):
+        scale, zero = self.scale, self.zero
+        if dtype_name(scale) not in kind.scale_dtypes:
+            raise TypeError(f"QuantizedKV: scale must be {' or '.join(kind.scale_dtypes)} in format {self.format}, got "
+                            f"{dtype_name(scale)}")
+        shapes = {name: _shape_of(self.format, *self.shape, name) for name in kind.granularities}
+        self.granularity = next((name for name, shape in shapes.items() if scale.shape == shape), None)
+        if self.granularity is None:
+            raise ValueError(f"QuantizedKV: scale must be {' or '.join(str(list(s)) for s in shapes.values())} in "
+                             f"format {self.format}, got {list(scale.shape)}")
+        if any(s % scale.itemsize for s in scale.strides):
+            raise ValueError("QuantizedKV: scale must have strides that are multiples of its itemsize "
+                             f"{scale.itemsize}, got {scale.strides}")
+        if (zero is not None) != kind.has_zero:
+            raise ValueError(f"QuantizedKV: zero must be {'given' if kind.has_zero else 'None'} in format "
+                             f"{self.format}, got {'none' if zero is None else 'an array'}")
+        if zero is not None and (dtype_name(zero), zero.shape, zero.strides) != (dtype_name(scale), scale.shape,
+                                                                                 scale.strides):
+            raise ValueError("QuantizedKV: zero must have the dtype, shape and strides of scale, "
+                             f"{dtype_name(scale)} {list(scale.shape)} {scale.strides}, got {dtype_name(zero)} "
+                             f"{list(zero.shape)} {zero.strides}")
+
+    @classmethod
+    def empty(cls, num_pages, page_size, num_kv_heads, head_dim, *, format, dtype="float16", granularity=None,
+              scale=None, xp=np):
+        """A cache of zeros.
+
+        Parameters
+        ----------
+        num_pages, page_size, num_kv_heads, head_dim : int
+        format : str
+        dtype : dtype
+            Of scale and zero of int8 and int4: the activations' dtype keeps the zero exact.
+        granularity : str, optional
+            "tensor" (the default), "head" or "token" for fp8; "tensor" or "head" for int8_symmetric.
+        scale : ndarray or float, optional
+            Scales known in advance, for int8_symmetric, int8_channel and fp8 but per token. Default 1.
+        xp : module
+            numpy or cupy.
+
+        Returns
+        -------
+        QuantizedKV
+        """
+        kind = _check_format(format)
+        _check_head_dim(format, head_dim)
+        given = scale if hasattr(scale, "shape") else None
+        if granularity is None:   # the shape of the scale tells, where there is one
+            granularity = next((g for g in kind.granularities if given is not None and given.shape == _shape_of(
+                format, num_pages, page_size, num_kv_heads, head_dim, g)), kind.granularities[0])
+        if granularity not in kind.granularities:
+            raise ValueError(f"QuantizedKV: granularity must be {' or '.join(kind.granularities)} in format {format}, "
+                             f"got {granularity!r}")
+        by_token = granularity in ("token", "group")
+        if by_token and scale is not None:
+            raise ValueError(f"QuantizedKV: scale must be None per {granularity}, as it is written with the tokens, "
+                             f"got {scale!r}")
+        codes = xp.zeros((num_pages, page_size, num_kv_heads, kind.row_codes(head_dim)),
+                         "int8" if kind.dtypes == ("int8",) else "uint8")
+        if given is not None:
+            return cls(codes, given, format=format)
+        shape = _shape_of(format, num_pages, page_size, num_kv_heads, head_dim, granularity)
+        scale_dtype = _dtype(dtype if len(kind.scale_dtypes) > 1 else kind.scale_dtypes[0])
+        made = xp.zeros(shape, scale_dtype) if by_token else xp.full(shape, 1 if scale is None else scale, scale_dtype)
+        return cls(codes, made, xp.zeros(shape, scale_dtype) if kind.has_zero else None, format=format)
+
+    @property
+    def nbytes(self):
+        return self.codes.nbytes + self.scale.nbytes + (0 if self.zero is None else self.zero.nbytes)
+
+    @property
+    def tag(self):
+        """C++ type that reads the rows."""
+        return FORMATS[self.format].tag.format(CUDA_TYPES.get(dtype_name(self.scale)))
+
+    @property
+    def alignment(self):
+        """Largest power of two ≤ 16 (bytes) that divides the address of every row of codes."""
+        return alignment(self.codes)
+
+    @property
+    def arrays(self):
+        """The arrays behind the object, by name."""
+        found = {"codes": self.codes, "scale": self.scale, "zero": self.zero}
+        return {name: array for name, array in found.items() if array is not None}
+
+    def view(self):
+        """Fields of KvView and of KvScale.
+
+        Returns
+        -------
+        (dict, dict)
+        """
+        page, token, head, _ = self.codes.strides
+        return ({"data": self.codes, "stride_page": page, "stride_token": token, "stride_head": head, "offset": 0},
+                {**NO_SCALE, "scale": self.scale, "zero": self.zero, **self._scale_strides()})
+
+    def _scale_strides(self):
+        strides = [s // self.scale.itemsize for s in self.scale.strides]
+        names = {"token": ("page", "token", "head"), "group": ("page", "token", "head", "group"), "head": ("head",),
+                 "tensor": (), "channel": ("head", "group")}[self.granularity]
+        return {f"stride_{name}": stride for name, stride in zip(names, strides, strict=False)}
+
+    def dequantize(self, dtype="float32"):
+        """All pages as plain numbers, in NumPy.
+
+        Parameters
+        ----------
+        dtype : dtype
+
+        Returns
+        -------
+        ndarray [pages, page_size, num_kv_heads, head_dim]
+        """
+        from .reference.kv_codec import dequantize
+
+        parts = [a if a is None or isinstance(a, np.ndarray) else a.get() for a in (self.codes, self.scale, self.zero)]
+        return dequantize(*parts, format=self.format).astype(_dtype(dtype))
+
+    def __repr__(self):
+        pages, page_size, num_kv_heads, head_dim = self.shape
+        bits = f", {8 * self.nbytes / np.prod(self.shape):.4g} bits" if np.prod(self.shape) else ""
+        return (f"QuantizedKV({self.format}, pages={pages}, page_size={page_size}, num_kv_heads={num_kv_heads}, "
+                f"head_dim={head_dim}, scale={dtype_name(self.scale)} per {self.granularity}{bits})")
+
+
+def _dtype(name):
+    if isinstance(name, str) and name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+class BlockLayer(NamedTuple):
+    """K and V of one layer inside memory blocks, and the bytes of a block that the layer takes."""
+
+    k: "BlockKV"
+    v: "BlockKV"
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class BlockKV:
+    """Where the keys or values of one layer lie in memory blocks that are reached by their addresses.
+
+    Array-free: stands where a `k_cache` or `v_cache` may be an array, with a ``PageTable.pointers`` that has the
+    addresses. A block holds `page_size` tokens.
+
+    Parameters
+    ----------
+    format : str
+        Key of ``quantized_kv.FORMATS``, or float16, bfloat16, float32.
+    page_size, num_kv_heads, head_dim : int
+    offset : int
+        Bytes from a block's start to token 0, head 0.
+    stride_token, stride_head : int
+        In elements of the codes (bytes in a quantized format).
+    scale_dtype : str, optional
+        float16, bfloat16 or float32 for int8 and int4; the other formats have one.
+    scale_offset, zero_offset : int
+        Bytes from a block's start to the first scale and zero.
+    scale_stride_token, scale_stride_head, scale_stride_group : int
+        In elements of the scale, for the zero as well.
+    scale : ndarray, optional
+        Scales that do not lie in the blocks: float32 [1], [num_kv_heads], or [num_kv_heads, head_dim] for int8_channel.
+    """
+
+    format: str
+    page_size: int
+    num_kv_heads: int
+    head_dim: int
+    offset: int = 0
+    stride_token: int = 0
+    stride_head: int = 0
+    scale_dtype: str | None = None
+    scale_offset: int = 0
+    zero_offset: int = 0
+    scale_stride_token: int = 0
+    scale_stride_head: int = 0
+    scale_stride_group: int = 0
+    scale: object = None
+
+    def __post_init__(self):
+        if self.format in FLOATS:
+            return
+        if self.format not in FORMATS:
+            raise ValueError(f"BlockKV: format must be one of {', '.join((*FLOATS, *FORMATS))}, got {self.format!r}")
+        kind = FORMATS[self.format]
+        _check_head_dim(self.format, self.head_dim, "BlockKV")
+        if len(kind.scale_dtypes) == 1 and self.scale_dtype is None:
+            object.__setattr__(self, "scale_dtype", kind.scale_dtypes[0])
+        if self.scale_dtype not in kind.scale_dtypes:
+            raise ValueError(f"BlockKV: scale_dtype must be {' or '.join(kind.scale_dtypes)} in format {self.format}, "
+                             f"got {self.scale_dtype!r}")
+        itemsize = 4 if self.scale_dtype == "float32" else 2
+        for name in ("scale_offset", "zero_offset"):
+            if getattr(self, name) % itemsize:
+                raise ValueError(f"BlockKV: {name} must be a multiple of the scale's {itemsize} bytes, got "
+                                 f"{getattr(self, name)}")
+        if self.scale is None:
+            if self.format == "int8_channel":
+                raise ValueError("BlockKV: scale must be given in format int8_channel, got None")
+            return
+        shapes = {name: _shape_of(self.format, 0, 0, self.num_kv_heads, self.head_dim, name)
+                  for name in kind.granularities if name in ("tensor", "head", "channel")}
+        if self.scale.shape not in shapes.values() or dtype_name(self.scale) != "float32":
+            raise ValueError("BlockKV: scale must be "
+                             f"{' or '.join(f'float32 {list(s)}' for s in shapes.values()) or 'in the blocks'} in "
+                             f"format {self.format}, got {dtype_name(self.scale)} {list(self.scale.shape)}")
+
+    @classmethod
+    def turbomind(cls, num_kv_heads, head_dim, page_size, *, quant_policy=0, dtype="float16", layer=0, offset=None,
+                  one_copy=False):
+        """K and V of a layer in LMDeploy TurboMind's blocks.
+
+        A layer is its data, [num_kv_heads][K, V][page_size][head_dim] elements, and with a quant_policy its
+        parameters, [num_kv_heads][K, V][page_size][scale, zero] of `dtype`.
+
+        Parameters
+        ----------
+        num_kv_heads, head_dim, page_size : int
+        quant_policy : int
+            0 none, 8 int8, 4 int4.
+        dtype : str
+            float16, bfloat16 or float32: of plain data, and of the parameters.
+        layer : int
+            Layers before this one in a block, when all are alike.
+        offset : int, optional
+            Bytes from a block's start to the layer, instead of `layer`.
+        one_copy : bool
+            K and V share one copy (multi-head latent attention).
+
+        Returns
+        -------
+        BlockLayer
+            k, v and nbytes, the layer's size in a block.
+        """
+        formats = {0: dtype, 8: "int8", 4: "int4"}
+        if type(quant_policy) is bool or quant_policy not in formats:
+            raise ValueError(f"BlockKV: quant_policy must be 0, 4 or 8, got {quant_policy!r}")
+        if dtype not in FLOATS:
+            raise ValueError(f"BlockKV: dtype must be {' or '.join(FLOATS)}, got {dtype!r}")
+        itemsize, copies = (4 if dtype == "float32" else 2), (1 if one_copy else 2)
+        row = head_dim * (quant_policy or 8 * itemsize) // 8       # bytes of a token and head
+        data = page_size * row                                     # of a head's K
+        parameters = page_size * 2 * itemsize if quant_policy else 0
+        nbytes = num_kv_heads * copies * (data + parameters)
+        start = layer * nbytes if offset is None else offset
+        unit = 1 if quant_policy else itemsize
+        sides = []
+        for copy in range(2):
+            at = copy % copies
+            first = start + num_kv_heads * copies * data + at * parameters
+            places = {"scale_dtype": dtype, "scale_offset": first, "zero_offset": first + itemsize,
+                      "scale_stride_token": 2, "scale_stride_head": copies * 2 * page_size} if quant_policy else {}
+            sides.append(cls(formats[quant_policy], page_size, num_kv_heads, head_dim, offset=start + at * data,
+                             stride_token=row // unit, stride_head=copies * data // unit, **places))
+        return BlockLayer(*sides, nbytes)
+
+    @property
+    def shape(self):
+        """(None, page_size, num_kv_heads, head_dim)."""
+        return (None, self.page_size, self.num_kv_heads, self.head_dim)
+
+    @property
+    def tag(self):
+        """C++ type that reads the rows."""
+        if self.format in FLOATS:
+            return f"KvPlain<{CUDA_TYPES[self.format]}>"
+        return FORMATS[self.format].tag.format(CUDA_TYPES[self.scale_dtype])
+
+    @property
+    def alignment(self):
+        """Largest power of two ≤ 16 (bytes) that divides the place of every row in a block."""
+        itemsize = 1 if self.format in FORMATS else 4 if self.format == "float32" else 2
+        bits = self.offset | self.stride_token * itemsize | self.stride_head * itemsize | 16
+        return bits & -bits
+
+    @property
+    def arrays(self):
+        """The arrays behind the object, by name."""
+        return {} if self.scale is None else {"scale": self.scale}
+
+    def nbytes_needed(self):
+        """Bytes a block must have for this side: one past the last code, scale and zero."""
+        def end(offset, itemsize, count, *strides):
+            steps = zip(strides, (self.page_size, self.num_kv_heads, self.head_dim // 32), strict=False)
+            return offset + itemsize * (sum(s * max(0, n - 1) for s, n in steps) + count)
+
+        if self.format in FLOATS:
+            return end(self.offset, 4 if self.format == "float32" else 2, self.head_dim, self.stride_token,
+                       self.stride_head)
+        kind = FORMATS[self.format]
+        ends = [end(self.offset, 1, kind.row_codes(self.head_dim), self.stride_token, self.stride_head)]
+        if self.scale is None:
+            strides = [self.scale_stride_token, self.scale_stride_head]
+            strides += [self.scale_stride_group] if kind.rotated else []
+            itemsize = 4 if self.scale_dtype == "float32" else 2
+            ends += [end(at, itemsize, 1, *strides) for at in (self.scale_offset, self.zero_offset)[:1 + kind.has_zero]]
+        return max(ends)
+
+    def view(self):
+        """Fields of KvView and of KvScale.
+
+        Returns
+        -------
+        (dict, dict)
+        """
+        view = {"data": None, "stride_page": 0, "stride_token": self.stride_token, "stride_head": self.stride_head,
+                "offset": self.offset}
+        if self.scale is not None:
+            strides = [s // 4 for s in self.scale.strides] if self.scale.size > 1 else []
+            return view, {**NO_SCALE, "scale": self.scale, **dict(zip(("stride_head", "stride_group"), strides,
+                                                                      strict=False))}
+        return view, {**NO_SCALE, "stride_token": self.scale_stride_token, "stride_head": self.scale_stride_head,
+                      "stride_group": self.scale_stride_group, "scale_offset": self.scale_offset,
+                      "zero_offset": self.zero_offset}
+
+
+def kv_side(op, name, cache):
+    """`cache` of op's argument `name` (an array, a QuantizedKV or a BlockKV) as a KvSide.
+
+    Raises
+    ------
+    TypeError
+        It is none of these, or an array of another dtype than float16, bfloat16 and float32.
+    ValueError
+        An array that is not [pages, page_size, num_kv_heads, head_dim] with a contiguous last axis.
+    """
+    if isinstance(cache, (QuantizedKV, BlockKV)):
+        return KvSide(cache.tag, cache.format, cache.shape, *cache.view(), cache.alignment,
+                      {f"{name}.{part}": array for part, array in cache.arrays.items()})
+    array_namespace(op, **{name: cache})
+    found = dtype_name(cache)
+    if found not in FLOATS:
+        raise TypeError(f"{op}: {name} must be {', '.join(FLOATS)} or a QuantizedKV, got {found}")
+    if cache.ndim != 4:
+        raise ValueError(f"{op}: {name} must be [pages, page_size, num_kv_heads, head_dim], got {list(cache.shape)}")
+    itemsize, strides = cache.itemsize, cache.strides
+    if cache.size and cache.shape[3] > 1 and strides[3] != itemsize:
+        raise ValueError(f"{op}: {name} must have a contiguous last axis, got strides {strides} bytes for {found}")
+    if any(s % itemsize for s in strides):
+        raise ValueError(f"{op}: {name} must have strides that are multiples of its itemsize {itemsize}, got {strides}")
+    view = {"data": cache, "stride_page": strides[0] // itemsize, "stride_token": strides[1] // itemsize,
+            "stride_head": strides[2] // itemsize, "offset": 0}
+    return KvSide(f"KvPlain<{CUDA_TYPES[found]}>", found, cache.shape, view, NO_SCALE, alignment(cache), {name: cache})
