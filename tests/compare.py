@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Comparing results, and filling memory with values that must not matter."""
+"""Comparing results, filling memory with values that must not matter, and arrays larger than the memory."""
+
+import mmap
 
 import numpy as np
 
@@ -51,3 +53,18 @@ def poison(array):
     else:
         array[...] = np.nan
     return array
+
+
+_MAP_NORESERVE = 0x4000   # of Linux; Python names it from 3.13 on
+
+
+def sparse_array(shape, dtype="float16"):
+    """Zeros of any size: pages of 4 KiB take memory once they are written to, and reading one costs next to nothing.
+
+    For offsets past 4 GiB or 2**31 elements. Never pass it to what walks over all of it.
+    """
+    dtype = dtype_of(dtype)
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)   # a touched page would otherwise become 2 MiB
+    return np.frombuffer(memory, dtype).reshape(shape)
