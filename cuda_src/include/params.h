@@ -303,10 +303,10 @@ struct TurboMindLinearIteratorParams {
 };
 
 struct TurboMindBlockIteratorParams {
-  void* block_ptrs;             // char* [blocks] addresses of memory blocks
-  const int32_t* cu_block_nums; // int32 [batch + 1] first block of every sequence
-  int32_t layer_id;             // layers before this one in a block
-  int32_t block_len;            // tokens per block
+  void* block_ptrs;              // char* [blocks] addresses of memory blocks
+  const int32_t* cu_block_nums;  // int32 [batch + 1] first block of every sequence
+  int32_t layer_id;              // layers before this one in a block
+  int32_t block_len;             // tokens per block
 };
 
 struct TurboMindYarnRope {
@@ -323,18 +323,18 @@ struct TurboMindLlama3Rope {
 };
 
 struct TurboMindMrope {
-  int32_t section_t;        // pairs that turn by time
-  int32_t section_h;        // by height
-  int32_t section_w;        // by width
-  int32_t stride;           // positions of a token in position_ids
-  void* position_ids;       // int32 [tokens, 3]
-  void* position_delta;     // int32 [batch] added to the position of later tokens
-  void* length;             // int32 [batch] tokens of a sequence that have an entry in position_ids
-  void* position_offsets;   // int32 [batch] first entry of a sequence
+  int32_t section_t;       // elements of a head that turn by time
+  int32_t section_h;       // those and the ones that turn by height
+  int32_t section_w;       // all of them
+  int32_t stride;          // ints of a token in position_ids
+  void* position_ids;      // int32 [tokens, 3]
+  void* position_delta;    // int32 [batch] added to the position of later tokens
+  void* length;            // int32 [batch] tokens of a sequence that have an entry in position_ids
+  void* position_offsets;  // int32 [batch] first entry of a sequence
 };
 
 struct TurboMindRopeKernelParam {
-  int32_t type;                // 0 none, 1 default, 2 linear, 3 dynamic, 4 yarn, 5 llama3
+  int32_t type;                // 0 none, 1 default, 2 linear, 3 dynamic, 4 yarn, 5 llama3, 6 default with mrope
   int32_t padding;             // zero
   void* base;                  // float32 [batch] base of every sequence; null for the one in scale_factor
   int32_t dim;                 // rotated elements of a head
