@@ -14,30 +14,48 @@ struct TokenSlot {
   int32_t slot;  // index inside the page
 };
 
+// The page table of one sequence in two halves: ask() reads the entry of a token, answer() looks at what was read, so
+// that a kernel may do other things while the entry is on its way.
+struct TokenRequest {
+  int64_t block;  // address of the block, 0 for none
+  int32_t id;     // page id, -1 for none
+  int32_t slot;
+};
+
+struct SequencePages {
+  int64_t first;    // entry of the sequence's page 0, without pages the slot of its token 0
+  int64_t columns;  // entries, without pages tokens
+
+  __device__ __forceinline__ SequencePages(const PageTable& table, int64_t seq) {
+    first = seq * table.stride_seq, columns = table.max_pages;
+    const int32_t* starts = table.row_starts != nullptr ? table.row_starts : table.indptr;
+    if (starts == nullptr) return;
+    first = starts[seq];
+    columns = starts[seq + 1] - first;
+  }
+  // Nothing is read unless `wanted`.
+  __device__ __forceinline__ TokenRequest ask(const PageTable& table, int32_t token, bool wanted) const {
+    if (table.row_starts != nullptr)
+      return {0, wanted && token < columns ? 0 : -1, static_cast<int32_t>(first) + token};
+    const int32_t column = token / table.page_size;
+    TokenRequest out = {0, -1, token - column * table.page_size};
+    if (wanted && column < columns) {
+      if (table.block_ptrs != nullptr) out.block = table.block_ptrs[first + column];
+      else out.id = table.block_table[first + column];
+    }
+    return out;
+  }
+  __device__ __forceinline__ TokenSlot answer(const PageTable& table, const TokenRequest& found) const {
+    if (table.block_ptrs != nullptr) return {found.block == 0 ? -1 : found.block, found.slot};
+    const bool inside = found.id >= 0 && (found.id < table.num_pages || table.row_starts != nullptr);
+    return {inside ? found.id : -1, found.slot};
+  }
+};
+
 // Where token `token` >= 0 of sequence `seq` lives.
 __device__ __forceinline__ TokenSlot find_token(const PageTable& table, int64_t seq, int32_t token) {
-  if (table.row_starts != nullptr) {
-    const int32_t row = table.row_starts[seq] + token;
-    return {row < table.row_starts[seq + 1] ? 0 : -1, row};
-  }
-  int32_t column = token / table.page_size;
-  const int32_t slot = token - column * table.page_size;
-  int64_t first = seq * table.stride_seq, columns = table.max_pages;
-  if (table.indptr != nullptr) {
-    first = table.indptr[seq];
-    columns = table.indptr[seq + 1] - first;
-  }
-  int64_t page = -1;
-  if (column < columns) {
-    if (table.block_ptrs != nullptr) {
-      page = table.block_ptrs[first + column];
-      if (page == 0) page = -1;
-    } else {
-      page = table.block_table[first + column];
-      if (page < 0 || page >= table.num_pages) page = -1;
-    }
-  }
-  return {page, slot};
+  const SequencePages pages(table, seq);
+  return pages.answer(table, pages.ask(table, token, true));
 }
 
 // Row of one token and head; null for a token in no page. C: what the view's strides count.
