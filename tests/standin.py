@@ -20,7 +20,6 @@ import nvrtc
 import standin_device as device
 
 from cupyattn.runtime import Plan, Specialisation, cpu, cuda
-from cupyattn.runtime.plan import CUDA_TYPES
 from cupyattn.runtime.structs import Args
 
 SHARED_DEFAULT = 48 * 1024   # bytes of shared memory a block has without opting in
@@ -139,12 +138,11 @@ def _args(layout, data):
 def _specialisation(module, kernel):
     """The Specialisation whose source and options a RawModule was made from."""
     file, text = re.fullmatch(r'#line 1 "([^"]+)"\n(.*)', module.code, re.DOTALL).groups()
-    names = {cuda_type: name for name, cuda_type in CUDA_TYPES.items()}
     constants = {}
     for option in module.options:
         name, _, value = option.partition("=")
         if name.startswith("-DCA_") and name not in ("-DCA_SIZEOF_ARGS", "-DCA_SOURCE_HASH"):
-            constants[name.removeprefix("-DCA_")] = int(value) if value.isdigit() else names.get(value, value)
+            constants[name.removeprefix("-DCA_")] = int(value) if value.lstrip("-").isdigit() else value
     struct_name = re.search(rf"\b{kernel}\(const __grid_constant__ (\w+) ", text).group(1)
     return Specialisation(file, kernel, struct_name, constants)
 

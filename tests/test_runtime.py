@@ -14,7 +14,18 @@ import numpy as np
 import pytest
 
 import cupyattn
-from cupyattn.runtime import Plan, Specialisation, compile_all, cpu, host_compiler, launch, make_args, recording, source
+from cupyattn.runtime import (
+    Plan,
+    Specialisation,
+    arch_of,
+    compile_all,
+    cpu,
+    host_compiler,
+    launch,
+    make_args,
+    recording,
+    source,
+)
 from cupyattn.runtime.structs import layout
 
 KERNELS = Path(__file__).parent / "kernels"
@@ -68,6 +79,40 @@ def test_struct_layout_of_nested_views():
     assert struct.packer.size == struct.dtype.itemsize
     with pytest.raises(KeyError, match="no struct NoArgs in params.h"):
         layout("NoArgs")
+
+
+def _type_constants(format):
+    return Specialisation(str(KERNELS / "type_constants.cu"), "type_constants", "TypeConstantsArgs", {"FORMAT": format})
+
+
+@pytest.mark.parametrize("format, want", [
+    ("formats::Int8<__half>", (8, 2, 1)), ("formats::Int8<float32, 32>", (8, 4, 32)), ("Plain<bfloat16>", (1, 2, 0)),
+    ("Plain<formats::Int8<float16>>", (1, 1, 0)), ("Plain<const float *>", (1, 8, 0)),
+    ("Plain<unsigned long long>", (1, 8, 0))])
+def test_types_as_constants(xp, format, want):
+    plan = Plan(_type_constants(format), arch_of(xp.module), (1,), (1,))
+    out = xp.array(np.zeros(3, np.int32))
+    launch(plan, make_args(plan, out=out))
+    assert tuple(xp.numpy(out).tolist()) == want
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("compiler", host_compiler.available()[1:], ids=lambda c: c.family)
+def test_types_as_constants_with_every_compiler(compiler):
+    with cpu.settings(cxx=" ".join(compiler.command)):
+        compile_all([_type_constants("Plain<formats::Int8<float16, 4>>")], "cpu")
+
+
+def test_types_in_messages_can_be_pasted():
+    with pytest.raises(cupyattn.CompileError, match=r"'-DCA_FORMAT=Absent<__half, 3>'"):
+        compile_all([_type_constants("Absent<float16, 3>")], "cpu")
+
+
+def test_constants_that_an_option_cannot_hold_are_refused():
+    for name, value in (("T", "float; int x"), ("T", 'A<"x">'), ("T", "-O0"), ("T", 1.5), ("T", None), ("t", 1),
+                        ("A B", 1), ("T", "f()"), ("T", "")):
+        with pytest.raises(ValueError, match="scale: constants must be UPPER_CASE names of integers, dtype names or"):
+            Specialisation("scale", "scale", "ScaleArgs", {name: value})
 
 
 def test_plan_prints_on_one_line():

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import re
+import shlex
 import threading
 import time
 from pathlib import Path
@@ -127,7 +128,7 @@ def _compile(spec, device):
                       "loaded" if cached else "compiled", spec, target, time.perf_counter() - start,
                       compiled.num_regs, compiled.shared_size_bytes, compiled.local_size_bytes)
     if env.debug() >= 3:
-        env.log.debug("options: %s", " ".join(flags))
+        env.log.debug("options: %s", shlex.join(flags))
     return compiled
 
 
@@ -156,7 +157,7 @@ def _explain(spec, flags, error):
     lines = str(error).splitlines()
     first = [line for line in lines if "error" in line][:8] or lines[:8]
     return CompileError(f"{spec}: NVRTC failed\n  " + "\n  ".join(first) +
-                        f"\n  source: {source.path(spec.source)}\n  options: {' '.join(flags)}")
+                        f"\n  source: {source.path(spec.source)}\n  options: {shlex.join(flags)}")
 
 
 # ---- launching -------------------------------------------------------------------------------------------

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Specialisation (which code) and Plan (which code, how many blocks): frozen, printable, without arrays."""
 
+import re
 from dataclasses import dataclass, field
 
 from . import structs
 
 CUDA_TYPES = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float"}
+_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
+_TYPE = re.compile(r"[A-Za-z_][\w:<>, *]*")   # no character that an option parser would take for its own
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class Specialisation:
     args : str
         Name of its argument struct.
     constants : dict
-        ``{"T": "float16", "VEC": 8}`` becomes ``-DCA_T=__half -DCA_VEC=8``; dtype names become CUDA types.
+        ``{"T": "float16", "VEC": 8}`` becomes ``-DCA_T=__half -DCA_VEC=8``; dtype names become CUDA types, also inside
+        a C++ type: ``{"KV": "KvInt8<float16>"}`` and ``{"KV": "KvInt8<__half>"}`` mean the same.
     min_sm : int
         Lowest compute capability it compiles for, times ten.
     expects : tuple of str
@@ -42,6 +46,11 @@ class Specialisation:
     def __post_init__(self):
         if isinstance(self.constants, dict):
             object.__setattr__(self, "constants", tuple(sorted(self.constants.items())))
+        for name, value in self.constants:
+            legal = isinstance(value, int) or isinstance(value, str) and _TYPE.fullmatch(value)
+            if not legal or not _NAME.fullmatch(name):
+                raise ValueError(f"{self.kernel}: constants must be UPPER_CASE names of integers, dtype names or C++ "
+                                 f"types, got {name}={value!r}")
         object.__setattr__(self, "_hash", hash((self.source, self.kernel, self.args, self.constants)))
 
     def __hash__(self):
@@ -54,11 +63,18 @@ class Specialisation:
 
     def defines(self):
         """``-D`` options, the same for both compilers."""
-        return (*(f"-DCA_{name}={CUDA_TYPES.get(value, value)}" for name, value in self.constants),
+        return (*(f"-DCA_{name}={_spelling(value)}" for name, value in self.constants),
                 f"-DCA_SIZEOF_ARGS={self.layout.dtype.itemsize}")
 
     def __str__(self):
         return f"{self.kernel}[{', '.join(f'{k}={v}' for k, v in self.constants)}]"
+
+
+def _spelling(value):
+    """A constant as the compiler reads it."""
+    if isinstance(value, int):
+        return str(int(value))
+    return re.sub(r"\w+", lambda word: CUDA_TYPES.get(word[0], word[0]), value)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 
 from . import source
 
-_STRUCT = re.compile(r"^struct\s+(\w+)\s*\{(.*?)^\};", re.MULTILINE | re.DOTALL)
+_STRUCT = re.compile(r"(?<!>\n)^struct\s+(\w+)\s*\{(.*?)^\};", re.MULTILINE | re.DOTALL)   # no template
 _FIELD = re.compile(r"^\s*(const\s+)?(\w+)\s*(\*?)\s+(\w+);\s*//\s*(.+)$")
 _SCALARS = {"int32_t": ("i4", "i"), "uint32_t": ("u4", "I"), "int64_t": ("i8", "q"), "uint64_t": ("u8", "Q"),
             "float": ("f4", "f")}
