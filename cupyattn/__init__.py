@@ -14,6 +14,7 @@ from .ops.rms_norm import rms_norm
 from .ops.rope import rope
 from .ops.silu_mul import silu_mul
 from .ops.split_reduce import split_reduce
+from .page_table import PageTable
 from .pages import PageManager
 from .params import PagedParams, Params
 from .quant import QMatrix
@@ -21,8 +22,8 @@ from .quantized_kv import BlockKV, QuantizedKV
 from .rope_params import RopeKernelParam, RopeParams
 
 __all__ = [
-    "BlockKV", "CompileError", "KernelCheckError", "PagedParams", "PageManager", "Params", "QMatrix", "QuantizedKV",
-    "RopeKernelParam", "RopeParams",
+    "BlockKV", "CompileError", "KernelCheckError", "PagedParams", "PageManager", "PageTable", "Params", "QMatrix",
+    "QuantizedKV", "RopeKernelParam", "RopeParams",
     "embedding", "kv_append", "layer_norm", "paged_decode", "quant_gemm", "rms_norm", "rope", "silu_mul",
     "split_reduce",
 ]
