@@ -24,14 +24,14 @@ struct TokenRequest {
 
 struct SequencePages {
   int64_t first;    // entry of the sequence's page 0, without pages the slot of its token 0
-  int64_t columns;  // entries, without pages tokens
+  int32_t columns;  // entries, without pages tokens
 
   __device__ __forceinline__ SequencePages(const PageTable& table, int64_t seq) {
     first = seq * table.stride_seq, columns = table.max_pages;
     const int32_t* starts = table.row_starts != nullptr ? table.row_starts : table.indptr;
     if (starts == nullptr) return;
     first = starts[seq];
-    columns = starts[seq + 1] - first;
+    columns = starts[seq + 1] - starts[seq];
   }
   // Nothing is read unless `wanted`.
   __device__ __forceinline__ TokenRequest ask(const PageTable& table, int32_t token, bool wanted) const {
