@@ -197,9 +197,27 @@ def test_bank_conflicts_are_counted(row_length, ways):
         out, _ = _run("transpose", (1,), (1024,), 2048, repeat=row_length, shared_bytes=34 * 128,
                       out=np.arange(2048, dtype=np.float32))
     np.testing.assert_array_equal(out[1024:].reshape(32, 32), np.arange(1024).reshape(32, 32).T)
-    counts = launches[0].counts
-    assert counts["max_conflict_ways"] == ways
-    assert counts["shared_requests"] == 64 and counts["shared_conflicts"] == 32 * (ways - 1)
+    assert launches[0].shared["write"] == {"requests": 32, "conflicts": 0, "max_ways": 1}
+    read = {"requests": 32, "conflicts": 32 * (ways - 1), "max_ways": ways}
+    assert launches[0].shared["read"] == read
+    line = Path(SOURCE).read_text().split("tile[column * args.repeat + row]")[0].count("\n") + 1
+    assert launches[0].conflicts == ({(f"{SOURCE}:{line}", "read"): read} if ways > 1 else {})
+
+
+@pytest.mark.parametrize("row_bytes, ways", [(64, 4), (128, 8), (144, 1)])
+def test_bank_conflicts_of_matrix_instructions_and_asynchronous_copies(row_bytes, ways):
+    out = np.zeros(1024 + 128, np.float32)[:1024]
+    with settings(check=True), counters() as launches:
+        _run("matrix_tile", (1,), (32,), out.size, repeat=row_bytes, shared_bytes=32 * 144, out=out)
+    found = launches[0]
+    # eight rows of 16 bytes a request: rows 64 bytes apart share banks with every second one
+    conflicting = {"requests": 4, "conflicts": 4 * (ways - 1), "max_ways": ways}
+    assert found.shared["cp_async"] == found.shared["ldmatrix"] == conflicting
+    assert found.shared["read"]["requests"] == found.shared["write"]["requests"] == 0
+    assert found.counts["ldmatrix"] == 1 and found.counts["cp_async_bytes"] == 512
+    assert sorted(access for _, access in found.conflicts) == (["cp_async", "ldmatrix"] if ways > 1 else [])
+    assert all("/executor.cu:" in line for line, _ in found.conflicts)
+    assert found.buffers["out"]["bytes_read"] == found.buffers["out"]["bytes_written"] == 512
 
 
 @pytest.mark.parametrize("step, sectors", [(4, 16), (8, 32), (16, 32)])

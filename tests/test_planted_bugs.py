@@ -105,4 +105,8 @@ def test_counters():
     assert counts["blocks"] == 1 and counts["threads"] == 64 and counts["barriers"] == 64
     assert buffers["x"] == {"bytes_read": 256, "bytes_written": 0, "sectors_read": 8, "sectors_written": 0}
     assert buffers["out"] == {"bytes_read": 0, "bytes_written": 256, "sectors_read": 0, "sectors_written": 8}
-    assert counts["shared_requests"] == 4 and counts["shared_conflicts"] == 0 and counts["max_conflict_ways"] == 1
+    assert launches[0].shared == {"read": {"requests": 2, "conflicts": 0, "max_ways": 1},
+                                  "write": {"requests": 2, "conflicts": 0, "max_ways": 1},
+                                  "ldmatrix": {"requests": 0, "conflicts": 0, "max_ways": 0},
+                                  "cp_async": {"requests": 0, "conflicts": 0, "max_ways": 0}}
+    assert launches[0].conflicts == {}

@@ -19,10 +19,19 @@ struct CaBufferCounters {
   uint64_t bytes_read, bytes_written, sectors_read, sectors_written;
 };
 
+enum CaAccess { CA_READ, CA_WRITE, CA_LDMATRIX, CA_CP_ASYNC };  // the latter as it meets shared memory
+
+struct CaSharedCounters {  // of one instruction in the kernel's code
+  uint64_t pc;
+  int32_t access, reserved;
+  uint64_t requests, conflicts, max_ways;
+};
+
 struct CaCounters {
-  uint64_t blocks, threads, switches, barriers, collectives, mma, ldmatrix, shuffles, cp_async_bytes, shared_requests,
-      shared_conflicts, max_conflict_ways;
+  uint64_t blocks, threads, switches, barriers, collectives, mma, ldmatrix, shuffles, cp_async_bytes;
   CaBufferCounters* per_buffer;
+  CaSharedCounters* shared;  // in no order
+  uint64_t num_shared;       // in: room; out: instructions, perhaps more than there is room for
 };
 
 struct CaLaunch {

@@ -230,8 +230,9 @@ bool readable_elsewhere(const Worker* w, uintptr_t a, size_t bytes) {
 
 }  // namespace
 
-void on_access(const void* pointer, size_t bytes, bool write, bool atomic, const void* pc) {
+void on_access(const void* pointer, size_t bytes, CaAccess access, bool atomic, const void* pc) {
   if (!ca_self) return;
+  const bool write = access == CA_WRITE || access == CA_CP_ASYNC;
   Worker* w = self()->worker;
   Checker* c = w->checker;
   const uintptr_t a = reinterpret_cast<uintptr_t>(pointer);
@@ -253,7 +254,7 @@ void on_access(const void* pointer, size_t bytes, bool write, bool atomic, const
   } else {
     fail_bounds(w, a, bytes, write, pc);
   }
-  if (c->launch->counters) note_request(w, buffer, a, bytes, write, pc);
+  if (c->launch->counters) note_request(w, buffer, a, bytes, access, pc);
 }
 
 void on_atomic(const void* pointer, size_t bytes, const void* pc) {
@@ -305,6 +306,7 @@ Checker* new_checker(const Job* job) {
 }
 
 void delete_checker(Checker* c) {
+  if (c->launch->counters) report_requests(c);
   for (size_t i = 0; i < c->global.size(); ++i) {
     if (c->global[i]) munmap(c->global[i], c->launch->buffers[i].bytes * sizeof(GlobalByte));
   }
@@ -346,7 +348,7 @@ void check_async_issue(Worker* w, const AsyncCopy& copy, const void* pc) {
     fail(w, CA_MISALIGNED, pc, "cp.async of %u bytes needs addresses that are multiples of %u", bytes, bytes);
   }
   on_access(copy.from, copy.valid_bytes, false, false, pc);
-  on_access(copy.to, bytes, true, false, pc);
+  on_access(copy.to, bytes, CA_CP_ASYNC, false, pc);
   const uintptr_t offset = reinterpret_cast<uintptr_t>(copy.to) - reinterpret_cast<uintptr_t>(w->block.shared);
   if (offset < c->launch->shared_bytes) {
     for (uint32_t i = 0; i < bytes; ++i) c->dynamic_shared[offset + i].pending = true;

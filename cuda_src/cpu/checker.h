@@ -56,12 +56,13 @@ struct Acquire {
 struct Request {  // the lanes of a warp at one instruction, collected one after another
   uint32_t lanes = 0;
   uint32_t bytes = 0;
-  bool write = false;
+  CaAccess access = CA_READ;
   int buffer = -1;  // -1: shared memory
   uintptr_t address[WARP];
 };
 
 struct Instruction {  // per warp and code address
+  const void* pc = nullptr;
   uint32_t times[WARP] = {};  // executed by each lane
   uint64_t first = 0;         // number of the oldest open request
   std::deque<Request> open;
@@ -105,10 +106,14 @@ struct Checker {
   uint32_t last_release = 0;            // the one that made an access legal last, plus one
   bool unseen = false;                  // inside a collective's own code
   std::unordered_map<uint64_t, Instruction> instructions;
+  std::unordered_map<uint64_t, CaSharedCounters> shared;  // by code address and access
 };
 
 // Judges one access of the running thread.
-void on_access(const void* pointer, size_t bytes, bool write, bool atomic, const void* pc);
+void on_access(const void* pointer, size_t bytes, CaAccess access, bool atomic, const void* pc);
+inline void on_access(const void* pointer, size_t bytes, bool write, bool atomic, const void* pc) {
+  on_access(pointer, bytes, write ? CA_WRITE : CA_READ, atomic, pc);
+}
 // A read-modify-write; it orders the thread after every earlier one on the address.
 void on_atomic(const void* pointer, size_t bytes, const void* pc);
 void on_function_entry(const void* frame, const void* pc);
@@ -123,8 +128,9 @@ void pass_global_atomic(Checker* c, uintptr_t address, int thread);
 bool visible_from_block(Checker* c, uint32_t block, const Mark& m, int thread);  // an access of another block
 
 // requests.cpp
-void note_request(Worker* w, int buffer, uintptr_t address, size_t bytes, bool write, const void* pc);
-void finish_requests(Checker* c);
+void note_request(Worker* w, int buffer, uintptr_t address, size_t bytes, CaAccess access, const void* pc);
+void finish_requests(Checker* c);   // of a block
+void report_requests(Checker* c);   // of the launch
 
 }  // namespace ca
 

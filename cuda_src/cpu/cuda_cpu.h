@@ -106,7 +106,7 @@ enum Event { COUNT_MMA, COUNT_LDMATRIX, COUNT_SHUFFLE };
 CA_API void ca_count(int event, uint64_t amount);
 
 // Checked builds: one access of its true width, a copy that is not an access, and __threadfence.
-CA_API void ca_access(const void* address, uint32_t bytes, uint32_t alignment, int write);
+CA_API void ca_access(const void* address, uint32_t bytes, uint32_t alignment, CaAccess access);
 CA_API void ca_copy_unseen(void* to, const void* from, uint32_t bytes);
 CA_API void ca_fence(void);
 
@@ -122,10 +122,10 @@ CA_HOST_INLINE int lane() { return static_cast<int>(ca_self->lane); }
 
 // *p in one access of its true width: the compiler's instrumentation would split a vector into its elements.
 template <typename T>
-CA_HOST_INLINE T load(const T* p) {
+CA_HOST_INLINE T load(const T* p, [[maybe_unused]] CaAccess access = CA_READ) {
 #if CA_CHECK
   T out;
-  ca_access(p, sizeof(T), alignof(T), 0);
+  ca_access(p, sizeof(T), alignof(T), access);
   ca_copy_unseen(&out, p, sizeof(T));
   return out;
 #else
@@ -136,7 +136,7 @@ CA_HOST_INLINE T load(const T* p) {
 template <typename T>
 CA_HOST_INLINE void store(T* p, const T& value) {
 #if CA_CHECK
-  ca_access(p, sizeof(T), alignof(T), 1);
+  ca_access(p, sizeof(T), alignof(T), CA_WRITE);
   ca_copy_unseen(p, &value, sizeof(T));
 #else
   *p = value;

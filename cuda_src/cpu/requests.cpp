@@ -8,7 +8,10 @@ namespace ca {
 namespace {
 
 // 32 banks of 4 bytes. Accesses wider than 4 bytes are served in 2 or 4 parts of 128 bytes.
-void count_shared(CaCounters& total, const Request& r) {
+void count_shared(Checker* c, const Request& r, const void* pc) {
+  CaSharedCounters& total = c->shared[reinterpret_cast<uint64_t>(pc) * 4 + r.access];
+  total.pc = reinterpret_cast<uint64_t>(pc);
+  total.access = r.access;
   const int group = r.bytes <= 4 ? 32 : r.bytes <= 8 ? 16 : 8;
   for (int first = 0; first < WARP; first += group) {
     std::vector<uintptr_t> words;
@@ -22,9 +25,9 @@ void count_shared(CaCounters& total, const Request& r) {
     uint64_t per_bank[32] = {};
     for (uintptr_t word : words) ++per_bank[word % 32];
     const uint64_t ways = *std::max_element(per_bank, per_bank + 32);
-    ++total.shared_requests;
-    total.shared_conflicts += ways - 1;
-    total.max_conflict_ways = std::max(total.max_conflict_ways, ways);
+    ++total.requests;
+    total.conflicts += ways - 1;
+    total.max_ways = std::max(total.max_ways, ways);
   }
 }
 
@@ -37,36 +40,37 @@ void count_global(CaBufferCounters& total, const Request& r) {
   std::sort(sectors.begin(), sectors.end());
   const uint64_t distinct = std::unique(sectors.begin(), sectors.end()) - sectors.begin();
   const uint64_t bytes = uint64_t{r.bytes} * __builtin_popcount(r.lanes);
-  (r.write ? total.bytes_written : total.bytes_read) += bytes;
-  (r.write ? total.sectors_written : total.sectors_read) += distinct;
+  const bool write = r.access == CA_WRITE;
+  (write ? total.bytes_written : total.bytes_read) += bytes;
+  (write ? total.sectors_written : total.sectors_read) += distinct;
 }
 
-void count(Checker* c, const Request& r) {
-  CaCounters& total = *c->launch->counters;
+void count(Checker* c, const Request& r, const void* pc) {
   if (r.buffer < 0) {
-    count_shared(total, r);
+    count_shared(c, r, pc);
   } else {
-    count_global(total.per_buffer[r.buffer], r);
+    count_global(c->launch->counters->per_buffer[r.buffer], r);
   }
 }
 
 }  // namespace
 
 // The n-th time each lane runs an instruction belongs to the warp's n-th request of it.
-void note_request(Worker* w, int buffer, uintptr_t address, size_t bytes, bool write, const void* pc) {
+void note_request(Worker* w, int buffer, uintptr_t address, size_t bytes, CaAccess access, const void* pc) {
   Checker* c = w->checker;
   const uint32_t lane = ca_self->lane;
   Instruction& in = c->instructions[reinterpret_cast<uintptr_t>(pc) * MAX_WARPS + ca_self->warp];
+  in.pc = pc;
   const uint64_t number = in.times[lane]++ - in.first;
   if (in.open.size() <= number) in.open.resize(number + 1);
   Request& r = in.open[number];
   r.lanes |= 1u << lane;
   r.bytes = static_cast<uint32_t>(bytes);
-  r.write = write;
+  r.access = access;
   r.buffer = buffer;
   r.address[lane] = address;
   while (!in.open.empty() && in.open.front().lanes == w->existing[ca_self->warp]) {
-    count(c, in.open.front());
+    count(c, in.open.front(), pc);
     in.open.pop_front();
     ++in.first;
   }
@@ -75,10 +79,20 @@ void note_request(Worker* w, int buffer, uintptr_t address, size_t bytes, bool w
 void finish_requests(Checker* c) {
   for (const auto& [key, in] : c->instructions) {
     for (const Request& r : in.open) {
-      if (r.lanes) count(c, r);
+      if (r.lanes) count(c, r, in.pc);
     }
   }
   c->instructions.clear();
+}
+
+void report_requests(Checker* c) {
+  CaCounters& out = *c->launch->counters;
+  uint64_t n = 0;
+  for (const auto& [key, found] : c->shared) {
+    if (n < out.num_shared) out.shared[n] = found;
+    ++n;
+  }
+  out.num_shared = n;
 }
 
 }  // namespace ca

@@ -40,9 +40,9 @@ static inline void plain(const void* p, uint32_t bytes, bool write, const void* 
 PLAIN(1) PLAIN(2) PLAIN(4) PLAIN(8) PLAIN(16)
 #undef PLAIN
 
-CA_API void ca::ca_access(const void* address, uint32_t bytes, uint32_t alignment, int write) {
-  check_alignment(address, bytes, alignment, write, PC);
-  on_access(address, bytes, write, false, PC);
+CA_API void ca::ca_access(const void* address, uint32_t bytes, uint32_t alignment, CaAccess access) {
+  check_alignment(address, bytes, alignment, access == CA_WRITE, PC);
+  on_access(address, bytes, access, false, PC);
 }
 
 CA_API void __tsan_init() {}

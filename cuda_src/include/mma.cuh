@@ -58,7 +58,7 @@ template <int MATRICES, void (*MEET)(MatrixRows* const*, uint32_t)>
 inline void ldmatrix(uint32_t (&r)[MATRICES], const void* smem_row) {
   MatrixRows own;
   if (lane() < 8 * MATRICES) {
-    const uint4 row = load(static_cast<const uint4*>(smem_row));
+    const uint4 row = load(static_cast<const uint4*>(smem_row), CA_LDMATRIX);
     __builtin_memcpy(own.row, &row, 16);
   }
   collective<MatrixRows, MEET>(FULL_MASK, own);

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import os
 import platform
+import re
 import subprocess
 import sys
 import threading
@@ -91,12 +92,19 @@ class _BufferCounters(ctypes.Structure):
     _fields_ = [(n, ctypes.c_uint64) for n in ("bytes_read", "bytes_written", "sectors_read", "sectors_written")]
 
 
-_COUNTS = ("blocks", "threads", "switches", "barriers", "collectives", "mma", "ldmatrix", "shuffles",
-           "cp_async_bytes", "shared_requests", "shared_conflicts", "max_conflict_ways")
+class _SharedCounters(ctypes.Structure):
+    _fields_ = [("pc", ctypes.c_uint64), ("access", ctypes.c_int32), ("reserved", ctypes.c_int32),
+                ("requests", ctypes.c_uint64), ("conflicts", ctypes.c_uint64), ("max_ways", ctypes.c_uint64)]
+
+
+_COUNTS = ("blocks", "threads", "switches", "barriers", "collectives", "mma", "ldmatrix", "shuffles", "cp_async_bytes")
+_ACCESSES = ("read", "write", "ldmatrix", "cp_async")
+_MAX_INSTRUCTIONS = 1 << 14
 
 
 class _Counters(ctypes.Structure):
-    _fields_ = [*((n, ctypes.c_uint64) for n in _COUNTS), ("per_buffer", ctypes.POINTER(_BufferCounters))]
+    _fields_ = [*((n, ctypes.c_uint64) for n in _COUNTS), ("per_buffer", ctypes.POINTER(_BufferCounters)),
+                ("shared", ctypes.POINTER(_SharedCounters)), ("num_shared", ctypes.c_uint64)]
 
 
 class _Launch(ctypes.Structure):
@@ -116,21 +124,40 @@ class _Error(ctypes.Structure):
 
 
 class LaunchCounters(NamedTuple):
-    """What one checked launch did.
-
-    `counts` holds blocks, threads, switches, barriers, collectives, mma, ldmatrix, shuffles, cp_async_bytes,
-    shared_requests, shared_conflicts (extra wavefronts) and max_conflict_ways; `buffers` maps an argument to its
-    bytes_read, bytes_written, sectors_read and sectors_written (32-byte sectors per warp-wide request).
-    """
+    """What one checked launch did; see `counters`."""
 
     kernel: str
     counts: dict
     buffers: dict
+    shared: dict
+    conflicts: dict
 
 
 @contextlib.contextmanager
 def counters():
-    """Collect a LaunchCounters per launch inside; needs ``settings(check=True)``."""
+    """Collect a LaunchCounters per launch inside; needs ``settings(check=True)``.
+
+    Yields a list. Of each launch in it:
+
+    kernel : str
+        Symbol of the kernel.
+    counts : dict
+        blocks, threads, switches (of fibers), barriers and collectives (arrivals of a thread, meetings of a warp),
+        mma, ldmatrix and shuffles (of a warp), cp_async_bytes (read by cp.async).
+    buffers : dict
+        Argument to its bytes_read, bytes_written, sectors_read and sectors_written. An argument is a pointer field
+        of the struct with the fields it is nested in (``"k.data"``, ``"k_scale.scale"``), or ``"buffers[0]"``, ... for
+        arrays registered with `launch`. Bytes are those the lanes asked for: one byte read by two threads counts
+        twice. Sectors are the distinct 32 bytes of each warp-wide request; nothing is cached between requests.
+        An access counts for one argument; where arrays overlap, for one that may be written, else for the one that
+        starts last.
+    shared : dict
+        "read", "write", "ldmatrix" and "cp_async" to requests (of at most 128 bytes: a quarter of a warp for 16-byte
+        accesses), conflicts (wavefronts beyond one a request) and max_ways (wavefronts of the worst; 1: no conflict,
+        0: no request). An atomic is a read and a write.
+    conflicts : dict
+        ``("file:line", access)`` to the same three, only lines that had conflicts, the worst first.
+    """
     collected = []
     token = _counters.set(collected)
     try:
@@ -266,8 +293,8 @@ def launch(plan, args, buffers=(), const_buffers=()):
         request.num_buffers, request.buffers = len(known), _ranges(known)
         collected = _counters.get()
         if collected is not None:
-            per_buffer = (_BufferCounters * (len(known) + 1))()
-            counts = _Counters(per_buffer=per_buffer)
+            counts = _Counters(per_buffer=(_BufferCounters * (len(known) + 1))(),
+                               shared=(_SharedCounters * _MAX_INSTRUCTIONS)(), num_shared=_MAX_INSTRUCTIONS)
             request.counters = ctypes.pointer(counts)
     error = _Error()
     try:
@@ -280,10 +307,32 @@ def launch(plan, args, buffers=(), const_buffers=()):
     if code == 1:
         raise _explain(plan, names, kernel, error)
     if collected is not None:
-        collected.append(LaunchCounters(
-            plan.spec.kernel, {n: getattr(counts, n) for n in _COUNTS},
-            {name: {f: getattr(c, f) for f, _ in _BufferCounters._fields_}
-             for name, c in zip(names, per_buffer, strict=False)}))
+        collected.append(_collect(plan, kernel, names, counts))
+
+
+def _collect(plan, kernel, names, counts):
+    """LaunchCounters from what the executor counted."""
+    buffers = {name: {f: getattr(counts.per_buffer[i], f) for f, _ in _BufferCounters._fields_}
+               for i, name in enumerate(names)}
+    instructions = counts.shared[:min(counts.num_shared, _MAX_INSTRUCTIONS)]
+    worst = sorted((s for s in instructions if s.conflicts), key=lambda s: -s.conflicts)
+    lines = _locations(kernel, [s.pc for s in worst])
+    by_line = {}
+    for line, instruction in zip(lines, worst, strict=True):
+        by_line.setdefault((line, _ACCESSES[instruction.access]), []).append(instruction)
+    return LaunchCounters(
+        plan.spec.kernel, {n: getattr(counts, n) for n in _COUNTS}, buffers,
+        {name: _total(s for s in instructions if s.access == i) for i, name in enumerate(_ACCESSES)},
+        {place: _total(found) for place, found in by_line.items()})
+
+
+def _total(instructions):
+    total = {"requests": 0, "conflicts": 0, "max_ways": 0}
+    for s in instructions:
+        total["requests"] += s.requests
+        total["conflicts"] += s.conflicts
+        total["max_ways"] = max(total["max_ways"], s.max_ways)
+    return total
 
 
 def _known_arrays(args, buffers, const_buffers):
@@ -323,15 +372,26 @@ def _explain(plan, names, kernel, error):
 
 def _location(kernel, pc):
     """``file:line`` of a return address inside the kernel's library, or None."""
+    return _locations(kernel, [pc])[0] if pc else None
+
+
+# what is inlined into every kernel: the line that calls it says more
+_PRIMITIVES = re.compile(r"/cuda_src/cpu/|/(prelude|cp_async|mma|warp|barrier|pairs|eight_floats)\.cuh:")
+
+
+def _locations(kernel, pcs):
+    """`_location` of each of several addresses."""
     with open("/proc/self/maps") as maps:
         base = next((int(line.split("-")[0], 16) for line in maps if line.rstrip().endswith(str(kernel.path))), None)
-    if not pc or base is None:
-        return None
+    if not pcs or base is None:
+        return [None] * len(pcs)
     try:
-        out = subprocess.run(["addr2line", "-i", "-e", str(kernel.path), hex(pc - 1 - base)], capture_output=True,
-                             text=True)
+        out = subprocess.run(["addr2line", "-a", "-i", "-e", str(kernel.path), *(hex(pc - 1 - base) for pc in pcs)],
+                             capture_output=True, text=True)
     except OSError:
-        return None
-    # innermost first: the line of the .cu file says more than the helper inlined into it
-    frames = [line.split(" ")[0] for line in out.stdout.splitlines() if not line.startswith("??")]
-    return next((f for f in frames if ".cu:" in f), frames[0] if frames else None)
+        return [None] * len(pcs)
+    found = []
+    for part in re.split(r"^0x[0-9a-f]+\n", out.stdout, flags=re.MULTILINE)[1:]:
+        frames = [line.split(" ")[0] for line in part.splitlines() if not line.startswith("??")]   # innermost first
+        found.append(next((f for f in frames if not _PRIMITIVES.search(f)), frames[0] if frames else None))
+    return found

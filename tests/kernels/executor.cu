@@ -2,6 +2,8 @@
 // executor.cu - what the CPU executor promises of CUDA's language, one kernel per promise.
 #include "prelude.cuh"
 #include "params.h"
+#include "cp_async.cuh"
+#include "mma.cuh"
 #include "warp.cuh"
 
 struct ExecutorArgs {
@@ -158,4 +160,19 @@ CA_KERNEL void transpose(const __grid_constant__ ExecutorArgs args) {
 CA_KERNEL void vector_copy(const __grid_constant__ ExecutorArgs args) {
   const int i = threadIdx.x * args.repeat;
   store_vec(args.out + args.n / 2 + i, load_vec<float, 4>(args.out + i));
+}
+
+// 32 rows of 16 bytes through shared memory, `repeat` bytes apart there: out[row][4] by cp.async and ldmatrix
+CA_KERNEL void matrix_tile(const __grid_constant__ ExecutorArgs args) {
+  CA_DYN_SMEM(char, tile);
+  char* row = tile + threadIdx.x * args.repeat;
+  cp_async16(row, args.out + threadIdx.x * 4);
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncwarp();
+  uint32_t words[4];
+  ldmatrix_x4(words, row);
+  Vec<uint32_t, 4> all;
+  for (int i = 0; i < 4; ++i) all.v[i] = words[i];
+  store_vec(reinterpret_cast<uint32_t*>(args.out + args.n / 2) + threadIdx.x * 4, all);
 }
