@@ -5,6 +5,8 @@
 //   out[t,h] = sum_s exp(partial_lse[s,t,h] - lse[t,h]) * partial_out[s,t,h]      (s: all splits of all parts)
 //   with sinks: out[t,h] *= exp(lse[t,h]) / (exp(lse[t,h]) + exp(sinks[h])); lse stays that of the keys
 //   A split with lse = -inf is not read. All splits -inf: out = 0, lse = -inf. Order of the sum: part by part.
+//   With sums a split's out is yet to be divided by its sum: its weight in lse is sum * exp(partial_lse).
+//   With split_counts only the first split_counts[t] splits count, and a row without any stays as it is.
 //
 // launch     any grid and block; a thread takes VEC outputs of a row at a time, striding over the grid
 //            shared memory 0, barriers none, warp ops none
@@ -29,11 +31,18 @@ CA_KERNEL __launch_bounds__(128) void split_reduce(const __grid_constant__ Split
     const int64_t token = row / args.heads;
     const int64_t head = row - token * args.heads;
 
+    int splits = args.splits;
+    if (args.split_counts != nullptr) {
+      splits = args.split_counts[token * args.stride_counts];
+      if (splits <= 0) continue;
+      splits = splits < args.splits ? splits : args.splits;
+    }
+
     // 1. the largest lse: every thread of a row reads all of them, which is cheaper than agreeing on one reader
     float top = NEG_INF;
     for (int p = 0; p < args.num_parts; ++p) {
       const float* lse = parts[p].lse + token * parts[p].lse_token + head * parts[p].lse_head;
-      for (int s = 0; s < args.splits; ++s) top = fmaxf(top, lse[s * parts[p].lse_split]);
+      for (int s = 0; s < splits; ++s) top = fmaxf(top, args.lse_scale * lse[s * parts[p].lse_split]);
     }
 
     // 2. weighted sum
@@ -41,11 +50,13 @@ CA_KERNEL __launch_bounds__(128) void split_reduce(const __grid_constant__ Split
     for (int p = 0; p < args.num_parts; ++p) {
       const PartialView& part = parts[p];
       const float* lse = part.lse + token * part.lse_token + head * part.lse_head;
+      const float* sum = part.sum + (part.sum == nullptr ? 0 : token * part.sum_token + head * part.sum_head);
       const float* values = part.out + token * part.stride_token + head * part.stride_head + dim;
-      for (int s = 0; s < args.splits; ++s) {
+      for (int s = 0; s < splits; ++s) {
         const float weight = lse[s * part.lse_split];
         if (weight == NEG_INF) continue;
-        merge.add(load_vec<float, VEC>(values + s * part.stride_split).v, weight);
+        merge.add(load_vec<float, VEC>(values + s * part.stride_split).v, args.lse_scale * weight,
+                  part.sum == nullptr ? 1.0f : sum[s * part.sum_split]);
       }
     }
     const float lse = merge.finish();

@@ -69,6 +69,67 @@ def test_list_of_partials(xp, count):
         assert_same_bits(xp.numpy(a), xp.numpy(b))
 
 
+def test_list_of_partials_of_several_splits(xp):
+    out, lse = partials(6, 3, 2, 32)
+    stacked = cupyattn.split_reduce(xp.array(out), xp.array(lse))
+    listed = cupyattn.split_reduce([xp.array(out[:2]), xp.array(out[2:4]), xp.array(out[4:])],
+                                   [xp.array(lse[:2]), xp.array(lse[2:4]), xp.array(lse[4:])])
+    assert_same_bits(xp.numpy(stacked), xp.numpy(listed))
+
+
+def turbomind_merge(partial_o, partial_ml, counts, scale):
+    """out [tokens, heads, head_dim] of numerators [tokens, heads, splits, head_dim], (raw maximum, sum): groups of 32
+    splits are merged into their first one, then those; only the last merge divides."""
+    out = np.full((*partial_o.shape[:2], partial_o.shape[3]), np.nan)
+    c = scale * np.log2(np.e)
+    for t, h in np.ndindex(partial_o.shape[:2]):
+        pieces = [(*partial_ml[t, h, s].astype(float), partial_o[t, h, s].astype(float)) for s in range(counts[t])]
+        while pieces:
+            groups = []
+            for start in range(0, len(pieces), 32):
+                group = pieces[start:start + 32]
+                top = max(m for m, _, _ in group)
+                w = [0.0 if m == -np.inf else 2.0 ** ((m - top) * c) for m, _, _ in group]
+                groups.append((top, sum(x * total for x, (_, total, _) in zip(w, group, strict=True)),
+                               sum(x * np.where(x, o, 0) for x, (_, _, o) in zip(w, group, strict=True))))
+            pieces = groups
+            if len(pieces) == 1:
+                out[t, h] = pieces[0][2] / pieces[0][1] if pieces[0][1] else 0
+                break
+    return out
+
+
+@pytest.mark.parametrize("splits", [3, 32, 33, 70, 1030])
+def test_partials_as_turbomind_leaves_them(xp, splits):
+    """Numerators, raw maxima and sums, read by stride; tokens whose row is final; slots that hold nothing."""
+    scale = 0.088
+    counts = np.int32([splits, 0, 1, splits // 2])
+    partial_o = rng.standard_normal((4, 2, splits, 16)).astype(np.float32)
+    partial_ml = np.stack([rng.uniform(-60, 60, (4, 2, splits)), rng.uniform(1, 50, (4, 2, splits))], -1)
+    partial_ml = partial_ml.astype(np.float32)
+    partial_ml[0, 0, 1:] = -np.inf, 0
+    partial_ml[3, 1] = -np.inf, 0
+    for t, count in enumerate(counts):   # never read
+        partial_o[t, :, count:] = np.nan
+        partial_ml[t, :, count:] = np.nan
+    partial_o[0, 0, 1:] = partial_o[3, 1] = np.nan
+    want = turbomind_merge(partial_o, partial_ml, counts, scale)
+    place = rng.standard_normal((4, 2, 16)).astype(np.float32)
+    o, ml, out = xp.array(partial_o), xp.array(partial_ml), xp.array(place)
+    result = cupyattn.split_reduce(o.transpose(2, 0, 1, 3), ml[..., 0].transpose(2, 0, 1),
+                                   partial_sum=ml[..., 1].transpose(2, 0, 1), lse_scale=scale,
+                                   split_counts=xp.array(counts), out=out)
+    assert result is out
+    got = xp.numpy(out)
+    assert_same_bits(got[1], place[1])
+    assert_close(got[[0, 2, 3]], want[[0, 2, 3]], 2e-6, 2e-6)
+    if splits < 100:
+        reference = expected_merge(partial_o.transpose(2, 0, 1, 3), partial_ml[..., 0].transpose(2, 0, 1),
+                                   partial_sum=partial_ml[..., 1].transpose(2, 0, 1), lse_scale=scale,
+                                   split_counts=counts)
+        assert_close(reference[[0, 2, 3]], want[[0, 2, 3]], 1e-12, 1e-12)
+
+
 def test_merging_one_partial_returns_its_bits(xp):
     out, lse = partials(3, 5, 3, 64, empty=0)
     lse[[0, 2]] = -np.inf
@@ -116,6 +177,14 @@ def test_errors():
         cupyattn.split_reduce(out, lse, sinks=np.zeros(3, np.float32))
     with pytest.raises(ValueError, match="partial_out must be .splits"):
         cupyattn.split_reduce(out[0], lse[0])
+    with pytest.raises(ValueError, match="out must be given with split_counts"):
+        cupyattn.split_reduce(out, lse, split_counts=np.zeros(3, np.int32))
+    with pytest.raises(TypeError, match="split_counts must be int32, got int64"):
+        cupyattn.split_reduce(out, lse, split_counts=np.zeros(3, np.int64), out=out[0].copy())
+    with pytest.raises(ValueError, match="lse_scale must be greater than 0, got 0"):
+        cupyattn.split_reduce(out, lse, lse_scale=0.0)
+    with pytest.raises(ValueError, match=r"partial_sum must be \[splits, tokens, heads\] = \[2, 3, 4\], got \[2, 3\]"):
+        cupyattn.split_reduce(out, lse, partial_sum=lse[..., 0])
     with pytest.raises(ValueError, match="lse must be contiguous"):
         places = np.empty_like(out[0]), np.empty((4, 3), np.float32).T
         cupyattn.split_reduce(out, lse, out=places, return_lse=True)

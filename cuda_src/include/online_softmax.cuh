@@ -43,10 +43,10 @@ struct PartialMerge {
     for (int j = 0; j < N; ++j) acc[j] = 0.0f;
   }
 
-  // `lse` > -inf
-  __device__ __forceinline__ void add(const float (&values)[N], float lse) {
+  // `lse` > -inf; `values` are yet to be divided by `sum`
+  __device__ __forceinline__ void add(const float (&values)[N], float lse, float sum = 1.0f) {
     const float weight = exp2f(LOG2_E * (lse - top));
-    total += weight;
+    total += weight * sum;
 #pragma unroll
     for (int j = 0; j < N; ++j) acc[j] += weight * values[j];
   }

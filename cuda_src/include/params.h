@@ -176,13 +176,17 @@ struct PagedDecodeArgs {
 
 struct PartialView {
   const float* out;      // float32 [splits, tokens, heads, head_dim] last axis contiguous
-  const float* lse;      // float32 [splits, tokens, heads] natural log, -inf where a split saw no key
+  const float* lse;      // float32 [splits, tokens, heads] natural log over lse_scale, -inf where a split saw no key
+  const float* sum;      // float32 like lse: what out is yet to be divided by; null for 1
   int64_t stride_split;  // elements of out between splits
   int64_t stride_token;  // elements of out between tokens
   int64_t stride_head;   // elements of out between heads
   int64_t lse_split;     // elements of lse between splits
   int64_t lse_token;     // elements of lse between tokens
   int64_t lse_head;      // elements of lse between heads
+  int64_t sum_split;     // elements of sum between splits
+  int64_t sum_token;     // elements of sum between tokens
+  int64_t sum_head;      // elements of sum between heads
 };
 
 struct PartialList {
@@ -197,16 +201,20 @@ struct PartialList {
 };
 
 struct SplitReduceArgs {
-  const PartialList parts;  // partial results over disjoint key sets
-  SequenceView out;         // U [tokens / q_len, q_len, heads, head_dim] merged output
-  float* lse;               // float32 [tokens, heads] contiguous; null when not wanted
-  const float* sinks;       // float32 [heads] one extra logit per head; null for none
-  int32_t num_parts;        // 1 to 8
-  int32_t splits;           // splits of every part
-  int32_t tokens;           // rows are tokens x heads
-  int32_t heads;            // heads per token
-  int32_t head_dim;         // length of an output row
-  int32_t q_len;            // tokens per sequence of out
+  const PartialList parts;      // partial results over disjoint key sets
+  SequenceView out;             // U [tokens / q_len, q_len, heads, head_dim] merged output
+  float* lse;                   // float32 [tokens, heads] contiguous; null when not wanted
+  const float* sinks;           // float32 [heads] one extra logit per head; null for none
+  const int32_t* split_counts;  // int32 [tokens] splits that count; 0: the row is final; null for all
+  int64_t stride_counts;        // elements between entries of split_counts
+  int32_t num_parts;            // 1 to 8
+  int32_t splits;               // splits of every part
+  int32_t tokens;               // rows are tokens x heads
+  int32_t heads;                // heads per token
+  int32_t head_dim;             // length of an output row
+  int32_t q_len;                // tokens per sequence of out
+  float lse_scale;              // every lse is multiplied by it
+  int32_t reserved;             // zero
 };
 
 struct RopeArgs {
@@ -393,6 +401,65 @@ struct TurboMindAttentionParams {
   void* stream;                                      // cudaStream_t
   void* qk;                                          // float32 debug output; null
   void* pr;                                          // T debug output; null
+};
+
+struct WorkTarget {
+  int32_t* items;         // int32 [capacity, 8] see WorkItems
+  int32_t* worker_items;  // int32 [workers + 1]
+  int32_t* units;         // int32 [capacity, 2]
+  int32_t rows;           // packed rows of a unit
+  int32_t workers;        // blocks of the launch the list is for
+  int32_t least_packed;   // the list takes sequences of so many packed rows
+  int32_t most_packed;    // up to so many
+  int32_t max_units;      // units there is room for; later ones are left out
+  int32_t reserved;       // zero
+};
+
+struct ScheduleArgs {
+  WorkTarget first;              // list of block 0
+  WorkTarget second;             // list of block 1
+  const PageTable table;         // row_starts when cache_seqlens is null
+  const int32_t* cu_seqlens_q;   // int32 [batch + 1] first query token of every sequence; null: q_len tokens each
+  const int32_t* cache_seqlens;  // int32 [batch] tokens to attend to, the new ones included; null: rows of table
+  const int32_t* cache_starts;   // int32 [batch] first visible key; null for 0
+  const int32_t* key_offsets;    // int32 [batch] position of local key 0; null for key_offset
+  const int32_t* key_counts;     // int32 [batch] local keys; null: all below cache_seqlens
+  const uint8_t* finished;       // bool [batch] sequences that give zeros; null for none
+  const uint32_t* tree_mask;     // null; causal is 0 where queries see each other by a tree mask
+  int64_t stride_seqlens;        // elements between entries of cache_seqlens
+  int64_t stride_starts;         // elements between entries of cache_starts
+  int32_t batch;                 // number of sequences
+  int32_t q_len;                 // query tokens per sequence without cu_seqlens_q
+  int32_t max_q_len;             // most query tokens of a sequence; the rest are left out
+  int32_t max_k_len;             // most local keys of a sequence; the rest are left out
+  int32_t num_kv_heads;          // KV heads
+  int32_t heads_per_kv;          // query heads per KV head
+  int32_t causal;                // 1: a query sees no later token
+  int32_t window_size;           // visible tokens, the query's own included; 0 for all
+  int32_t key_stride;            // local key l stands at position l * key_stride + key_offset
+  int32_t key_offset;            // position of local key 0
+  int32_t num_splits;            // items of every unit; 0 to balance
+  int32_t invariant;             // 1: cut every 1024 keys
+};
+
+struct KvFlattenArgs {
+  const KvView k;                // keys, codes in the format of the specialisation
+  const KvView v;                // values
+  const KvScale k_scale;         // their scales
+  const KvScale v_scale;         // theirs
+  const PageTable table;         // pages or blocks of every sequence
+  HeadView k_out;                // T [tokens, num_kv_heads, head_dim]
+  HeadView v_out;                // T [tokens, num_kv_heads, head_dim_v]
+  const int32_t* cu_seqlens_k;   // int32 [batch + 1] token t of sequence b goes to row cu_seqlens_k[b] + t
+  const int32_t* cache_seqlens;  // int32 [batch] tokens to copy; null: as many as there are rows
+  int64_t stride_starts;         // elements between entries of cu_seqlens_k
+  int64_t stride_seqlens;        // elements between entries of cache_seqlens
+  int32_t batch;                 // number of sequences
+  int32_t tokens;                // rows of the outputs
+  int32_t num_kv_heads;          // KV heads
+  int32_t head_dim;              // length of a key, a multiple of 8
+  int32_t head_dim_v;            // length of a value, a multiple of 8
+  int32_t tile;                  // rows of the outputs that a block fills
 };
 
 #endif  // CUPYATTN_PARAMS_H

@@ -7,11 +7,19 @@ import numpy as np
 
 from ..runtime import Plan, Specialisation, arch_of, launch, make_args
 from ..runtime.arrays import alignment, array_namespace, strides
-from ..runtime.checks import FLOATS, check_dtype, check_element_strides, check_last_axis, check_shape, check_writeable
+from ..runtime.checks import (
+    FLOATS,
+    check_dtype,
+    check_element_strides,
+    check_last_axis,
+    check_number,
+    check_shape,
+    check_writeable,
+)
 
 MAX_PARTS = 8   # fields of PartialList
-_NO_PART = {"out": None, "lse": None, "stride_split": 0, "stride_token": 0, "stride_head": 0, "lse_split": 0,
-            "lse_token": 0, "lse_head": 0}
+_NO_PART = {"out": None, "lse": None, "sum": None, "stride_split": 0, "stride_token": 0, "stride_head": 0,
+            "lse_split": 0, "lse_token": 0, "lse_head": 0, "sum_split": 0, "sum_token": 0, "sum_head": 0}
 
 
 def _spec(out, vec):
@@ -35,42 +43,54 @@ def _plan_split_reduce(rows, head_dim, out, align, out_align, arch):
     return Plan(_spec(out, vec), arch, (-(-items // (threads * per_thread)),), (threads,), note=note)
 
 
-def _part(out, lse):
-    """PartialView of out [splits, tokens, heads, head_dim] and lse [splits, tokens, heads]."""
-    split, token, head, _ = strides(out)
-    lse_split, lse_token, lse_head = strides(lse)
-    return {"out": out, "lse": lse, "stride_split": split, "stride_token": token, "stride_head": head,
-            "lse_split": lse_split, "lse_token": lse_token, "lse_head": lse_head}
+def _part(out, lse, total=None):
+    """PartialView of out [splits, tokens, heads, head_dim], lse and sum [splits, tokens, heads]."""
+    fields = {"out": out, "lse": lse, "sum": total}
+    for prefix, array in (("stride", out), ("lse", lse), ("sum", total)):
+        steps = (0, 0, 0) if array is None else strides(array)
+        fields |= zip((f"{prefix}_split", f"{prefix}_token", f"{prefix}_head"), steps[:3], strict=True)
+    return fields
 
 
-def launch_split_reduce(arch, parts, sinks, out, lse):
-    """Merge `parts`, pairs (out [splits, tokens, heads, head_dim], lse), into out [batch, q_len, heads, head_dim].
+def launch_split_reduce(arch, parts, sinks, out, lse, lse_scale=1.0, split_counts=None):
+    """Merge `parts`, tuples (out [splits, tokens, heads, head_dim], lse[, sum]), into [batch, q_len, heads, head_dim].
 
     Arguments are taken as they are: callers have checked them.
     """
     splits, tokens, heads, head_dim = parts[0][0].shape
     seq, token, head, _ = strides(out)
-    plan = _plan_split_reduce(tokens * heads, head_dim, out.dtype.name, min(alignment(p) for p, _ in parts),
+    plan = _plan_split_reduce(tokens * heads, head_dim, out.dtype.name, min(alignment(p[0]) for p in parts),
                               alignment(out), arch)
     views = [_part(*part) for part in parts] + [_NO_PART] * (MAX_PARTS - len(parts))
     launch(plan, make_args(
         plan, parts={f"part{i}": view for i, view in enumerate(views)},
         out={"data": out, "stride_seq": seq, "stride_token": token, "stride_head": head}, lse=lse, sinks=sinks,
-        num_parts=len(parts), splits=splits, tokens=tokens, heads=heads, head_dim=head_dim, q_len=out.shape[1]))
+        split_counts=split_counts, stride_counts=0 if split_counts is None else strides(split_counts)[0],
+        num_parts=len(parts), splits=splits, tokens=tokens, heads=heads, head_dim=head_dim, q_len=out.shape[1],
+        lse_scale=lse_scale, reserved=0))
 
 
-def split_reduce(partial_out, partial_lse, /, *, sinks=None, out=None, return_lse=False):
+def split_reduce(partial_out, partial_lse, /, *, partial_sum=None, lse_scale=1.0, split_counts=None, sinks=None,
+                 out=None, return_lse=False):
     """Attention over a union of disjoint key sets, from the attention over each set.
 
-    lse = log(sum_s exp(partial_lse[s])),   out = sum_s exp(partial_lse[s] - lse) * partial_out[s],
+    lse = log(sum_s w[s]),   out = sum_s w[s] * partial_out[s] / exp(lse),   w[s] = exp(partial_lse[s]),
     and with sinks out is multiplied by exp(lse) / (exp(lse) + exp(sink))
 
     Parameters
     ----------
-    partial_out : ndarray [splits, tokens, heads, head_dim], float32, or a list of up to 8 [tokens, heads, head_dim]
-        Normalised attention over each key set. Any strides with a contiguous last axis; a list is read in place.
-    partial_lse : ndarray [splits, tokens, heads], float32, or a list of [tokens, heads]
+    partial_out : ndarray [splits, tokens, heads, head_dim], float32, or a list of up to 8 of them
+        Normalised attention over each key set. Any strides with a contiguous last axis; a list is read in place, and
+        its arrays may be [tokens, heads, head_dim].
+    partial_lse : ndarray [splits, tokens, heads], float32, or a list like partial_out
         Natural log-sum-exp of each key set. Where it is ``-inf``, `partial_out` is not read.
+    partial_sum : ndarray [splits, tokens, heads], float32, or a list like partial_out, optional
+        For partials that are not normalised: what `partial_out` is yet to be divided by, when `partial_lse` is only the
+        largest score of each key set. Their share in lse is ``partial_sum[s] * exp(partial_lse[s])``.
+    lse_scale : float
+        Positive; `partial_lse` is multiplied by it. Default 1.
+    split_counts : ndarray [tokens], int32, optional
+        How many of the splits count, from the first; rows of a token with 0 stay as they are. Needs `out`.
     sinks : ndarray [heads], float32, optional
         One more logit per head that takes probability and adds no value. Only for partials that do not hold it yet.
     out : ndarray [tokens, heads, head_dim], or with ``return_lse=True`` the pair ``(out, lse)``, optional
@@ -108,26 +128,19 @@ def split_reduce(partial_out, partial_lse, /, *, sinks=None, out=None, return_ls
     array([[[2.]]], dtype=float32)
     """
     op = "split_reduce"
-    if isinstance(partial_out, (list, tuple)):
-        parts = _listed(partial_out, partial_lse)
-    else:
-        array_namespace(op, partial_out=partial_out, partial_lse=partial_lse)
-        parts = [(partial_out, partial_lse)]
-    if parts[0][0].ndim != 4:
-        raise ValueError(f"{op}: partial_out must be [splits, tokens, heads, head_dim], got "
-                         f"{list(partial_out.shape)}")
+    parts = _parts(partial_out, partial_lse, partial_sum)
     splits, tokens, heads, head_dim = parts[0][0].shape
-    if splits == 0:
-        raise ValueError(f"{op}: partial_out must hold at least one split, got {list(partial_out.shape)}")
-    for values, weights in parts:
-        check_shape(op, "partial_out", values, (splits, tokens, heads, head_dim), "[splits, tokens, heads, head_dim]")
-        check_shape(op, "partial_lse", weights, (splits, tokens, heads), "[splits, tokens, heads]")
-        for name, array in (("partial_out", values), ("partial_lse", weights)):
-            check_dtype(op, name, array, "float32")
-            check_element_strides(op, name, array)
-        check_last_axis(op, "partial_out", values)
     out, lse = split_out(op, out, return_lse)
-    xp = array_namespace(op, partial_out=parts[0][0], partial_lse=parts[0][1], sinks=sinks, out=out, lse=lse)
+    xp = array_namespace(op, partial_out=parts[0][0], sinks=sinks, split_counts=split_counts, out=out, lse=lse)
+    check_number(op, "lse_scale", lse_scale)
+    if lse_scale <= 0:
+        raise ValueError(f"{op}: lse_scale must be greater than 0, got {lse_scale}")
+    if split_counts is not None:
+        check_dtype(op, "split_counts", split_counts, "int32")
+        check_shape(op, "split_counts", split_counts, (tokens,), "[tokens]")
+        check_element_strides(op, "split_counts", split_counts)
+        if out is None or (return_lse and lse is None):
+            raise ValueError(f"{op}: out must be given with split_counts, whose zeros leave rows as they are, got None")
     if out is None:
         out = xp.empty((tokens, heads, head_dim), np.float32)
     if return_lse and lse is None:
@@ -135,23 +148,46 @@ def split_reduce(partial_out, partial_lse, /, *, sinks=None, out=None, return_ls
     check_outputs(op, out, lse, (tokens, heads, head_dim), "[tokens, heads, head_dim]", FLOATS)
     check_sinks(op, sinks, heads)
     if out.size:
-        launch_split_reduce(arch_of(xp), parts, sinks, out[:, None], lse)
+        launch_split_reduce(arch_of(xp), parts, sinks, out[:, None], lse, lse_scale, split_counts)
     return (out, lse) if return_lse else out
 
 
-def _listed(partial_out, partial_lse):
-    """The parts of a list of partials: [tokens, heads, head_dim] becomes [1, tokens, heads, head_dim]."""
-    lse_count = len(partial_lse) if isinstance(partial_lse, (list, tuple)) else type(partial_lse).__name__
-    if not partial_out or len(partial_out) != lse_count:
-        raise ValueError("split_reduce: partial_out and partial_lse must be lists of the same length ≥ 1, got "
-                         f"{len(partial_out)} and {lse_count}")
-    if len(partial_out) > MAX_PARTS:
-        raise NotImplementedError(f"split_reduce: a list of partials may hold up to {MAX_PARTS}, got "
-                                  f"{len(partial_out)}; stack them in one array")
-    names = {f"{what}[{i}]": a for what, arrays in (("partial_out", partial_out), ("partial_lse", partial_lse))
-             for i, a in enumerate(arrays)}
-    array_namespace("split_reduce", **names)
-    return [(out[None], lse[None]) for out, lse in zip(partial_out, partial_lse, strict=True)]
+def _parts(partial_out, partial_lse, partial_sum):
+    """Checked tuples (out [splits, tokens, heads, head_dim], lse, sum or None [splits, tokens, heads])."""
+    op = "split_reduce"
+    given = {"partial_out": partial_out, "partial_lse": partial_lse, "partial_sum": partial_sum}
+    given = {name: arrays for name, arrays in given.items() if arrays is not None}
+    if isinstance(partial_out, (list, tuple)):
+        counts = {len(a) if isinstance(a, (list, tuple)) else type(a).__name__ for a in given.values()}
+        if counts != {len(partial_out)} or not partial_out:
+            raise ValueError(f"{op}: {' and '.join(given)} must be lists of the same length ≥ 1, got "
+                             f"{' and '.join(str(c) for c in counts)}")
+        if len(partial_out) > MAX_PARTS:
+            raise NotImplementedError(f"{op}: a list of partials may hold up to {MAX_PARTS}, got {len(partial_out)}; "
+                                      "stack them in one array")
+    else:
+        given = {name: [array] for name, array in given.items()}
+    array_namespace(op, **{f"{name}[{i}]": a for name, arrays in given.items() for i, a in enumerate(arrays)})
+    listed = isinstance(partial_out, (list, tuple))
+    parts = []
+    for part in zip(*given.values(), strict=True):
+        if listed and part[0].ndim == 3:   # one split
+            part = tuple(array[None] for array in part)
+        parts.append(part)
+    if parts[0][0].ndim != 4:
+        raise ValueError(f"{op}: partial_out must be [splits, tokens, heads, head_dim], got {list(parts[0][0].shape)}")
+    shape = parts[0][0].shape
+    if shape[0] == 0:
+        raise ValueError(f"{op}: partial_out must hold at least one split, got {list(shape)}")
+    for part in parts:
+        for name, array in zip(given, part, strict=True):
+            whole = name == "partial_out"
+            check_shape(op, name, array, shape if whole else shape[:3],
+                        "[splits, tokens, heads, head_dim]" if whole else "[splits, tokens, heads]")
+            check_dtype(op, name, array, "float32")
+            check_element_strides(op, name, array)
+        check_last_axis(op, "partial_out", part[0])
+    return parts
 
 
 def split_out(op, out, return_lse):
