@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The road both attention ops take from checked arrays to launches: keys, content checks, work lists, arguments."""
+
+import numpy as np
+
+from .attention_args import NO_MASK, Keys, check_sides, launch_work, ragged_side, sequence_view
+from .attention_plans import CORES_ROWS, Facts, plan_decode, plan_prefill, sm_count, tiling, version
+from .ops.schedule import Lengths, Limits, Policy, Schedule, empty_lists, fill_lists, host_lists, list_ranges
+from .page_table import PageTable
+from .quantized_kv import kv_side
+from .runtime import arch_of, env
+from .runtime.arrays import alignment, array_namespace, dtype_name, strides
+from .runtime.checks import check_dtype, check_last_axis, check_number, check_shape
+from .work_list import key_ranges
+
+
+def prepare_keys(op, xp, num_heads, head_dim, k, v, block_table, cu_seqlens_k, batch, names):
+    """Keys of a call: ragged arrays with `cu_seqlens_k`, caches with `block_table` (an array or a PageTable)."""
+    if cu_seqlens_k is not None:
+        sides = [ragged_side(op, name, array) for name, array in zip(names, (k, v), strict=True)]
+        check_dtype(op, "cu_seqlens_k", cu_seqlens_k, "int32")
+        check_shape(op, "cu_seqlens_k", cu_seqlens_k, (batch + 1,), "[batch + 1]")
+        check_last_axis(op, "cu_seqlens_k", cu_seqlens_k)
+        pages, fields = None, {
+            "block_table": None, "indptr": None, "block_ptrs": None, "row_starts": cu_seqlens_k, "stride_seq": 0,
+            "max_pages": 0, "page_size": 1, "num_pages": 0, "reserved": 0}
+        capacity = k.shape[0]
+    else:
+        sides = [kv_side(op, name, array) for name, array in zip(names, (k, v), strict=True)]
+        pages = block_table if isinstance(block_table, PageTable) else PageTable(block_table)
+        num_pages, page_size = sides[0].shape[:2]
+        if (num_pages is None) != (pages.form == "pointers"):
+            raise TypeError(f"{op}: block_table must hold block pointers exactly when {names[0]} and {names[1]} are "
+                            f"BlockKV, got {pages!r}")
+        if page_size == 0:
+            raise ValueError(f"{op}: {names[0]} must have a page_size ≥ 1, got 0")
+        if pages.batch != batch:
+            raise ValueError(f"{op}: block_table must be of {batch} sequences, got {pages.batch}")
+        fields, capacity = pages.fields(num_pages, page_size), pages.capacity(page_size)
+    block_bytes = max(k.nbytes_needed(), v.nbytes_needed()) if pages is not None and pages.form == "pointers" else 0
+    check_sides(op, num_heads, head_dim, *sides, names)
+    arrays = {**sides[0].arrays, **sides[1].arrays, **({} if pages is None else pages.arrays)}
+    if array_namespace(op, **arrays) is not xp:
+        raise TypeError(f"{op}: all arrays must be of one kind, got q of {xp.__name__} and {next(iter(arrays))} of "
+                        "another; copy one of them over")
+    return Keys(*sides, pages, fields, capacity, block_bytes)
+
+
+def attend(op, xp, q, keys, *, cache_seqlens, max_q_len, softmax_scale, window_size, softcap, sinks, num_splits,
+           invariant, one_list, schedule, partials, scratch, out, lse, cu_seqlens_q=None, q_lens=None,
+           cache_starts=None, finished=None, key_stride=1, key_offset=0, key_offsets=None, key_counts=None, causal=True,
+           mask=NO_MASK, tree_mask=None, alibi_slopes=None):
+    """Attend: `q` is [batch, q_len, heads, head_dim], or with `cu_seqlens_q` [tokens, heads, head_dim].
+
+    `q_lens` are the query tokens of every sequence where the host may know them; with `one_list` all go through the
+    prefill kernel. The other arguments are those of `attention`, checked but for their content.
+    """
+    uniform = cu_seqlens_q is None
+    num_heads, head_dim = q.shape[-2:]
+    batch = len(q) if uniform else len(cu_seqlens_q) - 1
+    num_kv_heads, head_dim_v = keys.k.shape[2], keys.v.shape[3]
+    results = out if out is not None else partials.out
+    facts = Facts(
+        dtype_name(q), keys.k.tag, keys.v.tag,
+        min(keys.k.alignment, keys.v.alignment, alignment(q), alignment(results),
+            16 if keys.pages is None else keys.pages.alignment), num_kv_heads,
+        num_heads // num_kv_heads, head_dim, head_dim_v,
+        mask["kind"] > 0 or tree_mask is not None or alibi_slopes is not None, arch_of(xp))
+    if xp is np or env.check():
+        _check_content(op, keys, cache_seqlens, max_q_len if uniform else q_lens, cache_starts, finished, key_stride,
+                       key_offset, key_offsets, key_counts, causal and tree_mask is None, window_size)
+    if results.size == 0:
+        return
+    lengths = Lengths(
+        num_kv_heads, facts.heads_per_kv, cache_seqlens, keys.table["row_starts"], cu_seqlens_q,
+        max_q_len if uniform else 0, cache_starts, finished, key_offsets, key_counts, key_stride, key_offset,
+        causal and tree_mask is None, window_size)
+    policy = _policy(op, num_splits, invariant, one_list)
+    if schedule is None:
+        tokens = batch * max_q_len if uniform else len(q)
+        lists = _make_lists(xp, facts, lengths, policy, q_lens, Limits(max_q_len, keys.capacity, tokens))
+    else:
+        lists = _lists_of(op, xp, facts, lengths, policy, schedule)
+    values = dict(
+        q=sequence_view(q, uniform), k=keys.k.view, v=keys.v.view, k_scale=keys.k.scale, v_scale=keys.v.scale,
+        table=keys.table, mask=mask, out=None if out is None else sequence_view(out, uniform),
+        cu_seqlens_q=cu_seqlens_q, cache_seqlens=cache_seqlens, cache_starts=cache_starts, key_offsets=key_offsets,
+        key_counts=key_counts, finished=None if finished is None else finished.view(np.uint8), tree_mask=tree_mask,
+        alibi_slopes=alibi_slopes, sinks=sinks if partials is None or partials.count_sinks else None, lse=lse,
+        stride_seqlens=0 if cache_seqlens is None else strides(cache_seqlens)[0],
+        stride_starts=0 if cache_starts is None else strides(cache_starts)[0],
+        stride_tree=0 if tree_mask is None else strides(tree_mask)[0], batch=batch, q_len=q.shape[1] if uniform else 0,
+        num_kv_heads=num_kv_heads, heads_per_kv=facts.heads_per_kv, head_dim=head_dim, head_dim_v=head_dim_v,
+        causal=int(causal), window_size=window_size, key_stride=key_stride, key_offset=key_offset,
+        num_splits=0 if partials is None else num_splits,
+        whole_to_out=int(partials is not None and partials.split_count is not None and out is not None),
+        sink_in_partials=int(partials is not None and partials.count_sinks), softmax_scale=softmax_scale,
+        softcap=softcap, lse_factor=1.0 if partials is None else partials.lse_factor)
+    for work, plan in zip(lists, (plan_decode, plan_prefill), strict=True):
+        if work is not None:
+            launch_work(op, plan(facts, work.rows, work.workers), work, values, partials, scratch, xp, head_dim_v,
+                        () if keys.pages is None else keys.pages.buffers)
+
+
+def _policy(op, num_splits, invariant, one_list):
+    """The options that say how keys are cut, checked."""
+    if num_splits is not None:
+        check_number(op, "num_splits", num_splits, least=1, integer=True)
+    if not isinstance(invariant, bool):
+        raise TypeError(f"{op}: invariant must be True or False, got {invariant!r}")
+    if invariant and num_splits is not None:
+        raise ValueError(f"{op}: num_splits must be None with invariant=True, got {num_splits}")
+    return Policy(num_splits, invariant, one_list)
+
+
+def _make_lists(xp, facts, lengths, policy, q_lens, limits):
+    """(decode, prefill) work lists of one call: in NumPy, or by a kernel from lengths that stay on the device."""
+    group = facts.heads_per_kv
+    tiles = tiling(facts, limits.max_q_len * group, sm_count(xp))
+    if lengths.cu_seqlens_q is None:
+        least = limits.max_q_len * group
+    else:
+        least = 1 if q_lens is None else int(q_lens.min(initial=limits.max_q_len)) * group
+    ranges = list_ranges(tiles, least, limits.max_q_len * group, policy.one_list)
+    if xp is np:
+        return host_lists(lengths, tiles, policy, ranges)
+    lists = empty_lists(xp, lengths, limits, tiles, policy, ranges)
+    fill_lists(xp, lengths, limits, policy, ranges, lists)
+    return lists
+
+
+def _lists_of(op, xp, facts, lengths, policy, schedule):
+    """(decode, prefill) work lists of `schedule`, which must have been made for such a call."""
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"{op}: schedule must be a Schedule, got {type(schedule).__name__}")
+    schedule.check(op, device=xp.__name__, batch=lengths.batch, num_heads=lengths.num_kv_heads * facts.heads_per_kv,
+                   num_kv_heads=lengths.num_kv_heads, causal=lengths.causal, window_size=lengths.window_size,
+                   key_stride=lengths.key_stride, key_offset=lengths.key_offset)
+    if policy.num_splits is not None or policy.invariant:
+        schedule.check(op, **policy._asdict())
+    legal = (16, 64, 128) if version(facts)[0] == "mma" else CORES_ROWS
+    for work in (schedule.decode, schedule.prefill):
+        if work is not None and work.rows not in legal:
+            raise ValueError(f"{op}: schedule must have tiles of {legal} rows for {version(facts)[1]}, got "
+                             f"{work.rows}; make it with this call's dtype, kv_format and head_dim")
+    return schedule.decode, schedule.prefill
+
+
+def _check_content(op, keys, cache_seqlens, q_lens, cache_starts, finished, key_stride, key_offset, key_offsets,
+                   key_counts, causal, window_size):
+    """Lengths fit, and every page with a visible token exists."""
+    def host(array):
+        return None if array is None else np.asarray(array if isinstance(array, np.ndarray) else array.get(), np.int64)
+
+    starts = host(keys.table["row_starts"])
+    if starts is not None:
+        lengths = np.diff(starts)
+        if starts[0] < 0 or starts[-1] > keys.capacity or lengths.min(initial=0) < 0:
+            raise ValueError(f"{op}: cu_seqlens_k must not decrease and be within 0 and the {keys.capacity} tokens of "
+                             f"k, got {starts.tolist() if len(starts) < 20 else f'{starts[0]} to {starts[-1]}'}")
+    else:
+        lengths = host(cache_seqlens)
+    first, counts = host(cache_starts), host(key_counts)
+    if lengths.size == 0:
+        return
+    capacity = keys.capacity * key_stride if starts is None and counts is None else None
+    if lengths.min() < 0 or (capacity is not None and lengths.max() > capacity):
+        raise ValueError(f"{op}: cache_seqlens must be from 0 to {capacity} (max_pages * page_size), got "
+                         f"{lengths.min()} to {lengths.max()}")
+    if first is not None and first.min() < 0:
+        raise ValueError(f"{op}: cache_starts must be ≥ 0, got {first.min()}")
+    if counts is not None and (counts.min() < 0 or counts.max() > keys.capacity):
+        raise ValueError(f"{op}: key_counts must be from 0 to {keys.capacity}, what the cache can hold, got "
+                         f"{counts.min()} to {counts.max()}")
+    if starts is not None:
+        return
+    offsets = key_offset if key_offsets is None else host(key_offsets)
+    begin, end = key_ranges(lengths, q_lens, 0, np.maximum(q_lens, 1) - 1, causal=causal, window_size=window_size,
+                            starts=first, finished=host(finished), key_stride=key_stride, offsets=offsets,
+                            counts=counts)
+    keys.pages.check(op, end, *keys.k.shape[:2], keys.block_bytes, starts=begin)

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which attention kernel a call takes: tensor cores or CUDA cores, rows of a tile, blocks, and the Plan of a launch."""
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+
+from .quantized_kv import FORMATS
+from .runtime import Plan, Specialisation
+from .runtime.plan import CUDA_TYPES
+
+CORES_ROWS = (1, 2, 4, 8)        # query rows of a unit on CUDA cores
+MMA_HEAD_DIMS = (64, 128, 256)   # what tensor cores pad head dims to
+_BITS = {kind.tag.partition("<")[0]: kind.bits for kind in FORMATS.values()}   # of an element in a format
+
+
+class Facts(NamedTuple):
+    """What the choice of a kernel depends on, and its Plan."""
+
+    q: str             # dtype name
+    k: str             # format tags
+    v: str
+    align: int         # bytes, common to k, v and out
+    num_kv_heads: int
+    heads_per_kv: int
+    head_dim: int
+    head_dim_v: int
+    bias: bool         # a mask, a tree mask or ALiBi
+    arch: str
+
+
+class Tiling(NamedTuple):
+    """Packed query rows of a unit, and blocks per launch; a sequence with at most decode_rows rows is decoded."""
+
+    decode_rows: int
+    prefill_rows: int
+    decode_workers: int
+    prefill_workers: int
+
+
+def version(facts):
+    """("mma" or "cores", why): the version of the kernels that fits."""
+    if facts.arch == "cpu":
+        return "cores", "CUDA cores: an mma costs the executor more than it saves"
+    plain = {tag for tag in (facts.k, facts.v) if tag.startswith("KvPlain")}
+    if facts.q == "float32" or plain - {f"KvPlain<{CUDA_TYPES[facts.q]}>"}:
+        return "cores", f"CUDA cores: q {facts.q}, k {facts.k}, v {facts.v}"
+    if facts.align < 16:
+        return "cores", f"CUDA cores: alignment {facts.align}"
+    if int(facts.arch[3:].rstrip("af")) < 80:
+        return "cores", f"CUDA cores: {facts.arch} has no cp.async"
+    return "mma", "tensor cores"
+
+
+def tiling(facts, max_packed, sm_count):
+    """Tiling for sequences of at most `max_packed` packed rows on `sm_count` multiprocessors.
+
+    A CPU has none to fill: 16 blocks whatever its number of cores, so that results do not depend on it.
+    """
+    padded = max(facts.head_dim, facts.head_dim_v)
+    if version(facts)[0] == "mma":
+        prefill_rows = 64 if max_packed <= 64 or padded > 128 else 128
+        return Tiling(16, prefill_rows, 2 * sm_count, (2 if padded <= 64 else 1) * sm_count)
+    decode_rows = next((rows for rows in CORES_ROWS if rows >= min(max_packed, facts.heads_per_kv)), CORES_ROWS[-1])
+    workers = 16 if facts.arch == "cpu" else 4 * sm_count
+    return Tiling(decode_rows, CORES_ROWS[-1], workers, workers)
+
+
+def sm_count(xp):
+    """Multiprocessors of the current device; 1 for NumPy."""
+    return 1 if xp is np else _sm_count(xp.cuda.runtime.getDevice())
+
+
+@functools.lru_cache(maxsize=64)
+def _sm_count(device):
+    import cupy
+
+    return cupy.cuda.runtime.deviceGetAttribute(cupy.cuda.runtime.cudaDevAttrMultiProcessorCount, device)
+
+
+# ---- CUDA cores: cuda_src/include/attention_cores.cuh ----------------------------------------------------
+
+
+def _cores_spec(stem, q, k, v, rows, aligned, bias):
+    return Specialisation(stem, stem, "AttentionArgs", {
+        "T": q, "KF": k, "VF": v, "ROWS": rows, "ALIGNED": int(aligned), "BIAS": int(bias), "TENSOR_CORES": 0,
+        "HEAD_DIM": 0})
+
+
+def _row_bytes(tag, head_dim):
+    """Bytes of `head_dim` elements of a row in the format of `tag`."""
+    name = tag.partition("<")[0]
+    return head_dim * (4 if tag == "KvPlain<float>" else 2) if name == "KvPlain" else head_dim * _BITS[name] // 8
+
+
+def _cores_launch(facts, rows):
+    """(threads, dynamic shared memory) of a block on CUDA cores: struct Layout of attention_cores.cuh."""
+    plain = facts.k.startswith("KvPlain")
+    slice_dims = 128 // _row_bytes(facts.k, 8) * 8 if plain else 256
+    key_bytes = (-(-_row_bytes(facts.k, min(facts.head_dim, slice_dims)) // 16) | 1) * 16
+    groups = 32 // (facts.head_dim_v // 8)
+    warp = max(2 * 64 * key_bytes, groups * facts.head_dim_v * rows * 4)   # slices of keys, or outputs
+    warp += 3 * 64 * sum(8 if tag.startswith("KvPlain") or "Channel" in tag else 16 for tag in (facts.k, facts.v))
+    warp += 64 * (rows if rows <= 4 else rows + 4) * 4 + 2 * rows * 4      # probabilities, state
+    block = rows * facts.head_dim * 4 + (32 * rows if facts.bias else 0) + 4 * 4 * rows
+    # On the CPU an idle warp costs 32 fibers; on a GPU blocks stay below 48 KiB where they can.
+    warps = 1 if facts.arch == "cpu" else max(1, min(4, (48 * 1024 - block) // warp))
+    return 32 * warps, warps * warp + block
+
+
+# ---- tensor cores ----------------------------------------------------------------------------------------
+
+
+def _mma_spec(stem, q, k, v, rows, head_dim, bias):
+    return Specialisation(stem, f"{stem}_mma", "AttentionArgs", {
+        "T": q, "KF": k, "VF": v, "ROWS": rows, "ALIGNED": 1, "BIAS": int(bias), "TENSOR_CORES": 1,
+        "HEAD_DIM": head_dim}, min_sm=80, expects=("HMMA", "LDSM", "LDGSTS"))
+
+
+def _decode_mma_launch(head_dim):
+    """(threads, dynamic shared memory) of paged_decode_mma.cuh."""
+    warps, stages = {64: (4, 4), 128: (4, 3), 256: (2, 2)}[head_dim]
+    return 32 * warps, warps * (stages * 2 * 16 * head_dim * 2 + 2 * 2 * 16 * 8 + 2 * 16 * 4)
+
+
+def _prefill_mma_launch(rows, head_dim):
+    """(threads, dynamic shared memory) of attention_mma.cuh."""
+    keys = 32 if head_dim == 256 else 64
+    queries = 2 * rows * head_dim if head_dim == 256 else 0
+    return 2 * rows, 8 * keys * head_dim + queries + 32 * keys + 8 * rows + 32
+
+
+# ---- plans -----------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_decode(facts, rows, workers):
+    """Plan of the decode kernel, ``cuda_src/paged_decode.cu``, for the rows of a unit and the blocks of the launch."""
+    return _plan("paged_decode", facts, rows, workers, _decode_mma_launch)
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_prefill(facts, rows, workers):
+    """Plan of the prefill kernel, ``cuda_src/attention.cu``, for the rows of a unit and the blocks of the launch."""
+    return _plan("attention", facts, rows, workers, functools.partial(_prefill_mma_launch, rows))
+
+
+def _plan(stem, facts, rows, workers, mma_launch):
+    name, note = version(facts)
+    if name == "mma":
+        head_dim = next(d for d in MMA_HEAD_DIMS if d >= max(facts.head_dim, facts.head_dim_v))
+        spec = _mma_spec(stem, facts.q, facts.k, facts.v, rows, head_dim, facts.bias)
+        threads, shared = mma_launch(head_dim)
+    else:
+        spec = _cores_spec(stem, facts.q, facts.k, facts.v, rows, facts.align == 16, facts.bias)
+        threads, shared = _cores_launch(facts, rows)
+    return Plan(spec, facts.arch, (workers,), (threads,), shared_bytes=shared, note=note)
+
+
+# ---- specialisations -------------------------------------------------------------------------------------
+
+
+def _formats(q):
+    """Tags of what caches may hold for queries of dtype `q`, other plain dtypes aside."""
+    c = CUDA_TYPES[q]
+    return (f"KvPlain<{c}>", f"KvInt8<{c}>", f"KvInt4<{c}>", "KvInt8Sym", "KvInt8Channel", "KvE4M3", "KvE5M2",
+            "KvHadamard8", "KvHadamard6", "KvHadamard4")
+
+
+_HALF, _BF16, _FLOAT = (f"KvPlain<{CUDA_TYPES[q]}>" for q in ("float16", "bfloat16", "float32"))
+_MIXED = (("float16", _BF16, _BF16), ("bfloat16", _FLOAT, _FLOAT), ("float32", _HALF, _HALF),
+          ("float16", "KvHadamard8", "KvHadamard4"), ("float16", "KvInt8<__half>", "KvInt4<__half>"))
+_SAME = tuple((q, tag, tag) for q in ("float16", "bfloat16", "float32") for tag in _formats(q))
+# (rows, aligned, bias) of the decode kernel
+_DECODE = ((1, True, False), (2, True, True), (4, True, False), (8, True, True), (1, False, True), (4, False, False))
+
+DECODE_CORE = [_cores_spec("paged_decode", *case) for case in (
+    ("float16", _HALF, _HALF, 4, True, False), ("bfloat16", _BF16, _BF16, 4, False, True),
+    ("float32", _FLOAT, _FLOAT, 4, True, False), ("float16", _BF16, _BF16, 1, False, False),
+    ("float32", _HALF, _HALF, 2, True, True), ("float16", "KvInt8<__half>", "KvInt4<__half>", 8, True, True),
+    ("bfloat16", "KvInt4<__nv_bfloat16>", "KvInt8<__nv_bfloat16>", 1, True, False),
+    ("float32", "KvInt8Sym", "KvInt8Channel", 2, False, False), ("float16", "KvE4M3", "KvE5M2", 4, False, False),
+    ("bfloat16", "KvHadamard8", "KvHadamard4", 8, False, False),
+    ("float16", "KvHadamard6", "KvHadamard6", 2, True, True),
+    ("float32", "KvInt8Channel", "KvE4M3", 8, True, False))]
+PREFILL_CORE = [_cores_spec("attention", *case) for case in (
+    ("float16", _HALF, _HALF, 8, True, False), ("bfloat16", _BF16, _BF16, 8, True, True),
+    ("float32", _FLOAT, _FLOAT, 8, True, False), ("float32", _FLOAT, _FLOAT, 8, False, True),
+    ("float16", "KvInt8<__half>", "KvInt8<__half>", 8, True, False),
+    ("bfloat16", "KvInt8Sym", "KvE4M3", 8, False, False), ("float32", "KvHadamard4", "KvHadamard8", 8, True, True),
+    ("float16", "KvInt8Channel", "KvInt4<__half>", 8, False, True))]
+DECODE_ALL = [_cores_spec("paged_decode", *kinds, *case) for kinds in _SAME + _MIXED for case in _DECODE]
+PREFILL_ALL = [_cores_spec("attention", *kinds, 8, aligned, bias) for kinds in _SAME + _MIXED
+               for aligned in (True, False) for bias in (False, True)]

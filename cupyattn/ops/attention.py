@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over ragged sequences and caches. Kernels: ``cuda_src/attention.cu``, ``cuda_src/paged_decode.cu``."""
+
+import numpy as np
+
+from ..attend import attend, prepare_keys
+from ..attention_args import check_options, check_partials, check_per_head, check_per_sequence, mask_view
+from ..attention_plans import PREFILL_ALL, PREFILL_CORE
+from ..runtime import env
+from ..runtime.arrays import array_namespace
+from ..runtime.checks import FLOATS, check_dtype, check_element_strides, check_last_axis, check_number, check_shape
+from .split_reduce import check_outputs, split_out
+
+CORE, ALL = PREFILL_CORE, PREFILL_ALL
+_AXES = "[tokens, num_heads, head_dim]"
+
+
+def attention(q, k, v, /, *, cu_seqlens_q, cu_seqlens_k=None, cache_seqlens=None, block_table=None, cache_starts=None,
+              causal=True, softmax_scale=None, window_size=0, softcap=0.0, sinks=None, mask=None, tree_mask=None,
+              alibi_slopes=None, finished=None, cp_rank=0, cp_size=1, key_offsets=None, key_counts=None,
+              max_q_len=None, num_splits=None, invariant=False, schedule=None, partials=None, workspace=None, out=None,
+              return_lse=False):
+    """Attention of ragged sequences: prefill, chunked prefill, decode, or a batch of all of them.
+
+    Query i of sequence b, token cu_seqlens_q[b] + i of `q`, stands at position n = seqlen - q_len + i of its sequence
+    (bottom-right alignment: what came before the queries is history). It sees the tokens t of the sequence with
+    t ≥ cache_starts[b], with `causal` t ≤ n, and with a window n - window_size < t < n + window_size:
+
+    out[i,h] = sum_t exp(s[t]) v[t,g] / (sum_t exp(s[t]) + exp(sinks[h])),   g = h // (num_heads // num_kv_heads)
+    s[t] = softcap * tanh(softmax_scale * q[i,h] . k[t,g] / softcap) - alibi_slopes[h] * |n - t| + mask[b,h,i,t]
+
+    Parameters
+    ----------
+    q : ndarray [tokens, num_heads, head_dim], float16, bfloat16 or float32
+        Queries after RoPE. head_dim is a multiple of 8 up to 256.
+    k, v : ndarray [tokens_k, num_kv_heads, head_dim / head_dim_v], or caches
+        Ragged with `cu_seqlens_k`; with `block_table` caches [num_pages, page_size, num_kv_heads, head_dim /
+        head_dim_v], `QuantizedKV` or `BlockKV`. The new tokens are in them already. Any strides with a contiguous last
+        axis; the dtype may differ from q's; head_dim_v may differ from head_dim. num_kv_heads divides num_heads.
+    cu_seqlens_q : ndarray [batch + 1], int32
+        First query token of every sequence, and their number.
+    cu_seqlens_k : ndarray [batch + 1], int32, optional
+        First key of every sequence in ragged `k` and `v`. Several independent segments of one buffer (block-diagonal
+        packing) are sequences like any others.
+    cache_seqlens : ndarray [batch], int32, optional
+        Tokens to attend to, the new ones included; goes with `block_table`.
+    block_table : ndarray [batch, max_pages], int32, or PageTable, optional
+        Pages of every sequence; a `PageTable` also holds CSR lists and block pointers.
+    cache_starts : ndarray [batch], int32, optional
+        First visible key of each sequence (left padding). Default 0.
+    causal : bool
+        Default True.
+    softmax_scale : float, optional
+        Default ``head_dim ** -0.5``.
+    window_size : int
+        Visible tokens, the query's own included; 0 (default) for all.
+    softcap : float
+        0 (default) is off.
+    sinks : ndarray [num_heads], float32, optional
+        One more logit per head that takes probability and adds no value.
+    mask : ndarray broadcastable to [batch, num_heads, max_q_len, keys], optional
+        bool, True for visible, or float32, float16 or bfloat16 added to the scores. Keys past its last column stay
+        visible. Never expanded: repeated axes have stride 0.
+    tree_mask : ndarray [tokens, words], uint32, optional
+        Bit j of query i's words: its sequence's new token j is visible. Decides among the new tokens in place of
+        `causal`.
+    alibi_slopes : ndarray [num_heads], float32, optional
+    finished : ndarray [batch], bool, optional
+        Sequences that give zeros and read nothing.
+    cp_rank, cp_size : int
+        Context parallel: `k` and `v` hold only the tokens t with t % cp_size == cp_rank, as local keys t // cp_size.
+        Lengths, starts and masks speak of all tokens. Merge the ranks' results with `split_reduce`.
+    key_offsets, key_counts : ndarray [batch], int32, optional
+        Context parallel over contiguous shards: position of the first local key, and the number of local keys.
+    max_q_len : int, optional
+        Upper bound of the query tokens of a sequence: for CuPy arrays, where no length is read; default all tokens.
+    num_splits : int, optional
+        Cut the keys of every query tile in so many parts of equal size. Default: by the planner, evenly over the GPU.
+    invariant : bool
+        Cut keys only at multiples of 1024: the bits of a row depend neither on the batch around it, nor on how its
+        sequence is cut into chunks of prefill, nor on the number of multiprocessors.
+    schedule : Schedule, optional
+        From `cupyattn.schedule`, made once per step for all layers. Default: the op makes its own.
+    partials : (ndarray [num_splits, tokens, num_heads, head_dim_v], ndarray [num_splits, tokens, num_heads]), optional
+        float32. Receive the normalised result and lse of every split, without sinks, in place of `out`; for
+        `split_reduce`. Needs `num_splits`.
+    workspace : ndarray [nbytes], uint8, optional
+        Scratch for partial results, at a multiple of 16. Default: the one this stream's ops share.
+    out : ndarray [tokens, num_heads, head_dim_v], or with ``return_lse=True`` the pair ``(out, lse)``, optional
+        Where to write; may be `q`.
+    return_lse : bool
+        Also return the log-sum-exp of the scores.
+
+    Returns
+    -------
+    out : ndarray [tokens, num_heads, head_dim_v], dtype of q
+        Or `partials`, when given.
+    lse : ndarray [tokens, num_heads], float32, natural log
+        Only with ``return_lse=True``. Of the keys alone, never the sink; ``-inf`` for a row that sees no key, whose
+        out is zeros.
+
+    Raises
+    ------
+    TypeError
+        NumPy and CuPy arrays mixed, an unsupported dtype, or an option of the wrong kind.
+    ValueError
+        Shapes or strides that do not fit, options out of range or that exclude each other, a schedule made for
+        something else. For NumPy arrays also offsets that decrease and page ids or lengths out of range; for CuPy
+        arrays only with ``CUPYATTN_CHECK=1``, else such tokens are invisible.
+
+    Notes
+    -----
+    Sequences of few query rows go through the decode kernel, the others through the prefill kernel: a mixed batch is
+    one call and two launches, since a tile that suits prefill would slow decode. With ``invariant=True`` all of them
+    go through the prefill kernel. Scores, softmax and sums are float32; tensor cores round probabilities to q's dtype.
+    Asynchronous on the current CuPy stream. Kernels: ``cuda_src/attention.cu``, ``cuda_src/paged_decode.cu``,
+    ``cuda_src/schedule.cu``.
+
+    Examples
+    --------
+    >>> import numpy as np, cupyattn
+    >>> k = np.zeros((3, 1, 8), np.float32)
+    >>> v = np.float32([1, 3, 8]).reshape(3, 1, 1).repeat(8, 2)
+    >>> starts = np.int32([0, 2, 3])                                # two sequences, of 2 tokens and of 1
+    >>> cupyattn.attention(k, k, v, cu_seqlens_q=starts, cu_seqlens_k=starts)[:, 0, 0]
+    array([1., 2., 8.], dtype=float32)
+    """
+    op = "attention"
+    out, lse = split_out(op, out, return_lse)
+    xp = array_namespace(op, q=q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, cache_seqlens=cache_seqlens,
+                         cache_starts=cache_starts, sinks=sinks, mask=mask, tree_mask=tree_mask,
+                         alibi_slopes=alibi_slopes, finished=finished, key_offsets=key_offsets, key_counts=key_counts,
+                         workspace=workspace, out=out, lse=lse)
+    check_dtype(op, "q", q, FLOATS)
+    check_shape(op, "q", q, (None, None, None), _AXES)
+    check_element_strides(op, "q", q)
+    check_last_axis(op, "q", q)
+    tokens, num_heads, head_dim = q.shape
+    check_dtype(op, "cu_seqlens_q", cu_seqlens_q, "int32")
+    check_shape(op, "cu_seqlens_q", cu_seqlens_q, (None,), "[batch + 1]")
+    check_last_axis(op, "cu_seqlens_q", cu_seqlens_q)
+    batch = len(cu_seqlens_q) - 1
+    if batch < 0:
+        raise ValueError(f"{op}: cu_seqlens_q must be [batch + 1], got []")
+    q_lens = _query_lengths(op, xp, cu_seqlens_q, tokens)
+    if max_q_len is None:
+        max_q_len = tokens if q_lens is None else int(q_lens.max(initial=0))
+    else:
+        check_number(op, "max_q_len", max_q_len, least=0, integer=True)
+        if q_lens is not None and q_lens.max(initial=0) > max_q_len:
+            raise ValueError(f"{op}: max_q_len must be at least the {q_lens.max()} query tokens of a sequence, got "
+                             f"{max_q_len}")
+    if (cu_seqlens_k is None) == (cache_seqlens is None) or (cache_seqlens is None) != (block_table is None):
+        given = [name for name, array in (("cu_seqlens_k", cu_seqlens_k), ("cache_seqlens", cache_seqlens),
+                                          ("block_table", block_table)) if array is not None]
+        raise ValueError(f"{op}: keys must be given by cu_seqlens_k, or by block_table and cache_seqlens, got "
+                         f"{' and '.join(given) or 'neither'}")
+    keys = prepare_keys(op, xp, num_heads, head_dim, k, v, block_table, cu_seqlens_k, batch, ("k", "v"))
+    softmax_scale = check_options(op, causal, softmax_scale, window_size, softcap, head_dim)
+    check_per_sequence(op, batch, contiguous=False, cache_seqlens=cache_seqlens, cache_starts=cache_starts)
+    check_per_sequence(op, batch, key_offsets=key_offsets, key_counts=key_counts)
+    check_per_sequence(op, batch, dtype="bool", finished=finished)
+    check_per_head(op, num_heads, sinks=sinks, alibi_slopes=alibi_slopes)
+    check_number(op, "cp_size", cp_size, least=1, integer=True)
+    check_number(op, "cp_rank", cp_rank, least=0, integer=True)
+    if cp_rank >= cp_size:
+        raise ValueError(f"{op}: cp_rank must be below cp_size {cp_size}, got {cp_rank}")
+    if (key_offsets is None) != (key_counts is None) or (key_offsets is not None and cp_size > 1):
+        raise ValueError(f"{op}: key_offsets and key_counts must come together and without cp_size, got "
+                         f"key_offsets {'given' if key_offsets is not None else 'None'}, key_counts "
+                         f"{'given' if key_counts is not None else 'None'}, cp_size {cp_size}")
+    _check_tree_mask(op, tree_mask, tokens, max_q_len)
+    shape = (tokens, num_heads, keys.v.shape[3])
+    if partials is not None:
+        partials = check_partials(op, partials, num_splits, tokens, num_heads, shape[2])
+    elif out is None:
+        out = xp.empty(shape, q.dtype)
+    if return_lse and lse is None:
+        lse = xp.empty(shape[:2], np.float32)
+    if out is not None:
+        check_outputs(op, out, lse, shape, "[tokens, num_heads, head_dim_v]", (q.dtype.name,))
+    attend(op, xp, q, keys, cu_seqlens_q=cu_seqlens_q, q_lens=q_lens,
+           max_q_len=max_q_len, cache_seqlens=cache_seqlens, cache_starts=cache_starts, finished=finished,
+           key_stride=cp_size, key_offset=cp_rank, key_offsets=key_offsets, key_counts=key_counts, causal=causal,
+           softmax_scale=softmax_scale, window_size=window_size, softcap=softcap, sinks=sinks,
+           mask=mask_view(op, mask, batch, num_heads, max_q_len), tree_mask=tree_mask, alibi_slopes=alibi_slopes,
+           num_splits=num_splits, invariant=invariant, one_list=invariant, schedule=schedule, partials=partials,
+           scratch=workspace, out=out, lse=lse)
+    result = out if partials is None else (partials.out, partials.lse)
+    return (result, lse) if return_lse else result
+
+
+def _query_lengths(op, xp, cu_seqlens_q, tokens):
+    """Query tokens of each sequence where they may be read, else None."""
+    if xp is not np and not env.check():
+        return None
+    starts = np.asarray(cu_seqlens_q if xp is np else cu_seqlens_q.get(), np.int64)
+    lengths = np.diff(starts)
+    if starts[0] < 0 or starts[-1] > tokens or lengths.min(initial=0) < 0:
+        raise ValueError(f"{op}: cu_seqlens_q must not decrease and be within 0 and the {tokens} tokens of q, got "
+                         f"{starts.tolist() if len(starts) < 20 else f'{starts[0]} to {starts[-1]}'}")
+    return lengths
+
+
+def _check_tree_mask(op, tree_mask, tokens, max_q_len):
+    """tree_mask, if any, has a bit for each new token of a sequence."""
+    if tree_mask is None:
+        return
+    check_dtype(op, "tree_mask", tree_mask, "uint32")
+    check_shape(op, "tree_mask", tree_mask, (tokens, None), "[tokens, words]")
+    check_element_strides(op, "tree_mask", tree_mask)
+    check_last_axis(op, "tree_mask", tree_mask)
+    if 32 * tree_mask.shape[1] < max_q_len:
+        raise ValueError(f"{op}: tree_mask must have a bit for each of the {max_q_len} new tokens of a sequence, got "
+                         f"{tree_mask.shape[1]} words; with CuPy arrays say max_q_len")
