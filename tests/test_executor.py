@@ -134,9 +134,9 @@ def test_bit_functions():
     x = np.random.default_rng(1).integers(-2**31, 2**31, n).astype(np.int32)
     x[:4] = 0, -1, 1, 2**31 - 1
     plan = Plan(Specialisation(SOURCE, "bits", "ExecutorArgs", {}), "cpu", (1,), (n,))
-    ints = np.concatenate([x, np.zeros(8 * n, np.int32)])
+    ints = np.concatenate([x, np.zeros(13 * n, np.int32)])
     launch(plan, make_args(plan, out=np.zeros(1, np.float32), ints=ints, n=n, repeat=0))
-    for a, *got in ints.reshape(9, n).T.tolist():
+    for a, *got in ints.reshape(14, n).T.tolist():
         u = a % 2**32
         w = u * 2654435761 % 2**32
         both = w << 32 | u
@@ -144,8 +144,26 @@ def test_bit_functions():
         a_bytes, w_bytes = np.array([u, w], np.uint32).view(np.int8).reshape(2, 4).astype(int)
         want = [text.count("1"), 32 - u.bit_length(), (u & -u).bit_length(), int(text[::-1], 2),
                 sum((both >> 8 * s & 255) << 8 * k for k, s in enumerate((0, 5, 2, 7))),
-                (both << 7 >> 32) % 2**32, (both >> 7) % 2**32, int(a_bytes @ w_bytes) + 5]
+                (both << 7 >> 32) % 2**32, (both >> 7) % 2**32, int(a_bytes @ w_bytes) + 5,
+                int((a_bytes % 256) @ (w_bytes % 256)) + 5,
+                sum((both >> 8 * (u >> 16 + 4 * k & 7) & 255) << 8 * k for k in range(4)),
+                (both << min(w >> 26, 32) >> 32) % 2**32, (both >> min(w >> 26, 32)) % 2**32,
+                u & 0x0f0f0f0f | 0x64006400]
         assert [g % 2**32 for g in got] == [y % 2**32 for y in want], hex(u)
+
+
+def test_floats_to_integers_saturate():
+    x = np.array([0, -0.5, 0.5, 1.5, 2.5, -1.5, 3e9, -3e9, 5e9, np.inf, -np.inf, np.nan, 2147483520, 4294967040, 1e-40,
+                  7.9], np.float32)
+    n = x.size
+    out, ints = np.concatenate([x, np.zeros(3 * n, np.float32)]), np.zeros(4 * n, np.int32)
+    plan = Plan(Specialisation(SOURCE, "to_integers", "ExecutorArgs", {}), "cpu", (1,), (n,))
+    launch(plan, make_args(plan, out=out, ints=ints, n=n, repeat=0))
+    wide = np.nan_to_num(x.astype(np.float64), nan=0, posinf=1e20, neginf=-1e20)
+    for got, rounded in zip(ints.reshape(2, 2, n), (np.int32, np.uint32), strict=True):
+        limits = np.iinfo(rounded)
+        for row, value in zip(got, (np.rint(wide), np.trunc(wide)), strict=True):
+            np.testing.assert_array_equal(row.view(rounded), np.clip(value, limits.min, limits.max).astype(rounded))
 
 
 @pytest.mark.parametrize("schedule, seed", SCHEDULES)

@@ -22,7 +22,8 @@ def _run(xp, kernel, out, dtype="float16", e5m2=False, **arrays):
     n = out.shape[-1]
     padded = -(-n // 16) * 16
     device = {k: None if k not in arrays else xp.array(np.pad(arrays[k], (0, padded - n))) for k in ("x", "y", "z")}
-    spec = Specialisation(SOURCE, kernel, "ElementTypesArgs", {"T": dtype, "E5M2": int(e5m2)})
+    spec = Specialisation(SOURCE, kernel, "ElementTypesArgs", {"T": dtype, "E5M2": int(e5m2),
+                                                                "HALF": int(dtype == "float16")})
     plan = Plan(spec, arch_of(xp.module), (-(-padded // (16 * 64)),), (64,))
     device_out = xp.array(np.zeros((*out.shape[:-1], padded), out.dtype))
     launch(plan, make_args(plan, out=device_out, n=padded, **device))
@@ -87,6 +88,52 @@ def test_fp8(xp, e5m2):
     with np.errstate(over="ignore", invalid="ignore"):
         _assert_same_codes(plain, x.astype(FP8[e5m2]), x)
         _assert_same_codes(saturated, np.clip(x, -largest, largest).astype(FP8[e5m2]), x)
+
+
+@pytest.mark.parametrize("e5m2", [False, True], ids=["e4m3", "e5m2"])
+def test_every_pair_of_fp8_widens_exactly(xp, e5m2):
+    codes = np.arange(1 << 16, dtype=np.uint16).view(FP8[e5m2])
+    got = _run(xp, "fp8_decode_pairs", np.empty((1, codes.size), np.float32), e5m2=e5m2, x=codes.view(np.uint8))
+    _assert_same_codes(got, codes.astype(np.float32)[None], codes)
+
+
+@pytest.mark.parametrize("e5m2", [False, True], ids=["e4m3", "e5m2"])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_every_16_bit_float_becomes_fp8(xp, dtype, e5m2):
+    x = _all_codes(dtype_of(dtype))
+    got = _run(xp, "fp8_encode_narrow", np.empty((4, x.size), np.uint8), dtype, e5m2, x=x.view(np.uint16))
+    wide, largest = x.astype(np.float32), float(ml_dtypes.finfo(FP8[e5m2]).max)
+    with np.errstate(over="ignore", invalid="ignore"):
+        want = np.array([np.clip(wide, -largest, largest).astype(FP8[e5m2]), wide.astype(FP8[e5m2])] * 2)
+    _assert_same_codes(got.view(FP8[e5m2]), want, x)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_every_pair_widens_and_narrows(xp, dtype):
+    codes = _all_codes(dtype_of(dtype))
+    codes = np.concatenate([codes, np.roll(codes, 1)])   # each code in both places
+    got = _run(xp, "widen_pairs", np.empty((2, codes.size), np.float32), dtype, x=codes)
+    _assert_same_codes(got, np.broadcast_to(codes.astype(np.float32), got.shape), codes)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_codes_unpack_through_mantissas(xp, dtype):
+    x = np.arange(1 << 16, dtype=np.uint16)
+    out = np.empty((8, x.size), np.float32)
+    got = _run(xp, "unpack", out, dtype, x=x).reshape(x.size, 8)
+    nibbles = [x >> 4 * k & 15 for k in range(4)]
+    signed = x.view(np.int8).reshape(-1, 2).T
+    np.testing.assert_array_equal(got, np.stack([*nibbles, *signed, nibbles[1], nibbles[1]], axis=1))
+
+
+@pytest.mark.parametrize("dtype, e5m2", [("float16", False), ("float16", True), ("bfloat16", False),
+                                         ("bfloat16", True)])
+def test_fp8_widens_by_bits(xp, dtype, e5m2):
+    codes = _all_codes(FP8[e5m2])
+    codes = codes[np.isfinite(codes.astype(np.float32))]   # infinity and NaN become large numbers
+    codes = np.concatenate([codes, np.roll(codes, 1)])
+    got = _run(xp, "fp8_by_bits", np.empty((1, codes.size), np.float32), dtype, e5m2, x=codes.view(np.uint8))
+    _assert_same_codes(got, codes.astype(np.float32)[None], codes)
 
 
 # ---- arithmetic ------------------------------------------------------------------------------------------

@@ -14,6 +14,12 @@ struct __nv_bfloat16 {
 struct alignas(4) __nv_bfloat162 {
   __nv_bfloat16 x, y;
 };
+struct __nv_bfloat16_raw {  // what the fp8 conversions speak
+  unsigned short x;
+};
+struct alignas(4) __nv_bfloat162_raw {
+  unsigned short x, y;
+};
 
 namespace ca {
 

@@ -17,6 +17,9 @@ struct alignas(4) __half2 {
 struct __half_raw {  // what the fp8 conversions speak
   unsigned short x;
 };
+struct alignas(4) __half2_raw {
+  unsigned short x, y;
+};
 
 namespace ca {
 

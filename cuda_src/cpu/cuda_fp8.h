@@ -5,6 +5,7 @@
 #ifndef CUPYATTN_CPU_CUDA_FP8_H
 #define CUPYATTN_CPU_CUDA_FP8_H
 
+#include "cuda_bf16.h"
 #include "cuda_fp16.h"
 
 typedef unsigned char __nv_fp8_storage_t;
@@ -37,6 +38,30 @@ CA_INLINE float fp8_to_float(__nv_fp8_storage_t code, __nv_fp8_interpretation_t 
 // Exact: half holds every e4m3 and e5m2 value.
 CA_INLINE __half_raw __nv_cvt_fp8_to_halfraw(__nv_fp8_storage_t code, __nv_fp8_interpretation_t format) {
   return __half_raw{__half_as_ushort(__float2half_rn(ca::fp8_to_float(code, format)))};
+}
+CA_INLINE __half2_raw __nv_cvt_fp8x2_to_halfraw2(__nv_fp8x2_storage_t codes, __nv_fp8_interpretation_t format) {
+  return __half2_raw{__nv_cvt_fp8_to_halfraw(static_cast<__nv_fp8_storage_t>(codes & 0xff), format).x,
+                     __nv_cvt_fp8_to_halfraw(static_cast<__nv_fp8_storage_t>(codes >> 8), format).x};
+}
+
+// From half and bfloat16: float holds both, so one rounding.
+CA_INLINE __nv_fp8_storage_t __nv_cvt_halfraw_to_fp8(__half_raw x, __nv_saturation_t saturate,
+                                                     __nv_fp8_interpretation_t format) {
+  return __nv_cvt_float_to_fp8(__half2float(__ushort_as_half(x.x)), saturate, format);
+}
+CA_INLINE __nv_fp8x2_storage_t __nv_cvt_halfraw2_to_fp8x2(__half2_raw x, __nv_saturation_t saturate,
+                                                          __nv_fp8_interpretation_t format) {
+  const float2 wide{__half2float(__ushort_as_half(x.x)), __half2float(__ushort_as_half(x.y))};
+  return __nv_cvt_float2_to_fp8x2(wide, saturate, format);
+}
+CA_INLINE __nv_fp8_storage_t __nv_cvt_bfloat16raw_to_fp8(__nv_bfloat16_raw x, __nv_saturation_t saturate,
+                                                         __nv_fp8_interpretation_t format) {
+  return __nv_cvt_float_to_fp8(__bfloat162float(__ushort_as_bfloat16(x.x)), saturate, format);
+}
+CA_INLINE __nv_fp8x2_storage_t __nv_cvt_bfloat16raw2_to_fp8x2(__nv_bfloat162_raw x, __nv_saturation_t saturate,
+                                                              __nv_fp8_interpretation_t format) {
+  const float2 wide{__bfloat162float(__ushort_as_bfloat16(x.x)), __bfloat162float(__ushort_as_bfloat16(x.y))};
+  return __nv_cvt_float2_to_fp8x2(wide, saturate, format);
 }
 
 struct __nv_fp8_e4m3 {

@@ -150,7 +150,12 @@ namespace ca {
 CA_HOST_INLINE int to_int(float x) {
   return x != x ? 0 : x >= 2147483648.0f ? 2147483647 : x <= -2147483648.0f ? -2147483647 - 1 : static_cast<int>(x);
 }
+CA_HOST_INLINE unsigned to_uint(float x) {
+  return x != x || x <= 0.0f ? 0 : x >= 4294967296.0f ? 4294967295u : static_cast<unsigned>(x);
+}
 }  // namespace ca
+CA_HOST_INLINE unsigned __float2uint_rz(float x) { return ca::to_uint(x); }
+CA_HOST_INLINE unsigned __float2uint_rn(float x) { return ca::to_uint(__builtin_rintf(x)); }
 CA_HOST_INLINE int __float2int_rz(float x) { return ca::to_int(x); }
 CA_HOST_INLINE int __float2int_rn(float x) { return ca::to_int(__builtin_rintf(x)); }
 CA_HOST_INLINE int __float2int_rd(float x) { return ca::to_int(__builtin_floorf(x)); }
@@ -189,6 +194,12 @@ CA_HOST_INLINE unsigned __funnelshift_l(unsigned low, unsigned high, unsigned sh
 }
 CA_HOST_INLINE unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
   return static_cast<unsigned>((static_cast<uint64_t>(high) << 32 | low) >> (shift & 31));
+}
+CA_HOST_INLINE unsigned __funnelshift_lc(unsigned low, unsigned high, unsigned shift) {
+  return shift >= 32 ? low : __funnelshift_l(low, high, shift);
+}
+CA_HOST_INLINE unsigned __funnelshift_rc(unsigned low, unsigned high, unsigned shift) {
+  return shift >= 32 ? high : __funnelshift_r(low, high, shift);
 }
 CA_HOST_INLINE int __dp4a(int a, int b, int c) {
   for (int i = 0; i < 4; ++i) c += static_cast<signed char>(a >> (8 * i)) * static_cast<signed char>(b >> (8 * i));

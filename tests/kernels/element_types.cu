@@ -123,3 +123,134 @@ CA_KERNEL void fp8_decode(const __grid_constant__ ElementTypesArgs args) {
     static_cast<float*>(args.out)[i] = __half2float(__ushort_as_half(half.x));
   }
 }
+
+// out float32 [n] = pairs of fp8 x, through half2
+CA_KERNEL void fp8_decode_pairs(const __grid_constant__ ElementTypesArgs args) {
+  const int64_t begin = first_element(), n = args.n;
+  for (int64_t i = begin; i < begin + 16 && i < n; i += 2) {
+    const uint8_t* x = static_cast<const uint8_t*>(args.x) + i;
+    const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(static_cast<uint16_t>(x[0] | x[1] << 8), FORMAT);
+    const float2 wide = __half22float2(__halves2half2(__ushort_as_half(raw.x), __ushort_as_half(raw.y)));
+    static_cast<float*>(args.out)[i] = wide.x;
+    static_cast<float*>(args.out)[i + 1] = wide.y;
+  }
+}
+
+__device__ __forceinline__ uint8_t to_fp8(__half, uint16_t x, __nv_saturation_t saturate) {
+  __half_raw raw;
+  raw.x = x;
+  return __nv_cvt_halfraw_to_fp8(raw, saturate, FORMAT);
+}
+__device__ __forceinline__ uint16_t to_fp8(__half, uint16_t x, uint16_t y, __nv_saturation_t saturate) {
+  __half2_raw raw;
+  raw.x = x;
+  raw.y = y;
+  return __nv_cvt_halfraw2_to_fp8x2(raw, saturate, FORMAT);
+}
+__device__ __forceinline__ uint8_t to_fp8(__nv_bfloat16, uint16_t x, __nv_saturation_t saturate) {
+  __nv_bfloat16_raw raw;
+  raw.x = x;
+  return __nv_cvt_bfloat16raw_to_fp8(raw, saturate, FORMAT);
+}
+__device__ __forceinline__ uint16_t to_fp8(__nv_bfloat16, uint16_t x, uint16_t y, __nv_saturation_t saturate) {
+  __nv_bfloat162_raw raw;
+  raw.x = x;
+  raw.y = y;
+  return __nv_cvt_bfloat16raw2_to_fp8x2(raw, saturate, FORMAT);
+}
+
+// out uint8 [4, n] = T x as fp8: saturating and not, then the same in pairs
+CA_KERNEL void fp8_encode_narrow(const __grid_constant__ ElementTypesArgs args) {
+  const int64_t begin = first_element(), n = args.n;
+  for (int64_t i = begin; i < begin + 16 && i < n; i += 2) {
+    const uint16_t* x = static_cast<const uint16_t*>(args.x) + i;
+    uint8_t* out = static_cast<uint8_t*>(args.out) + i;
+    for (int j = 0; j < 2; ++j) {
+      out[j] = to_fp8(T{}, x[j], __NV_SATFINITE);
+      out[n + j] = to_fp8(T{}, x[j], __NV_NOSAT);
+    }
+    const uint16_t saturated = to_fp8(T{}, x[0], x[1], __NV_SATFINITE);
+    const uint16_t plain = to_fp8(T{}, x[0], x[1], __NV_NOSAT);
+    for (int j = 0; j < 2; ++j) {
+      out[2 * n + j] = static_cast<uint8_t>(saturated >> (8 * j));
+      out[3 * n + j] = static_cast<uint8_t>(plain >> (8 * j));
+    }
+  }
+}
+
+__device__ __forceinline__ float2 wide_pair(__half2 x) { return __half22float2(x); }
+__device__ __forceinline__ float2 wide_pair(__nv_bfloat162 x) { return __bfloat1622float2(x); }
+__device__ __forceinline__ __half2 narrow_pair(__half, float2 x) { return __float22half2_rn(x); }
+__device__ __forceinline__ __nv_bfloat162 narrow_pair(__nv_bfloat16, float2 x) { return __float22bfloat162_rn(x); }
+__device__ __forceinline__ __half2 both(__half, float x) { return __float2half2_rn(x); }
+__device__ __forceinline__ __nv_bfloat162 both(__nv_bfloat16, float x) { return __float2bfloat162_rn(x); }
+
+using Pair = decltype(both(T{}, 0.0f));
+
+__device__ __forceinline__ Pair as_pair(uint32_t word) { return *reinterpret_cast<const Pair*>(&word); }
+
+// out float32 [2, n] = T x in pairs as float2, and that narrowed in pairs and widened again
+CA_KERNEL void widen_pairs(const __grid_constant__ ElementTypesArgs args) {
+  const int64_t begin = first_element(), n = args.n;
+  for (int64_t i = begin; i < begin + 16 && i < n; i += 2) {
+    const T* x = static_cast<const T*>(args.x) + i;
+    float* out = static_cast<float*>(args.out) + i;
+    const float2 wide = wide_pair(pair_of(x[0], x[1]));
+    const Pair again = narrow_pair(T{}, wide);
+    out[0] = wide.x;
+    out[1] = wide.y;
+    out[n] = __low2float(again);
+    out[n + 1] = __high2float(again);
+  }
+}
+
+__device__ __forceinline__ void put_pair(float* out, Pair x) {
+  const float2 wide = wide_pair(x);
+  out[0] = wide.x;
+  out[1] = wide.y;
+}
+
+// How codes become T without a conversion: they are put into the mantissa of a power of two, which is subtracted.
+// A word holds uint16 x twice. out float32 [n, 8] = nibbles 0 to 3 and as signed numbers bytes 0 and 1 in both halves
+CA_KERNEL void unpack(const __grid_constant__ ElementTypesArgs args) {
+  const int64_t begin = first_element(), n = args.n;
+  constexpr bool HALF = CA_HALF;
+  constexpr uint32_t ONE_HIGH = HALF ? 0x64006400u : 0x43004300u;  // 1024 or 128: the last bit counts 1
+  const Pair high = both(T{}, HALF ? 1024.0f : 128.0f);
+  for (int64_t i = begin; i < begin + 16 && i < n; ++i) {
+    const uint32_t x = static_cast<const uint16_t*>(args.x)[i] * 0x10001u;
+    float* out = static_cast<float*>(args.out) + 8 * i;
+    float nibbles[4][2];
+    for (int k = 0; k < 4; ++k) put_pair(nibbles[k], __hsub2(as_pair((x >> (4 * k) & 0x000f000fu) | ONE_HIGH), high));
+    for (int k = 0; k < 4; ++k) out[k] = nibbles[k][k % 2];
+    // bytes: half has the bits for them; bfloat16 goes through float32
+    if (HALF) {
+      const uint32_t biased = __byte_perm(x ^ 0x80808080u, 0x64646464u, 0x4140);
+      put_pair(out + 4, __hsub2(as_pair(biased), both(T{}, 1024.0f + 128.0f)));
+      // a nibble that was not shifted: one multiplication and subtraction
+      put_pair(out + 6, __hfma2(as_pair((x & 0x00f000f0u) | ONE_HIGH), both(T{}, 0.0625f), both(T{}, -64.0f)));
+    } else {
+      float2 wide;
+      wide.x = __uint_as_float(__byte_perm(x ^ 0x80808080u, 0x4b000000u, 0x7440)) - (8388608.0f + 128.0f);
+      wide.y = __uint_as_float(__byte_perm(x ^ 0x80808080u, 0x4b000000u, 0x7441)) - (8388608.0f + 128.0f);
+      put_pair(out + 4, narrow_pair(T{}, wide));
+      const uint32_t nibble = x >> 4 & 0x000f000fu;
+      put_pair(out + 6, __hfma2(as_pair(nibble | ONE_HIGH), both(T{}, 1.0f), both(T{}, -128.0f)));
+    }
+  }
+}
+
+// out float32 [n] = fp8 x by moving its bits into place and one exact product, in pairs
+CA_KERNEL void fp8_by_bits(const __grid_constant__ ElementTypesArgs args) {
+  const int64_t begin = first_element(), n = args.n;
+  constexpr int EXPONENT_BITS = CA_HALF ? 5 : 8, FP8_EXPONENT_BITS = CA_E5M2 ? 5 : 4;
+  constexpr int SHIFT = EXPONENT_BITS - FP8_EXPONENT_BITS;
+  constexpr int BIAS = (1 << (EXPONENT_BITS - 1)) - (1 << (FP8_EXPONENT_BITS - 1));
+  const Pair scale = both(T{}, __uint_as_float(static_cast<uint32_t>(127 + BIAS) << 23));
+  for (int64_t i = begin; i < begin + 16 && i < n; i += 2) {
+    const uint8_t* x = static_cast<const uint8_t*>(args.x) + i;
+    const uint32_t word = static_cast<uint32_t>(x[0]) << 8 | static_cast<uint32_t>(x[1]) << 24;
+    put_pair(static_cast<float*>(args.out) + i,
+             __hmul2(as_pair((word & 0x80008000u) | (word & 0x7f007f00u) >> SHIFT), scale));
+  }
+}

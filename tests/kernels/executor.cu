@@ -123,7 +123,7 @@ CA_KERNEL void many_barriers(const __grid_constant__ ExecutorArgs args) {
   if (threadIdx.x == 0) args.ints[blockIdx.x] = args.repeat;
 }
 
-// ints[9][n] of ints[0][n]
+// ints[14][n] of ints[0][n]
 CA_KERNEL void bits(const __grid_constant__ ExecutorArgs args) {
   const int i = threadIdx.x, n = blockDim.x;
   const int x = args.ints[i];
@@ -136,6 +136,21 @@ CA_KERNEL void bits(const __grid_constant__ ExecutorArgs args) {
   args.ints[6 * n + i] = static_cast<int>(__funnelshift_l(u, w, 7));
   args.ints[7 * n + i] = static_cast<int>(__funnelshift_r(u, w, 7));
   args.ints[8 * n + i] = __dp4a(x, static_cast<int>(w), 5);
+  args.ints[9 * n + i] = static_cast<int>(__dp4a(u, w, 5u));
+  args.ints[10 * n + i] = static_cast<int>(__byte_perm(u, w, u >> 16 & 0x7777));
+  args.ints[11 * n + i] = static_cast<int>(__funnelshift_lc(u, w, w >> 26));
+  args.ints[12 * n + i] = static_cast<int>(__funnelshift_rc(u, w, w >> 26));
+  args.ints[13 * n + i] = static_cast<int>((u & 0x0f0f0f0fu) | 0x64006400u);
+}
+
+// ints[4][n] = out[n] rounded to integers
+CA_KERNEL void to_integers(const __grid_constant__ ExecutorArgs args) {
+  const int i = threadIdx.x, n = blockDim.x;
+  const float x = args.out[i];
+  args.ints[i] = __float2int_rn(x);
+  args.ints[n + i] = __float2int_rz(x);
+  args.ints[2 * n + i] = static_cast<int>(__float2uint_rn(x));
+  args.ints[3 * n + i] = static_cast<int>(__float2uint_rz(x));
 }
 
 // out[4][n] of out[0][n]
