@@ -1,68 +1,276 @@
 // SPDX-License-Identifier: Apache-2.0
-// kv_append.cu - write the keys and values of new tokens into a paged or contiguous cache.
+// kv_append.cu - write the keys and values of new tokens into a paged or contiguous cache, and finish their queries.
 //
-//   for every token t with a place (page, slot):
-//     k_cache[page,slot,h,:] = k[t,h,:],  v_cache[page,slot,h,:] = v[t,h,:]
-//   The place is slots[t] = page * page_size + slot, or, with a block table, the page of token positions[t] of sequence
-//   batch_indices[t]. A negative slot or position, and a place outside the cache, writes nothing.
-//   KV == T copies bits; otherwise one rounding to KV.
+//   for every head of every token t, a row x of q, k or v; every step only if it is asked for:
+//     1. bias    x = x + bias[h,:]
+//     2. norm    x = x * rsqrt(mean(x^2) + eps) * gain[:]                                             (q and k)
+//     3. RoPE    x = x turned by row rope_rows[t] of cos and sin, as in rope.cu                        (q and k)
+//     4. log-n   x = x * log(p) / log(logn_position) for a position p > logn_position                  (q)
+//     5. x is rounded to T, the only rounding so far, and q_out[t,h,:] = x, or
+//        k_cache[page,slot,h,:] = encode(x), v_cache[page,slot,h,:] = encode(x)
+//   The place of a token is slots[t] = page * page_size + slot, or, with a page table, the page of token
+//   positions[t] / key_stride of sequence batch_indices[t]. A negative slot, position or rope row, a position that is
+//   another's by key_stride or below readonly, and a place outside the cache or the tables write nothing to the caches.
+//   q_out is zero for a negative position or rope row and NaN for a rope row past the tables.
+//   Without steps 1 to 4 a plain cache of type T receives the bits of x.
 //
-// launch     any grid and block, every axis strides: dims in threadIdx.x, heads (keys', then values') in threadIdx.y
-//            and blockIdx.y, tokens in threadIdx.z and blockIdx.x. No shared memory, no barriers, no warp operations.
+// launch     block (LANES, rows, tokens), a multiple of 32 threads if LANES > 1; rows and tokens may be any. Every axis
+//            of the grid strides: tokens in x, and in y tiles of `rows` heads, first those of keys, then of values, then
+//            of queries, so that a block works on one kind. No shared memory, no barriers; with LANES > 1 reductions
+//            over the lanes of a row. Without steps and with plain caches block.x may be any.
 // aliasing   none; two tokens with one place race
-// traffic    tokens * num_kv_heads * (head_dim + head_dim_v) * (sizeof(T) + sizeof(KV)) bytes
+// traffic    tokens * num_kv_heads * (head_dim + head_dim_v) * (sizeof(T) + bytes of a code), scales, queries twice
 #include "prelude.cuh"
 #include "params.h"
+#include "kv_encode.cuh"
 #include "page_table.cuh"
+#include "warp.cuh"
 
-using T = CA_T;              // k and v
-using KV = CA_KV;            // k_cache and v_cache
-constexpr int VEC = CA_VEC;  // elements per access; divides head_dim, head_dim_v and all strides
+using T = CA_T;                                 // k, v, q, q_out and biases
+using W = CA_W;                                 // gains of the norms
+using K = CA_K;                                 // format of k_cache, a tag of kv_format.cuh
+using V = CA_V;                                 // format of v_cache
+constexpr bool STAGES = CA_STAGES;              // steps 1 to 4 and queries
+constexpr bool INTERLEAVED = CA_INTERLEAVED;    // RoPE pairs are elements (2j, 2j + 1), not (j, j + rotary_dim / 2)
+constexpr bool WIDE = CA_WIDE;                  // 16-byte accesses: rows and rotary_dim / 2 are multiples of 8 elements
+constexpr int LANES = CA_LANES;                 // lanes of a row, a power of two
+constexpr int CHUNKS = CA_CHUNKS;               // pieces of 8 elements a lane holds: row <= LANES * CHUNKS * 8 elements
+constexpr int UNROLL = LANES == 1 ? 1 : CHUNKS; // a lane alone is the CPU's: its chunks are memory
 static_assert(sizeof(KvAppendArgs) == CA_SIZEOF_ARGS, "kv_append: Python and CUDA disagree on KvAppendArgs");
 
-__device__ __forceinline__ void store_row(const Vec<KV, VEC>& row, KV* out) { store_vec(out, row); }
+// One head of one token and what happens to it; null or 0 for a step that is off.
+struct Row {
+  const T* x;
+  const T* bias;
+  const W* gain;
+  const float* cos;  // the token's row
+  const float* sin;
+  int dims;          // 0: there is nothing to do, and nothing is read
+  int rotary_dim;
+};
 
-template <typename Other>
-__device__ __forceinline__ void store_row(const Vec<Other, VEC>& row, KV* out) {
-  float x[VEC];
-  to_float(row, x);
-  store_vec(out, from_float<KV, VEC>(x));
+__device__ __forceinline__ void load_biased(const Row& row, int d, float (&x)[8]) {
+  load_chunk<WIDE>(row.x, d, row.dims, x);
+  if (STAGES && row.bias != nullptr) {
+    float bias[8];
+    load_chunk<WIDE>(row.bias, d, row.dims, bias);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] += bias[i];
+  }
 }
 
-// Where token `token` goes; page -1 for nowhere.
-__device__ __forceinline__ TokenSlot destination(const KvAppendArgs& args, int64_t token) {
-  if (args.table.block_table != nullptr) {
-    const int32_t position = args.positions[token * args.stride_position];
+__device__ __forceinline__ void apply_norm(const Row& row, float scale, int d, float (&x)[8]) {
+  if (row.gain == nullptr) return;
+  float gain[8];
+  load_chunk<WIDE>(row.gain, d, row.dims, gain);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] *= scale * gain[i];
+}
+
+// RoPE of elements d to d + 7, which are x. The other halves of their pairs are read again.
+__device__ __forceinline__ void rotate(const Row& row, float scale, int d, float (&x)[8]) {
+  const int half = row.rotary_dim / 2;
+  float other[8], c[8], s[8];
+  if constexpr (INTERLEAVED) {
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+      other[i] = x[i + 1];
+      other[i + 1] = x[i];
+      const bool inside = WIDE || d + i < row.rotary_dim;
+      c[i] = c[i + 1] = inside ? row.cos[d / 2 + i / 2] : 1.0f;
+      s[i + 1] = inside ? row.sin[d / 2 + i / 2] : 0.0f;
+      s[i] = -s[i + 1];
+    }
+  } else if constexpr (WIDE) {
+    const bool first = d < half;
+    const int pair = first ? d : d - half;
+    load_biased(row, first ? d + half : pair, other);
+    apply_norm(row, scale, first ? d + half : pair, other);
+    load_chunk<WIDE>(row.cos, pair, half, c);
+    load_chunk<WIDE>(row.sin, pair, half, s);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) s[i] = first ? -s[i] : s[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const bool inside = d + i < row.rotary_dim, first = d + i < half;
+      const int pair = first ? d + i : d + i - half, at = first ? pair + half : pair;
+      c[i] = inside ? row.cos[pair] : 1.0f;
+      s[i] = inside ? row.sin[pair] : 0.0f;
+      other[i] = inside ? to_float(row.x[at]) : 0.0f;
+      if (inside && row.bias != nullptr) other[i] += to_float(row.bias[at]);
+      if (inside && row.gain != nullptr) other[i] *= scale * to_float(row.gain[at]);
+      if (first) s[i] = -s[i];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (WIDE || d + i < row.rotary_dim) x[i] = fmaf(x[i], c[i], other[i] * s[i]);
+  }
+}
+
+// Steps 1 to 3 in registers: x[c] are elements from (c * LANES + lane) * 8 on, zero past the row.
+__device__ __forceinline__ void load_row(const Row& row, int lane, float eps, float (&x)[CHUNKS][8]) {
+  float squares = 0.0f;
+#pragma unroll UNROLL
+  for (int c = 0; c < CHUNKS; ++c) {
+    const int d = (c * LANES + lane) * 8;
+    if (LANES == 1 && d >= row.dims) break;
+    load_biased(row, d, x[c]);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) squares += x[c][i] * x[c][i];
+  }
+  if constexpr (!STAGES) return;
+  float scale = 1.0f;
+  if (row.gain != nullptr) {   // the same in all rows of a block
+    if constexpr (LANES > 1) squares = group_sum<LANES>(squares);
+    scale = rsqrtf(squares / static_cast<float>(row.dims) + eps);
+  }
+#pragma unroll UNROLL
+  for (int c = 0; c < CHUNKS; ++c) {
+    const int d = (c * LANES + lane) * 8;
+    if (LANES == 1 && d >= row.dims) break;
+    apply_norm(row, scale, d, x[c]);
+    if (d < row.rotary_dim) rotate(row, scale, d, x[c]);
+  }
+}
+
+// Where a token goes and how its heads are turned.
+struct Token {
+  int64_t index;
+  TokenSlot at;      // page -1: not into the caches
+  int64_t rope_row;  // negative: no query either
+  bool known;        // the tables have its row
+  float factor;      // of queries, step 4
+};
+
+__device__ __forceinline__ TokenSlot destination(const KvAppendArgs& args, int64_t token, int32_t position) {
+  const PageTable& table = args.table;
+  if (args.slots32 == nullptr && args.slots64 == nullptr) {
     const int64_t seq = args.batch_indices == nullptr ? token : args.batch_indices[token * args.stride_batch_index];
-    if (position < 0 || seq < 0 || seq >= args.batch) return {-1, 0};
-    return find_token(args.table, seq, position);
+    if (position < 0 || position % args.key_stride != args.key_offset || seq < 0 || seq >= args.batch) return {-1, 0};
+    if (args.readonly != nullptr && position < args.readonly[seq * args.stride_readonly]) return {-1, 0};
+    return find_token(table, seq, position / args.key_stride);
   }
   const int64_t slot = args.slots64 == nullptr ? args.slots32[token * args.stride_slot]
                                                : args.slots64[token * args.stride_slot];
   if (slot < 0) return {-1, 0};
-  const int64_t page = slot / args.table.page_size;
-  if (page >= args.table.num_pages) return {-1, 0};
-  return {static_cast<int32_t>(page), static_cast<int32_t>(slot - page * args.table.page_size)};
+  const int64_t page = slot / table.page_size;
+  if (page >= table.num_pages) return {-1, 0};
+  return {page, static_cast<int32_t>(slot - page * table.page_size)};
+}
+
+__device__ __forceinline__ Token find(const KvAppendArgs& args, int64_t token, bool stored) {
+  Token found = {token, {-1, 0}, -1, true, 1.0f};
+  if (token >= args.tokens) return found;
+  const int32_t position = args.positions == nullptr ? 0 : args.positions[token * args.stride_position];
+  found.rope_row = position;
+  if constexpr (STAGES) {
+    if (args.rope_rows != nullptr) found.rope_row = args.rope_rows[token * args.stride_rope_row];
+    found.known = args.rotary_dim == 0 || found.rope_row < args.table_rows;
+    if (position > args.logn_position && args.logn_factor != 0.0f)
+      found.factor = logf(static_cast<float>(position)) * args.logn_factor;
+  }
+  if (stored && found.known && found.rope_row >= 0) found.at = destination(args, token, position);
+  return found;
+}
+
+// The row `head` of `from`; with `live` false one without elements.
+__device__ __forceinline__ Row row_of(const KvAppendArgs& args, const HeadView& from, const RowView& bias,
+                                      const void* gain, const Token& token, int head, int dims, int rotary_dim,
+                                      bool live) {
+  Row row = {};
+  row.gain = static_cast<const W*>(gain);
+  if (!live) return row;
+  row.dims = dims;
+  row.rotary_dim = rotary_dim;
+  row.x = static_cast<const T*>(from.data) + token.index * from.stride_token + head * from.stride_head;
+  if (bias.data != nullptr) row.bias = static_cast<const T*>(bias.data) + head * bias.stride_row;
+  if (rotary_dim > 0) {
+    row.cos = args.cos + token.rope_row * args.stride_cos;
+    row.sin = args.sin + token.rope_row * args.stride_sin;
+  }
+  return row;
+}
+
+__device__ __forceinline__ void append_query(const KvAppendArgs& args, const Token& token, int head) {
+  const bool live = head < args.num_heads && token.index < args.tokens, turned = token.known && token.rope_row >= 0;
+  const Row row = row_of(args, args.q, args.q_bias, args.q_norm, token, head, args.head_dim, args.rotary_dim,
+                         live && turned);
+  float x[CHUNKS][8];
+  load_row(row, threadIdx.x, args.norm_eps, x);
+  if (!live) return;
+  T* out = static_cast<T*>(args.q_out.data) + token.index * args.q_out.stride_token + head * args.q_out.stride_head;
+#pragma unroll UNROLL
+  for (int c = 0; c < CHUNKS; ++c) {
+    const int d = (c * LANES + threadIdx.x) * 8;
+    if (LANES == 1 && d >= args.head_dim) break;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      x[c][i] *= token.factor;
+      if (!turned) x[c][i] = token.known ? 0.0f : __int_as_float(0x7fffffff);
+    }
+    store_chunk<WIDE>(out, d, args.head_dim, x[c]);
+  }
+}
+
+// Bits of plain rows, one rounding where the types differ.
+template <typename E>
+__device__ __forceinline__ void copy_row(const T* x, E* out, int dims) {
+  constexpr int WIDEST = 16 / static_cast<int>(sizeof(T) > sizeof(E) ? sizeof(T) : sizeof(E));
+  constexpr int VEC = WIDE ? WIDEST : 1;
+  for (int d = threadIdx.x * VEC; d < dims; d += blockDim.x * VEC) {
+    const Vec<T, VEC> part = load_vec<T, VEC>(x + d);
+    if constexpr (SameType<T, E>::value) {
+      store_vec(out + d, part);
+    } else {
+      float values[VEC];
+      to_float(part, values);
+      store_vec(out + d, from_float<E, VEC>(values));
+    }
+  }
+}
+
+template <typename F>
+__device__ __forceinline__ void append_head(const KvAppendArgs& args, const Row& row, const KvPlace& to,
+                                            bool makes_scale) {
+  if constexpr (!STAGES && !F::HAS_SCALE) {
+    if (to.live) copy_row(row.x, kv_row<typename F::Code>(to.view, to.table, to.at, to.head), to.dims);
+  } else {
+    if (LANES == 1 && !to.live) return;
+    float x[CHUNKS][8];
+    load_row(row, threadIdx.x, args.norm_eps, x);
+    if constexpr (STAGES) round_to<T, LANES>(x, row.dims);
+    KvEncoder<F, LANES, CHUNKS, WIDE>::store(x, threadIdx.x, to, makes_scale);
+  }
 }
 
 CA_KERNEL __launch_bounds__(256) void kv_append(const __grid_constant__ KvAppendArgs args) {
-  const int lane = threadIdx.x, step_lane = blockDim.x;
-  const int first_row = blockIdx.y * blockDim.y + threadIdx.y, step_row = gridDim.y * blockDim.y;
-  const int64_t first_token = static_cast<int64_t>(blockIdx.x) * blockDim.z + threadIdx.z;
+  const int rows = blockDim.y;
+  const int kv_tiles = ceil_div(args.num_kv_heads, rows);
+  const int tiles = 2 * kv_tiles + (STAGES ? ceil_div(args.num_heads, rows) : 0);
   const int64_t step_token = static_cast<int64_t>(gridDim.x) * blockDim.z;
-  for (int64_t token = first_token; token < args.tokens; token += step_token) {
-    const TokenSlot at = destination(args, token);
-    if (at.page < 0) continue;
-    for (int row = first_row; row < 2 * args.num_kv_heads; row += step_row) {
-      const bool is_value = row >= args.num_kv_heads;
-      const int64_t head = is_value ? row - args.num_kv_heads : row;
-      const HeadView& from = is_value ? args.v : args.k;
-      const KvView& to = is_value ? args.v_cache : args.k_cache;
-      const int dims = is_value ? args.head_dim_v : args.head_dim;
-      const T* x = static_cast<const T*>(from.data) + token * from.stride_token + head * from.stride_head;
-      KV* out = static_cast<KV*>(to.data) + at.page * to.stride_page + at.slot * to.stride_token +
-                head * to.stride_head;
-      for (int d = lane * VEC; d < dims; d += step_lane * VEC) store_row(load_vec<T, VEC>(x + d), out + d);
+  // all threads of a block go round together: rows past the end have nothing to do but take part in reductions
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.z; first < args.tokens; first += step_token) {
+    const Token token = find(args, first + threadIdx.z, static_cast<int>(blockIdx.y) < 2 * kv_tiles);
+    for (int tile = blockIdx.y; tile < tiles; tile += gridDim.y) {
+      if (tile < 2 * kv_tiles) {
+        const bool value = tile >= kv_tiles;
+        const int head = (value ? tile - kv_tiles : tile) * rows + threadIdx.y;
+        const bool live = token.at.page >= 0 && head < args.num_kv_heads;
+        if (value) {
+          const Row row = row_of(args, args.v, args.v_bias, nullptr, token, head, args.head_dim_v, 0, live);
+          append_head<V>(args, row, {args.v_cache, args.v_scale, args.table, token.at, head, args.head_dim_v, live},
+                         args.v_makes_scale != 0);
+        } else {
+          const Row row = row_of(args, args.k, args.k_bias, args.k_norm, token, head, args.head_dim, args.rotary_dim,
+                                 live);
+          append_head<K>(args, row, {args.k_cache, args.k_scale, args.table, token.at, head, args.head_dim, live},
+                         args.k_makes_scale != 0);
+        }
+      } else if constexpr (STAGES) {
+        append_query(args, token, (tile - 2 * kv_tiles) * rows + threadIdx.y);
+      }
     }
   }
 }

@@ -237,21 +237,48 @@ struct RopeArgs {
 struct KvAppendArgs {
   const HeadView k;              // T [tokens, num_kv_heads, head_dim] new keys
   const HeadView v;              // T [tokens, num_kv_heads, head_dim_v] new values
-  KvView k_cache;                // KV [num_pages, page_size, num_kv_heads, head_dim]
-  KvView v_cache;                // KV [num_pages, page_size, num_kv_heads, head_dim_v]
-  const PageTable table;         // page size and count; block_table null: places come from slots
+  const HeadView q;              // T [tokens, num_heads, head_dim] queries
+  HeadView q_out;                // T [tokens, num_heads, head_dim] processed queries; does not overlap q
+  KvView k_cache;                // codes of K [num_pages, page_size, num_kv_heads, head_dim]
+  KvView v_cache;                // codes of V [num_pages, page_size, num_kv_heads, head_dim_v]
+  KvScale k_scale;               // scales and zeros of K, written or given as the format says
+  KvScale v_scale;               // scales and zeros of V
+  const PageTable table;         // page size and count; without pages of sequences places come from slots
+  const RowView q_bias;          // T [num_heads, head_dim] null for none
+  const RowView k_bias;          // T [num_kv_heads, head_dim] null for none
+  const RowView v_bias;          // T [num_kv_heads, head_dim_v] null for none
+  const void* q_norm;            // W [head_dim] gains of the RMS norm of query heads; null for no norm
+  const void* k_norm;            // W [head_dim] the same of key heads
+  const float* cos;              // float32 [table_rows, rotary_dim / 2] last axis contiguous
+  const float* sin;              // float32 [table_rows, rotary_dim / 2] last axis contiguous
   const int32_t* slots32;        // int32 [tokens] page * page_size + slot, negative to skip; null if another has them
   const int64_t* slots64;        // int64 [tokens] the same
   const int32_t* positions;      // int32 [tokens] index of the token in its sequence, negative to skip
-  const int32_t* batch_indices;  // int32 [tokens] row of block_table; null: token t is of sequence t
+  const int32_t* batch_indices;  // int32 [tokens] sequence of the token; null: token t is of sequence t
+  const int32_t* rope_rows;      // int32 [tokens] row of cos and sin, negative to skip; null: positions
+  const int32_t* readonly;       // int32 [batch] positions below are not stored; null for 0
+  int64_t stride_cos;            // elements between rows of cos
+  int64_t stride_sin;            // elements between rows of sin
   int64_t stride_slot;           // elements between entries of slots32 or slots64
   int64_t stride_position;       // elements between entries of positions
   int64_t stride_batch_index;    // elements between entries of batch_indices
+  int64_t stride_rope_row;       // elements between entries of rope_rows
+  int64_t stride_readonly;       // elements between entries of readonly
   int32_t tokens;                // number of new tokens
-  int32_t batch;                 // rows of block_table
-  int32_t num_kv_heads;          // KV heads
-  int32_t head_dim;              // length of a key head
+  int32_t batch;                 // sequences of the table
+  int32_t num_heads;             // query heads; 0 without queries
+  int32_t num_kv_heads;          // KV heads; 0 without keys and values
+  int32_t head_dim;              // length of a query or key head
   int32_t head_dim_v;            // length of a value head
+  int32_t rotary_dim;            // rotated dims of a head, the first ones; 0 without RoPE
+  int32_t table_rows;            // rows of cos and sin
+  int32_t key_stride;            // only positions p with p % key_stride == key_offset are stored,
+  int32_t key_offset;            // as token p / key_stride of their sequence
+  int32_t k_makes_scale;         // 1: scales of K are written with the rows, 0: they are known
+  int32_t v_makes_scale;         // the same of V
+  int32_t logn_position;         // queries at a later position p are multiplied by log(p) * logn_factor
+  float norm_eps;                // added to the mean square
+  float logn_factor;             // 1 / log(logn_position); 0 without
   int32_t reserved;              // zero
 };
 

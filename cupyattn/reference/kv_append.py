@@ -1,18 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
+import numpy as np
+
+from .rope import rope
 
 
-def kv_append(k, v, k_cache, v_cache, /, *, slots=None, block_table=None, positions=None, batch_indices=None):
-    """Write k, v [tokens, num_kv_heads, head_dim] into caches [num_pages, page_size, ...], one token at a time."""
-    num_pages, page_size = k_cache.shape[:2]
-    for token in range(len(k)):
-        if slots is not None:
-            page, slot = divmod(int(slots[token]), page_size)
-        else:
-            position = int(positions[token])
-            sequence = token if batch_indices is None else int(batch_indices[token])
-            if position < 0 or not 0 <= sequence < len(block_table) or position // page_size >= block_table.shape[1]:
-                continue
-            page, slot = int(block_table[sequence, position // page_size]), position % page_size
-        if 0 <= page < num_pages:
-            k_cache[page, slot] = k[token].astype(k_cache.dtype)
-            v_cache[page, slot] = v[token].astype(v_cache.dtype)
+def _place(token, num_pages, page_size, slots, block_table, positions, batch_indices, readonly_tokens, key_stride,
+           key_offset):
+    """(page, slot) of a token, None for nowhere."""
+    if slots is not None:
+        page, slot = divmod(int(slots[token]), page_size)
+    else:
+        position = int(positions[token])
+        sequence = token if batch_indices is None else int(batch_indices[token])
+        if position < 0 or position % key_stride != key_offset or not 0 <= sequence < len(block_table):
+            return None
+        if readonly_tokens is not None and position < readonly_tokens[sequence]:
+            return None
+        column, slot = divmod(position // key_stride, page_size)
+        if column >= block_table.shape[1]:
+            return None
+        page = int(block_table[sequence, column])
+    return (page, slot) if 0 <= page < num_pages else None
+
+
+def _finish(x, bias, gain, eps, cos, sin, rows, style, rotary_dim):
+    """Bias, norm and RoPE of x [tokens, heads, dims] in float64."""
+    y = x.astype(np.float64)
+    if bias is not None:
+        y = y + bias.astype(np.float64)
+    if gain is not None:
+        y = y / np.sqrt((y * y).mean(-1, keepdims=True) + eps) * gain.astype(np.float64)
+    if cos is not None:
+        y = rope(y, cos=cos, sin=sin, positions=rows, style=style, rotary_dim=rotary_dim)
+    return y
+
+
+def kv_append(k, v, k_cache, v_cache, /, *, slots=None, block_table=None, positions=None, batch_indices=None, q=None,
+              cos=None, sin=None, rope_rows=None, style="neox", rotary_dim=None, q_bias=None, k_bias=None, v_bias=None,
+              q_norm=None, k_norm=None, norm_eps=1e-6, logn_max_position=None, key_stride=1, key_offset=0,
+              readonly_tokens=None):
+    """Write k, v [tokens, num_kv_heads, head_dim] into caches [num_pages, page_size, ...]; returns finished queries.
+
+    Queries are float64 [tokens, num_heads, head_dim]. Keys and values are rounded to their own dtype, then the cache's.
+    """
+    tokens = len(q if k is None else k)
+    rows = rope_rows if rope_rows is not None else positions if positions is not None else np.zeros(tokens, np.int32)
+    turn = (cos, sin, rows, style, rotary_dim)
+    if k is not None:
+        keys = _finish(k, k_bias, k_norm, norm_eps, *turn).astype(k.dtype)
+        values = _finish(v, v_bias, None, norm_eps, None, None, None, None, None).astype(v.dtype)
+        for token in range(tokens):
+            place = _place(token, *k_cache.shape[:2], slots, block_table, positions, batch_indices, readonly_tokens,
+                           key_stride, key_offset)
+            if place is not None and 0 <= rows[token] and (cos is None or rows[token] < len(cos)):
+                k_cache[place] = keys[token].astype(k_cache.dtype)
+                v_cache[place] = values[token].astype(v_cache.dtype)
+    if q is None:
+        return None
+    queries = _finish(q, q_bias, q_norm, norm_eps, *turn)
+    if logn_max_position is not None:
+        late = positions > logn_max_position
+        queries[late] *= (np.log(positions[late]) / np.log(logn_max_position))[:, None, None]
+    queries[np.asarray(rows) < 0] = 0.0
+    return queries
