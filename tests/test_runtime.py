@@ -308,6 +308,46 @@ def test_sanitize_finds_undefined_behaviour_flags():
         _run_scale()
 
 
+def test_sanitize_address_says_what_it_needs():
+    with cpu.settings(sanitize="address"), pytest.raises(cupyattn.CompileError, match="run Python with LD_PRELOAD="):
+        _run_scale()
+    with pytest.raises(ValueError, match="sanitize must be 'undefined' or 'address', got 'memory'"):
+        with cpu.settings(sanitize="memory"):
+            pass
+
+
+ASAN_SCRIPT = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import numpy as np
+import cupyattn
+from cupyattn.runtime import Plan, Specialisation, cpu, launch, make_args
+from test_runtime import _run_scale
+x, out = np.ones(4096, np.float32), np.zeros(4096, np.float32)   # NumPy keeps small ones from malloc
+with cpu.settings(sanitize="address"):
+    _run_scale()
+    cupyattn.rms_norm(x.reshape(8, 512), np.ones(512, np.float32), out=out.reshape(8, 512))
+    cache = np.ones((4, 16, 2, 64), np.float16)
+    cupyattn.paged_decode(np.ones((2, 4, 64), np.float16), cache, cache, cache_seqlens=np.int32([20, 32]),
+                          block_table=np.int32([[0, 1], [2, 3]]))
+    print("clean", flush=True)
+    plan = Plan(Specialisation({str(KERNELS / "planted.cu")!r}, "read_past_end", "PlantedArgs", {{"BUG": 1}}), "cpu",
+                (64,), (64,))
+    launch(plan, make_args(plan, x=x, out=out, counter=np.zeros(1, np.int32), n=4096, reserved=0))
+"""
+
+
+@pytest.mark.full
+@pytest.mark.skipif(host_compiler.available()[0].family != "g++", reason="libasan comes with g++")
+def test_sanitize_address_finds_a_read_past_the_end():
+    library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    assert os.path.isabs(library), "g++ came without libasan"
+    done = _python(ASAN_SCRIPT, LD_PRELOAD=library, ASAN_OPTIONS="detect_leaks=0")
+    assert done.stdout == "clean\n" and done.returncode != 0, done.stderr[-2000:]
+    line = (KERNELS / "planted.cu").read_text().split("args.x[i + 1]")[0].count("\n") + 1
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr and f"planted.cu:{line}" in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_worker_counts(workers):
     with cpu.settings(workers=workers):

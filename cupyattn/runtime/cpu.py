@@ -66,14 +66,16 @@ def settings(**changes):
         Tile-level helpers take their fused host body (default) or run instruction by instruction.
     check : bool, optional
         The checking mode; default ``CUPYATTN_CHECK``. Always instruction by instruction.
-    sanitize : str, optional
-        ``"undefined"`` builds with UBSan.
+    sanitize : {"undefined", "address"}, optional
+        Build with UBSan, or with ASan: Python must then run with ``LD_PRELOAD=libasan.so``. Either ends the process.
     cxx : str, optional
         Compiler command; default ``CUPYATTN_CXX``, else the first one found.
     """
     new = replace(_settings.get(), **changes)
     if new.schedule not in _SCHEDULES:
         raise ValueError(f"settings: schedule must be one of {', '.join(_SCHEDULES)}, got {new.schedule!r}")
+    if new.sanitize not in (None, "undefined", "address"):
+        raise ValueError(f"settings: sanitize must be 'undefined' or 'address', got {new.sanitize!r}")
     token = _settings.set(new)
     try:
         yield new
@@ -220,7 +222,8 @@ def _flavour(options):
     if options.checking():
         return _CHECK
     flags = _FUSED if options.fused else _UNFUSED
-    return (*flags, f"-fsanitize={options.sanitize}", "-fno-sanitize-recover=all") if options.sanitize else flags
+    sanitizer = ("-g1", f"-fsanitize={options.sanitize}", "-fno-sanitize-recover=all") if options.sanitize else ()
+    return (*flags, *sanitizer)
 
 
 def _kernel(spec, flavour, cxx):
@@ -245,7 +248,10 @@ def _build(spec, flavour, compiler):
     includes = tuple(f"-I{folder}" for folder in source.include_dirs(cpu=True))
     compile_flags = (*flavour, *spec.defines(), *includes)
     # -fsanitize=thread only instruments: the executor supplies its callbacks, libtsan is not linked
-    link_flags = (str(path), *(f for f in flavour if f == "-fsanitize=undefined"))
+    link_flags = (str(path), *(f for f in flavour if f in ("-fsanitize=undefined", "-fsanitize=address")))
+    if "-fsanitize=address" in flavour and not hasattr(ctypes.CDLL(None), "__asan_init"):   # it would end the process
+        raise CompileError("sanitize='address' needs its library in the process from the start; run Python with "
+                           "LD_PRELOAD=$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0")
     digest = host_compiler.digest_of(compiler, spec.kernel, compile_flags, path.parent.name, source.digest(file, True),
                                      source.digest(source.root() / "cpu" / "cuda_cpu.h", True))
     library_path, cached = host_compiler.build(compiler, spec.kernel, digest, {"stub.cpp": stub}, "kernel.so",
