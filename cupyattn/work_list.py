@@ -6,7 +6,7 @@ them; a work item is a unit and a range of its key tiles. `cuda_src/schedule.cu`
 GPU, bit for bit; `cupyattn.reference.schedule` says in plain loops what they are.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -45,8 +45,10 @@ class WorkList:
     num_slots : int
         Slots of partial results the items may name: the workspace holds so many times `rows` rows.
     exact : bool
-        The arrays hold what is used and nothing else (made on the host); otherwise they are capacities and only
-        worker_items[workers] tells how many items there are.
+        The arrays hold what is used and nothing else; otherwise they are capacities, so that they can be filled again,
+        and only worker_items[workers] tells how many items there are.
+    host : WorkList or None
+        The exact list in host memory this is a copy of.
     """
 
     rows: int
@@ -59,6 +61,7 @@ class WorkList:
     counters: np.ndarray
     num_slots: int
     exact: bool = True
+    host: "WorkList | None" = None
 
     ARRAYS = ("items", "worker_items", "units", "pieces", "members", "counters")
 
@@ -71,19 +74,23 @@ class WorkList:
         return float(per_worker.max() / per_worker.mean() - 1) if costs[-1] else 0.0
 
     def __repr__(self):
+        if self.host is not None:
+            return repr(self.host)
         text = f"WorkList({self.workers} blocks, tiles of {self.rows} rows"
-        if not self.exact:
-            return f"{text}, at most {len(self.items)} items and {self.num_slots} partial slots)"
-        if not isinstance(self.items, np.ndarray):
-            return f"{text}, {len(self.items)} items, {self.num_slots} partial slots)"
+        if not self.exact or not isinstance(self.items, np.ndarray):
+            return f"{text}, room for {len(self.items)} items and {self.num_slots} partial slots)"
         splits = self.splits()
-        text += f", {int(splits.size)} units in {len(self.items)} items"
-        if splits.size and splits.max() > 1:
+        text += f", {splits.size} units in {len(self.items)} items"
+        if self.num_slots:
             text += f", splits {splits.min()} to {splits.max()}, {self.num_slots} partial slots"
         if len(self.members):
-            shared = self.items[self.items[:, MEMBERS] > 0]
-            text += f", {len(shared)} items of prefixes shared by {len(self.members)} sequences"
+            shared = int((self.items[:, MEMBERS] > 0).sum())
+            text += f", {shared} items for prefixes that {len(self.members)} sequences share"
         return f"{text}, imbalance {100 * self.imbalance:.0f} %)"
+
+    def to(self, xp):
+        """A copy in arrays of `xp`."""
+        return replace(self, **{name: xp.asarray(getattr(self, name)) for name in self.ARRAYS}, host=self)
 
     def splits(self):
         """Items of each unit of its own rows, in the units' order; of lists in host memory."""

@@ -2,11 +2,18 @@
 import numpy as np
 import pytest
 from compare import assert_same_bits
+from conftest import NumpyArrays
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+import cupyattn
+from cupyattn.attention_plans import Tiling
+from cupyattn.devices import to_host
+from cupyattn.ops.schedule import fill_lists
+from cupyattn.planning import Lengths, Limits, Policy, empty_lists, host_lists, list_ranges
 from cupyattn.reference import schedule as reference
+from cupyattn.runtime.cpu import settings
 from cupyattn.work_list import WorkList, make_work
 
 WORKERS = (1, 7, 16, 264)
@@ -183,3 +190,118 @@ def test_invariant_prefix_changes_no_piece():
     shared = make_work(seqlens, 1, prefixes=[(2048, [0, 1, 2, 4])], **kwargs)
     assert (shared.items[:, 7] > 0).any()
     assert ranges(shared) == ranges(make_work(seqlens, 1, **kwargs))
+
+
+# ---- the planner on the device, and the public function ----------------------------------------------------
+
+
+def lengths_of(seqlens, q_lens, kwargs, array=np.asarray):
+    """Lengths and Policy of a case, its arrays made by `array`."""
+    rules = {name: array(value) if isinstance(value, np.ndarray) else value for name, value in kwargs.items()
+             if name in Lengths._fields}
+    cu_seqlens_q = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
+    return (Lengths(cache_seqlens=array(seqlens), cu_seqlens_q=array(cu_seqlens_q), **rules),
+            Policy(kwargs.get("num_splits"), kwargs.get("invariant", False)))
+
+
+def same_as_on_host(seqlens, q_lens, kwargs, arrays, slack=0):
+    """Both lists of the planner `cuda_src/schedule.cu`, unused entries poisoned, have the host's bits."""
+    host, policy = lengths_of(seqlens, q_lens, kwargs)
+    rows, workers = kwargs["rows"], kwargs["workers"]
+    tiles = Tiling(rows, 4 * rows, workers, max(1, workers // 2))
+    ranges = list_ranges(tiles, 0, 10**6)
+    wanted = host_lists(host, tiles, policy, ranges)
+    lengths, _ = lengths_of(seqlens, q_lens, kwargs, arrays.array)
+    limits = Limits(int(q_lens.max(initial=0)) + slack, int(seqlens.max(initial=0)) + slack, int(q_lens.sum()) + slack)
+    lists = empty_lists(arrays.module, lengths, limits, tiles, policy, ranges)
+    for work in lists:
+        for array in (work.items, work.worker_items, work.units, work.pieces):
+            poison = np.full(array.shape, 0x7F7F7F7F, np.int32)
+            array[...] = poison if arrays.module is np else arrays.array(poison)
+    fill_lists(arrays.module, lengths, limits, policy, ranges, lists)
+    for work, want in zip(lists, wanted, strict=True):
+        assert work.num_slots >= want.num_slots and (work.rows, work.workers) == (want.rows, want.workers)
+        assert_same_bits(arrays.numpy(work.worker_items), want.worker_items)
+        for name in ("items", "units", "pieces"):
+            used, values = len(getattr(want, name)), arrays.numpy(getattr(work, name))
+            assert used <= len(values)
+            assert_same_bits(values[:used], getattr(want, name))
+            assert (values[used:] == 0x7F7F7F7F).all(), f"{name}: entries nobody asked for"
+        assert (arrays.numpy(work.counters) == 0).all()
+
+
+@hypothesis_settings(max_examples=120, deadline=None, derandomize=True)
+@given(cases(), st.sampled_from([0, 0, 100]))
+def test_device_planner(case, slack):
+    """The bits of the NumPy planner, inside the capacity worked out from the limits."""
+    same_as_on_host(*case, NumpyArrays(), slack)
+
+
+@pytest.mark.parametrize("policy", [{}, {"invariant": True}, {"num_splits": 5}], ids=str)
+def test_device_planner_large(xp, policy):
+    """More sequences, units and items than threads."""
+    rng = np.random.default_rng(7)
+    kwargs = {"num_kv_heads": 2, "heads_per_kv": 4, "rows": 16, "workers": 132, **policy}
+    same_as_on_host(rng.integers(0, 9000, 700).astype(np.int32), rng.integers(0, 60, 700), kwargs, xp)
+    same_as_on_host(np.int32([131072]), np.array([1]), kwargs, xp)
+    same_as_on_host(np.zeros(0, np.int32), np.zeros(0, np.int64), kwargs, xp)
+
+
+def test_schedule_checked():
+    rng = np.random.default_rng(11)
+    kwargs = {"num_kv_heads": 2, "heads_per_kv": 2, "rows": 2, "workers": 7, "window_size": 500}
+    seqlens, q_lens = rng.integers(0, 3000, 70).astype(np.int32), rng.integers(0, 12, 70)
+    for schedule, seed in (("forward", 0), ("reverse", 0), ("random", 1)):
+        with settings(check=True, schedule=schedule, seed=seed):
+            for policy in ({}, {"invariant": True}):
+                same_as_on_host(seqlens, q_lens, {**kwargs, **policy}, NumpyArrays())
+
+
+def test_device_planner_stays_inside_its_arrays():
+    """Lengths past the limits are cut down to them; nothing is written past the capacity (checked build)."""
+    lengths = Lengths(2, 4, np.int32([100, 90000, -5, 700]), cu_seqlens_q=np.int32([0, 500, 400, 10**6, 10**6 + 3]))
+    tiles, limits = Tiling(4, 16, 7, 7), Limits(10, 1000, 20)
+    for policy in (Policy(), Policy(invariant=True), Policy(num_splits=3)):
+        ranges = list_ranges(tiles, 0, 100)
+        lists = empty_lists(np, lengths, limits, tiles, policy, ranges)
+        with settings(check=True):
+            fill_lists(np, lengths, limits, policy, ranges, lists)
+        for work in lists:
+            items = work.items[:work.worker_items[-1]]
+            assert items[:, 5].max(initial=-1) < work.num_slots and items[:, 4].max(initial=0) <= 1024
+
+
+def assert_filled(got, want):
+    """What a schedule with room for more holds is the exact lists `want` of the same lengths."""
+    for name in ("decode", "prefill"):
+        work, exact = getattr(got, name), getattr(want, name)
+        assert (work is None) == (exact is None), name
+        if exact is not None:
+            assert_same_bits(to_host(work.worker_items), to_host(exact.worker_items))
+            for array in ("items", "units", "pieces"):
+                values = getattr(exact.host, array)
+                assert_same_bits(to_host(getattr(work, array))[:len(values)], values)
+
+
+@pytest.mark.parametrize("q_lens", [None, [1, 1, 1, 1], [1, 200, 3, 33], [64, 200, 100, 33]], ids=str)
+@pytest.mark.parametrize("options", [{}, {"invariant": True}, {"num_splits": 3, "window_size": 300},
+                                     {"causal": False}, {"key_stride": 2, "key_offset": 1}], ids=str)
+def test_schedule(xp, q_lens, options):
+    """Lists from lengths here or there are the same, and are filled again for other lengths at the same addresses."""
+    kwargs = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "num_workers": 7, **options}
+    room = {"max_k_len": 4000, **({"max_q_len": 200, "num_tokens": 500} if q_lens else {})}
+    first, second = np.int32([40, 3000, 0, 1025]), np.int32([2000, 300, 4000, 1])
+    cu_seqlens_q = q_lens and np.cumsum([0, *q_lens]).astype(np.int32)
+    there = q_lens and xp.array(cu_seqlens_q)
+    here = cupyattn.schedule(first, cu_seqlens_q=cu_seqlens_q, xp=xp.module, **kwargs, **room)
+    made = cupyattn.schedule(xp.array(first), cu_seqlens_q=there, **kwargs, **room)
+    assert here.device == made.device == xp.module.__name__
+    assert_filled(made, here)
+    here = cupyattn.schedule(second, cu_seqlens_q=cu_seqlens_q, out=here, xp=xp.module, **kwargs)
+    again = cupyattn.schedule(xp.array(second), cu_seqlens_q=there, out=made, **kwargs)
+    assert_filled(again, here)
+    for name in ("decode", "prefill"):
+        if getattr(made, name) is not None:
+            assert getattr(again, name).items is getattr(made, name).items
+    exact = cupyattn.schedule(second, cu_seqlens_q=cu_seqlens_q, xp=xp.module, **kwargs)
+    assert exact.limits is None and "blocks" in repr(exact) and repr(here).startswith("Schedule(4 sequences")

@@ -434,6 +434,7 @@ struct WorkTarget {
   int32_t* items;         // int32 [capacity, 8] see WorkItems
   int32_t* worker_items;  // int32 [workers + 1]
   int32_t* units;         // int32 [capacity, 2]
+  int32_t* pieces;        // int32 [capacity]
   int32_t rows;           // packed rows of a unit
   int32_t workers;        // blocks of the launch the list is for
   int32_t least_packed;   // the list takes sequences of so many packed rows

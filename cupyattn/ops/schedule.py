@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who attends what: the work lists of a batch, made once per step. Kernel: ``cuda_src/schedule.cu``."""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..attention_plans import CORES_ROWS, Facts, sm_count, tiling
+from ..page_table import PageTable
+from ..planning import (
+    Lengths,
+    Limits,
+    Policy,
+    capacity,
+    empty_lists,
+    host_lists,
+    list_ranges,
+    store_lists,
+)
+from ..quantized_kv import FORMATS
+from ..runtime import Plan, Specialisation, arch_of, launch, make_args
+from ..runtime.arrays import array_namespace
+from ..runtime.checks import check_dtype, check_element_strides, check_last_axis, check_number, check_shape
+from ..runtime.plan import CUDA_TYPES
+from ..shared_prefix import shared_prefixes
+from ..work_list import CHUNK_TILES, KEY_TILE, WorkList
+
+_NO_TABLE = {"block_table": None, "indptr": None, "block_ptrs": None, "row_starts": None, "stride_seq": 0,
+             "max_pages": 0, "page_size": 1, "num_pages": 0, "reserved": 0}
+_NO_TARGET = {"items": None, "worker_items": None, "units": None, "pieces": None, "rows": 1, "workers": 1,
+              "least_packed": 1, "most_packed": 0, "max_units": 0, "reserved": 0}
+
+CORE = ALL = [Specialisation("schedule", "schedule", "ScheduleArgs", {})]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Schedule:
+    """Work lists of one step and what they were made for; `schedule` makes it, attention ops take it.
+
+    Parameters
+    ----------
+    decode : WorkList or None
+        Sequences with few query rows; None when there are none.
+    prefill : WorkList or None
+        The others.
+    batch : int
+        Number of sequences.
+    num_heads, num_kv_heads, head_dim, causal, window_size, key_stride, key_offset, num_splits, invariant
+        The arguments of `schedule` it was made with. An op that is called with others refuses it.
+    one_list, dtype, kv_format
+        Likewise.
+    device : str
+        ``"numpy"`` or ``"cupy"``: where its arrays are.
+    limits : Limits or None
+        What the arrays have room for; None when they hold what is used and nothing else.
+    """
+
+    decode: WorkList | None
+    prefill: WorkList | None
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    causal: bool
+    window_size: int
+    key_stride: int
+    key_offset: int
+    num_splits: int | None
+    invariant: bool
+    one_list: bool
+    dtype: str
+    kv_format: str
+    device: str
+    limits: Limits | None = None
+
+    def check(self, op, name="schedule", **wanted):
+        """Raises ValueError when it was made for other values than `wanted`; `name` is the argument it came in as."""
+        for what, value in wanted.items():
+            found = getattr(self, what)
+            if found != value:
+                raise ValueError(f"{op}: {name} must be made for {what} {value}, got one for {found}")
+
+    def __repr__(self):
+        policy = "invariant" if self.invariant else "balanced"
+        if self.num_splits is not None:
+            policy = f"{self.num_splits} splits"
+        heads = f"{self.num_heads}/{self.num_kv_heads} heads"
+        lines = [f"Schedule({self.batch} sequences, {heads}, {policy}, {self.device}"]
+        lines += [f"  {name}: {work!r}" for name, work in (("decode", self.decode), ("prefill", self.prefill)) if work]
+        return "\n".join(lines) + ")"
+
+
+@functools.lru_cache(maxsize=64)
+def _plan_schedule(lists, arch):
+    """Plan from the number of lists and arch."""
+    threads = 64 if arch == "cpu" else 512
+    return Plan(CORE[0], arch, (lists,), (threads,), shared_bytes=96 * 8 + threads * (56 + 8),
+                note="one block per list")
+
+
+def fill_lists(xp, lengths, limits, policy, ranges, lists):
+    """Fills `lists`, made by `empty_lists` of the same arguments, from lengths that are never read on the host."""
+    targets = []
+    for packed_rows, work in zip(ranges, lists, strict=True):
+        if work is not None:
+            units = capacity(lengths, limits, policy, packed_rows, work.rows, work.workers)[0]
+            targets.append({"items": work.items, "worker_items": work.worker_items, "units": work.units,
+                            "pieces": work.pieces, "rows": work.rows, "workers": work.workers,
+                            "least_packed": packed_rows[0], "most_packed": packed_rows[1], "max_units": units,
+                            "reserved": 0})
+    plan = _plan_schedule(len(targets), arch_of(xp))
+
+    def stride(array):
+        return 0 if array is None else array.strides[0] // 4
+
+    launch(plan, make_args(
+        plan, first=targets[0], second=targets[1] if len(targets) > 1 else _NO_TARGET,
+        table={**_NO_TABLE, "row_starts": lengths.row_starts}, cu_seqlens_q=lengths.cu_seqlens_q,
+        cache_seqlens=lengths.cache_seqlens, cache_starts=lengths.cache_starts, key_offsets=lengths.key_offsets,
+        key_counts=lengths.key_counts, finished=None if lengths.finished is None else lengths.finished.view(np.uint8),
+        tree_mask=None, stride_seqlens=stride(lengths.cache_seqlens), stride_starts=stride(lengths.cache_starts),
+        batch=lengths.batch, q_len=lengths.q_len, max_q_len=limits.max_q_len, max_k_len=limits.max_k_len,
+        num_kv_heads=lengths.num_kv_heads, heads_per_kv=lengths.heads_per_kv, causal=int(lengths.causal),
+        window_size=lengths.window_size, key_stride=lengths.key_stride, key_offset=lengths.key_offset,
+        num_splits=policy.num_splits or 0, invariant=int(policy.invariant)))
+
+
+# ---- the public function -----------------------------------------------------------------------------------
+
+
+def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, cu_seqlens_q=None, q_len=1, max_q_len=None,
+             max_k_len=None, num_tokens=None, cache_starts=None, finished=None, causal=True, window_size=0,
+             key_stride=1, key_offset=0, key_offsets=None, key_counts=None, dtype="float16",
+             kv_format=None, num_workers=None, num_splits=None, invariant=False, one_list=False, block_table=None,
+             page_size=None, share_prefix=True, xp=None, out=None):
+    """Who attends what in a step: made once from the lengths of a batch, handed to the attention of every layer.
+
+    The q_len * heads_per_kv query rows of a (sequence, KV head) are cut into tiles, units, and the keys of a unit into
+    tiles of 64. A unit costs its key tiles and 2 more; each block of the launch gets an equal share of the cost of all
+    units, in the order (sequence, KV head, row tile), so a block holds at most two units in part and long sequences
+    are split over as many blocks as they need. Parts of a unit are merged in order by the block that finishes last.
+
+    Parameters
+    ----------
+    cache_seqlens : ndarray [batch], int32
+        Tokens to attend to, the new ones included. NumPy lengths are planned in NumPy, CuPy lengths by one launch
+        without reading them on the host.
+    num_heads, num_kv_heads, head_dim : int
+        Of the attention to come.
+    cu_seqlens_q : ndarray [batch + 1], int32, optional
+        First query token of every sequence.
+    q_len : int
+        Query tokens of every sequence without `cu_seqlens_q`.
+    max_q_len : int, optional
+        Most query tokens of a sequence. Needed with a CuPy `cu_seqlens_q`.
+    max_k_len : int, optional
+        Most keys of a sequence in the cache: needed with CuPy lengths, default ``block_table.shape[1] * page_size``.
+        With NumPy lengths it makes arrays that can be filled again, see `out`.
+    num_tokens : int, optional
+        Most query tokens of the batch, when that is less than ``batch * max_q_len``: makes the arrays smaller.
+    cache_starts : ndarray [batch], int32, optional
+        First visible key of each sequence.
+    finished : ndarray [batch], bool, optional
+        Sequences that attend to nothing and give zeros.
+    causal : bool
+        A query sees no later token. False also where the queries of a sequence see each other by a tree mask.
+    window_size : int
+        Visible tokens, the query's own included; 0 (default) for all.
+    key_stride, key_offset : int
+        Key l of the cache is token ``l * key_stride + key_offset`` of its sequence (context parallel).
+    key_offsets, key_counts : ndarray [batch], int32, optional
+        The same per sequence, and the keys of each sequence in the cache, for contiguous shards.
+    dtype : str
+        Of the queries.
+    kv_format : str, optional
+        Format of the caches; default plain arrays of `dtype`.
+    num_workers : int, optional
+        Multiprocessors to plan for, on a CPU blocks. Default: those of the device.
+    num_splits : int, optional
+        Parts of every unit, of ceil(tiles / num_splits) key tiles each; parts without a tile are left out.
+    invariant : bool
+        Cut every 1024 keys of a sequence instead: its bits depend neither on the batch nor on the multiprocessors.
+    one_list : bool
+        Put decoding sequences into the prefill list too: what ``attention(..., invariant=True)`` takes.
+    block_table : ndarray [batch, max_pages], int32, or PageTable, optional
+        Pages of the sequences, in host memory. Equal leading pages are attended to once for all sequences that have
+        them.
+    page_size : int, optional
+        Tokens of a page; with `block_table`.
+    share_prefix : bool
+        False: do not look for equal leading pages. Off in any case without a `block_table` in host memory, with
+        `window_size`, `cache_starts`, context parallelism, `num_splits`, `max_k_len` or `out`.
+    xp : module, optional
+        numpy or cupy: where the schedule goes. Default: where the lengths are.
+    out : Schedule, optional
+        Made by an earlier call that gave `max_k_len` or had CuPy lengths: its arrays are filled again and keep their
+        addresses, so that a captured graph sees the new lengths.
+
+    Returns
+    -------
+    Schedule
+        Prints its units, splits and balance when it was made from NumPy lengths.
+
+    Raises
+    ------
+    TypeError
+        Arrays of different kinds, an unsupported dtype, or an option of the wrong kind.
+    ValueError
+        Shapes that do not fit, a limit that is missing or too small, or an `out` without room.
+
+    Notes
+    -----
+    Both planners give the same bits. With an `out` nothing is allocated and nothing synchronises.
+    Kernel: ``cuda_src/schedule.cu``.
+
+    Examples
+    --------
+    >>> import numpy as np, cupyattn
+    >>> lengths = np.int32([40, 9000, 300])
+    >>> cupyattn.schedule(lengths, num_heads=8, num_kv_heads=2, head_dim=64)
+    Schedule(3 sequences, 8/2 heads, balanced, numpy
+      decode: WorkList(16 blocks, tiles of 4 rows, 6 units in 22 items, splits 1 to 8, 16 partial slots, imbalance 2 %))
+    """
+    op = "schedule"
+    lengths_xp = array_namespace(op, cache_seqlens=cache_seqlens, cu_seqlens_q=cu_seqlens_q, cache_starts=cache_starts,
+                                 finished=finished, key_offsets=key_offsets, key_counts=key_counts)
+    xp = lengths_xp if xp is None else xp
+    on_host = lengths_xp is np
+    if not on_host and xp is np:
+        raise ValueError(f"{op}: xp must be cupy for CuPy lengths, got numpy; copy the lengths to the host")
+    _check_arrays(op, cache_seqlens, cu_seqlens_q, finished, cache_starts=cache_starts, key_offsets=key_offsets,
+                  key_counts=key_counts)
+    _check_numbers(op, num_heads, num_kv_heads, invariant, num_splits, head_dim=(head_dim, 1), q_len=(q_len, 0),
+                   max_q_len=(max_q_len, 0), max_k_len=(max_k_len, 0), num_tokens=(num_tokens, 0),
+                   window_size=(window_size, 0), key_stride=(key_stride, 1), key_offset=(key_offset, 0),
+                   num_workers=(num_workers, 1), page_size=(page_size, 1))
+    _check_kinds(op, dtype, kv_format)
+    lengths = Lengths(num_kv_heads, num_heads // num_kv_heads, cache_seqlens, None, cu_seqlens_q, q_len, cache_starts,
+                      finished, key_offsets, key_counts, key_stride, key_offset, causal, window_size)
+    policy = Policy(num_splits, invariant, one_list)
+    table = None if block_table is None else _page_table(op, block_table, page_size, lengths.batch)
+    made_for = {"batch": lengths.batch, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim,
+                "causal": causal, "window_size": window_size, "key_stride": key_stride,
+                "key_offset": key_offset, "num_splits": num_splits, "invariant": invariant, "one_list": one_list,
+                "dtype": dtype, "kv_format": kv_format or dtype, "device": xp.__name__}
+    tiles = functools.partial(_tiling, xp, lengths, head_dim, dtype, kv_format or dtype, num_workers)
+    if on_host and max_k_len is None and out is None:
+        prefixes = ()
+        if share_prefix and num_splits is None and table is not None and table.xp is np:
+            prefixes = _prefixes(lengths, table, page_size, invariant)
+        return Schedule(*_exact_lists(xp, lengths, tiles, policy, prefixes), **made_for)
+    limits = _limits(op, lengths, on_host, max_q_len, max_k_len, num_tokens, table, page_size, out)
+    if out is not None:
+        out.check(op, "out", **made_for, limits=limits)
+    most = limits.max_q_len * lengths.heads_per_kv
+    tiles = tiles(most)
+    ranges = list_ranges(tiles, most if cu_seqlens_q is None else 1, most, one_list)
+    lists = (out.decode, out.prefill) if out is not None else empty_lists(xp, lengths, limits, tiles, policy, ranges)
+    if on_host:
+        lists = store_lists(host_lists(lengths, tiles, policy, ranges), lists)
+    else:
+        fill_lists(xp, lengths, limits, policy, ranges, lists)
+    return Schedule(*lists, **made_for, limits=limits)
+
+
+def _exact_lists(xp, lengths, tiles, policy, prefixes):
+    """Lists of the lengths given and no others."""
+    packed = np.broadcast_to(lengths.q_lens(), lengths.batch) * lengths.heads_per_kv
+    least, most = int(packed[packed > 0].min(initial=2**31 - 1)), int(packed.max(initial=0))
+    tiles = tiles(most)
+    if prefixes and tiles.decode_rows < CORES_ROWS[-1]:   # tiles of one sequence have no rows for others
+        tiles = tiles._replace(decode_rows=CORES_ROWS[-1])
+    lists = host_lists(lengths, tiles, policy, list_ranges(tiles, least, most, policy.one_list), prefixes)
+    return lists if xp is np else tuple(work and work.to(xp) for work in lists)
+
+
+def _prefixes(lengths, table, page_size, invariant):
+    """Shared prefixes of sequences in host memory that all see their first keys."""
+    if lengths.window_size or lengths.cache_starts is not None or lengths.key_stride > 1 or lengths.key_offset \
+            or lengths.key_offsets is not None or lengths.key_counts is not None:
+        return ()
+    eligible = np.ones(lengths.batch, bool) if lengths.finished is None else ~lengths.finished
+    q_lens = np.broadcast_to(lengths.q_lens(), lengths.batch)
+    return shared_prefixes(table, page_size, lengths.cache_seqlens, q_lens,
+                           KEY_TILE * (CHUNK_TILES if invariant else 1), eligible & (q_lens > 0))
+
+
+def _tiling(xp, lengths, head_dim, dtype, kv_format, num_workers, most):
+    """Tiling of this device, or of one with `num_workers` multiprocessors."""
+    tag = FORMATS[kv_format].tag if kv_format in FORMATS else f"KvPlain<{CUDA_TYPES[kv_format]}>"
+    facts = Facts(dtype, tag, tag, 16, lengths.num_kv_heads, lengths.heads_per_kv, head_dim, head_dim, False,
+                  arch_of(xp))
+    if num_workers is None:
+        return tiling(facts, most, sm_count(xp))
+    tiles = tiling(facts, most, num_workers)
+    return tiles if facts.arch != "cpu" else tiles._replace(decode_workers=num_workers, prefill_workers=num_workers)
+
+
+def _limits(op, lengths, on_host, max_q_len, max_k_len, num_tokens, table, page_size, out):
+    """Limits from the arguments, else from `out`."""
+    if out is not None:
+        if not isinstance(out, Schedule):
+            raise TypeError(f"{op}: out must be a Schedule, got {type(out).__name__}")
+        if out.limits is None:
+            raise ValueError(f"{op}: out must be a schedule made with max_k_len, got one without")
+        max_q_len = out.limits.max_q_len if max_q_len is None else max_q_len
+        max_k_len = out.limits.max_k_len if max_k_len is None else max_k_len
+        num_tokens = out.limits.num_tokens if num_tokens is None else num_tokens
+    if max_k_len is None:
+        if table is None:
+            raise ValueError(f"{op}: max_k_len must be given for CuPy lengths, which are not read, or block_table and "
+                             "page_size; got neither")
+        max_k_len = table.capacity(page_size)
+    if lengths.cu_seqlens_q is None:
+        max_q_len = lengths.q_len
+    elif max_q_len is None:
+        if not on_host:
+            raise ValueError(f"{op}: max_q_len must be given for a CuPy cu_seqlens_q, which is not read")
+        max_q_len = int(lengths.q_lens().max(initial=0))
+    most = lengths.batch * max_q_len
+    return Limits(max_q_len, max_k_len, most if num_tokens is None else min(num_tokens, most))
+
+
+def _check_arrays(op, cache_seqlens, cu_seqlens_q, finished, **per_sequence):
+    """Arrays are int32 (finished: bool) with an entry per sequence."""
+    check_shape(op, "cache_seqlens", cache_seqlens, (None,), "[batch]")
+    batch = len(cache_seqlens)
+    for name, array, dtype, size in (
+            ("cache_seqlens", cache_seqlens, "int32", batch), ("cu_seqlens_q", cu_seqlens_q, "int32", batch + 1),
+            ("finished", finished, "bool", batch), *((n, a, "int32", batch) for n, a in per_sequence.items())):
+        if array is not None:
+            check_dtype(op, name, array, dtype)
+            check_shape(op, name, array, (size,), "[batch + 1]" if size > batch else "[batch]")
+            check_element_strides(op, name, array)
+            if name not in ("cache_seqlens", "cache_starts"):
+                check_last_axis(op, name, array)
+    if isinstance(cu_seqlens_q, np.ndarray) and (np.diff(cu_seqlens_q) < 0).any():
+        raise ValueError(f"{op}: cu_seqlens_q must not decrease, got {cu_seqlens_q.tolist()}")
+
+
+def _check_numbers(op, num_heads, num_kv_heads, invariant, num_splits, **least):
+    """Options are integers of at least what is named; the heads fit each other, the policy is one."""
+    numbers = {"num_heads": (num_heads, 1), "num_kv_heads": (num_kv_heads, 1), "num_splits": (num_splits, 1), **least}
+    for name, (value, bound) in numbers.items():
+        if value is not None:
+            check_number(op, name, value, least=bound, integer=True)
+    if num_heads % num_kv_heads:
+        raise ValueError(f"{op}: num_kv_heads must divide num_heads {num_heads}, got {num_kv_heads}")
+    if invariant and num_splits is not None:
+        raise ValueError(f"{op}: num_splits must be None with invariant=True, got {num_splits}")
+
+
+def _check_kinds(op, dtype, kv_format):
+    """dtype and kv_format are names of what there is."""
+    if dtype not in CUDA_TYPES:
+        raise ValueError(f"{op}: dtype must be {', '.join(CUDA_TYPES)}, got {dtype!r}")
+    if kv_format is not None and kv_format not in CUDA_TYPES and kv_format not in FORMATS:
+        raise ValueError(f"{op}: kv_format must be {', '.join((*CUDA_TYPES, *FORMATS))}, got {kv_format!r}")
+
+
+def _page_table(op, block_table, page_size, batch):
+    """`block_table` as a PageTable of `batch` sequences."""
+    if page_size is None:
+        raise ValueError(f"{op}: page_size must be given with block_table")
+    table = block_table if isinstance(block_table, PageTable) else PageTable(block_table)
+    if table.batch != batch:
+        raise ValueError(f"{op}: block_table must have {batch} sequences like cache_seqlens, got {table.batch}")
+    return table

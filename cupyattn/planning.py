@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both work lists of a step, from the lengths of a batch: exact ones, or arrays with room for any lengths in limits."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from .work_list import CHUNK_TILES, KEY_TILE, WorkList, make_work
+
+_EVERY = 2**31 - 1   # packed rows
+
+
+class Lengths(NamedTuple):
+    """What of a batch decides who attends what: arrays of one kind, and the rules of what a query sees."""
+
+    num_kv_heads: int
+    heads_per_kv: int
+    cache_seqlens: object             # int32 [batch], or None with row_starts
+    row_starts: object = None         # int32 [batch + 1], of ragged keys
+    cu_seqlens_q: object = None       # int32 [batch + 1], or None for q_len queries each
+    q_len: int = 1
+    cache_starts: object = None       # int32 [batch]
+    finished: object = None           # bool [batch]
+    key_offsets: object = None        # int32 [batch]
+    key_counts: object = None         # int32 [batch]
+    key_stride: int = 1
+    key_offset: int = 0
+    causal: bool = True               # False too with a tree mask
+    window_size: int = 0
+
+    @property
+    def batch(self):
+        return len(self.cache_seqlens) if self.row_starts is None else len(self.row_starts) - 1
+
+    def seqlens(self):
+        """Tokens to attend to, from host arrays."""
+        return self.cache_seqlens if self.row_starts is None else np.diff(self.row_starts)
+
+    def q_lens(self):
+        """Query tokens of every sequence or of all, from host arrays."""
+        return self.q_len if self.cu_seqlens_q is None else np.diff(self.cu_seqlens_q)
+
+
+class Policy(NamedTuple):
+    """How units are cut; `one_list`: every sequence goes to the prefill list."""
+
+    num_splits: int | None = None
+    invariant: bool = False
+    one_list: bool = False
+
+
+def list_ranges(tiles, least, most, one_list=False):
+    """(decode, prefill): (least, most) packed rows of the sequences a list takes, None for a list without any.
+
+    `least` and `most` are those of the batch. One list takes everything where both have the same rows.
+    """
+    if one_list:
+        return None, (1, _EVERY)
+    if most <= tiles.decode_rows:
+        return (1, _EVERY), None
+    if least > tiles.decode_rows or tiles.decode_rows == tiles.prefill_rows:
+        return None, (1, _EVERY)
+    return (1, tiles.decode_rows), (tiles.decode_rows + 1, _EVERY)
+
+
+def host_lists(lengths, tiles, policy, ranges, prefixes=()):
+    """(decode, prefill): exact work lists in NumPy of `lengths` in host memory, in the Tiling `tiles`.
+
+    `ranges` is from `list_ranges`, `prefixes` from `shared_prefixes` and all in one of the lists.
+    """
+    seqlens, q_lens = lengths.seqlens(), lengths.q_lens()
+    lists = []
+    for packed_rows, rows, workers in ((ranges[0], tiles.decode_rows, tiles.decode_workers),
+                                       (ranges[1], tiles.prefill_rows, tiles.prefill_workers)):
+        inside = ()
+        if packed_rows is None:
+            lists.append(None)
+            continue
+        if prefixes:
+            each = np.broadcast_to(q_lens, len(seqlens)) * lengths.heads_per_kv
+            inside = [(keys, group) for keys, group in prefixes
+                      if packed_rows[0] <= each[group[0]] <= min(packed_rows[1], rows // 2)]
+        lists.append(make_work(
+            seqlens, q_lens, num_kv_heads=lengths.num_kv_heads, heads_per_kv=lengths.heads_per_kv, rows=rows,
+            workers=workers, packed_rows=packed_rows, causal=lengths.causal, window_size=lengths.window_size,
+            cache_starts=lengths.cache_starts, finished=lengths.finished, key_stride=lengths.key_stride,
+            key_offset=lengths.key_offset, key_offsets=lengths.key_offsets, key_counts=lengths.key_counts,
+            num_splits=policy.num_splits, invariant=policy.invariant, prefixes=inside))
+    return tuple(lists)
+
+
+class Limits(NamedTuple):
+    """What no length exceeds, known on the host."""
+
+    max_q_len: int
+    max_k_len: int      # local keys of a sequence
+    num_tokens: int     # query tokens of all sequences
+
+
+# ---- lists with room for more -----------------------------------------------------------------------------
+
+
+def capacity(lengths, limits, policy, packed_rows, rows, workers):
+    """(units, items, units in several pieces, partial slots) that lengths inside `limits` never exceed."""
+    group, batch = lengths.heads_per_kv, lengths.batch
+    tiles = min(batch * -(-min(limits.max_q_len * group, packed_rows[1]) // rows),
+                (limits.num_tokens * group + batch * (rows - 1)) // rows)
+    units = tiles * lengths.num_kv_heads
+    keys = limits.max_k_len
+    if lengths.window_size:
+        queries = min(limits.max_q_len, (rows - 1) // group + 2)
+        span = (1 if lengths.causal else 2) * lengths.window_size + queries   # of the visible tokens of a unit
+        keys = min(keys, span + KEY_TILE * CHUNK_TILES)                       # which may begin late in a chunk
+    key_tiles = -(-keys // KEY_TILE)
+    if policy.invariant or policy.num_splits is not None:
+        splits = -(-key_tiles // CHUNK_TILES) if policy.invariant else min(policy.num_splits, key_tiles)
+        return units, units * max(splits, 1), units * (splits > 1), units * splits * (splits > 1)
+    slots = min(2 * workers, units * key_tiles * (key_tiles > 1))
+    return units, units + workers, min(units, slots // 2), slots
+
+
+def _empty_list(xp, rows, workers, room):
+    """WorkList with `room`, the result of `capacity`."""
+    _, items, split_units, slots = room
+    return WorkList(rows, workers, xp.empty((items, 8), np.int32), xp.zeros(workers + 1, np.int32),
+                    xp.empty((split_units, 2), np.int32), xp.empty(slots, np.int32),
+                    xp.empty((0, 2), np.int32), xp.zeros(split_units, np.int32), slots, exact=False)
+
+
+def empty_lists(xp, lengths, limits, tiles, policy, ranges):
+    """(decode, prefill) of the capacity that `limits` ask for, nothing in them."""
+    return tuple(packed_rows and _empty_list(xp, rows, workers,
+                                             capacity(lengths, limits, policy, packed_rows, rows, workers))
+                 for packed_rows, rows, workers in ((ranges[0], tiles.decode_rows, tiles.decode_workers),
+                                                    (ranges[1], tiles.prefill_rows, tiles.prefill_workers)))
+
+
+def store_lists(lists, targets):
+    """`lists`, exact and in host memory, written into the arrays of `targets`; returns what then describes those."""
+    return tuple(_store(name, work, target)
+                 for name, work, target in zip(("decode", "prefill"), lists, targets, strict=True))
+
+
+def _store(name, work, target):
+    if target is None:
+        if work is not None and len(work.items):
+            raise ValueError(f"schedule: out must have a {name} list, got one without")
+        return None
+    if work is None:
+        _put(target.worker_items, np.zeros(target.workers + 1, np.int32))
+        return replace(target, host=None)
+    for what in ("rows", "workers"):
+        if getattr(work, what) != getattr(target, what):
+            raise ValueError(f"schedule: out must have {getattr(work, what)} {what} in its {name} list, got "
+                             f"{getattr(target, what)}")
+    filled = ("items", "units", "pieces")
+    for array in filled:
+        values, room = getattr(work, array), getattr(target, array)
+        if len(values) > len(room):
+            raise ValueError(f"schedule: out must have room for {len(values)} {array} in its {name} list, got "
+                             f"{len(room)}; make it with the largest max_q_len and max_k_len")
+    for array in (*filled, "worker_items"):
+        _put(getattr(target, array), getattr(work, array))
+    return replace(target, host=work)
+
+
+def _put(room, values):
+    """Copies `values`, in host memory, to the start of `room`."""
+    if isinstance(room, np.ndarray):
+        room[:len(values)] = values
+    elif len(values):
+        room[:len(values)].set(values)

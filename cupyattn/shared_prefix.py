@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sequences that begin with the same pages, found in a page table in host memory."""
+
+import numpy as np
+
+from .work_list import KEY_TILE, OVERHEAD
+
+
+def shared_prefixes(table, page_size, seqlens, q_lens, unit, eligible):
+    """Groups of sequences whose keys begin alike, each sequence in one group at most.
+
+    Only whole pages count, and only keys before every query of every member: then all of them see all of the prefix.
+    A group of n members with a prefix of t key tiles saves t * (n - 1) tiles of reading and costs an item and a merge
+    per member, OVERHEAD + n. Where prefixes are nested, each group has one length; of all such groupings the one that
+    saves most is taken.
+
+    Parameters
+    ----------
+    table : PageTable
+        With arrays in host memory.
+    page_size : int
+    seqlens, q_lens : int ndarray [batch]
+        Tokens to attend to, the new ones included, and query tokens.
+    unit : int
+        Prefixes are cut down to a multiple of so many keys, a multiple of 64.
+    eligible : bool ndarray [batch]
+        Sequences that may be in a group.
+
+    Returns
+    -------
+    list of (int, ndarray)
+        Keys of the prefix, and the sequences that have it, ascending.
+    """
+    pages = np.where(eligible, (np.asarray(seqlens, np.int64) - q_lens) // page_size, 0)
+    pages = np.where(pages * page_size >= unit, pages, 0)
+    first, entries = _rows(table)
+    found = []
+    for q_len in np.unique(q_lens[pages > 0]):
+        candidates = np.flatnonzero((pages > 0) & (q_lens == q_len))
+        heads = entries[first[candidates]]
+        _, which, count = np.unique(heads, return_inverse=True, return_counts=True)
+        candidates = candidates[count[which] > 1]   # the others share not even the first page
+        if len(candidates):
+            found += _group(candidates, first, entries, pages, page_size, unit)
+    return found
+
+
+def _rows(table):
+    """(index of each sequence's first entry, entries): page ids or addresses of blocks in one array."""
+    if table.form == "dense":
+        rows = np.ascontiguousarray(table.block_table)
+        return np.arange(table.batch) * rows.shape[1], rows.reshape(-1)
+    return table.indptr[:-1].astype(np.int64), table.block_ptrs if table.form == "pointers" else table.block_table
+
+
+def _group(candidates, first, entries, pages, page_size, unit):
+    """Groups among `candidates`: rows of pages sorted, neighbours compared, the tree of common prefixes walked."""
+    width = int(pages[candidates].max())
+    column = np.arange(width)
+    inside = column < pages[candidates][:, None]
+    rows = np.where(inside, entries[np.minimum(first[candidates][:, None] + column, len(entries) - 1)], -1)
+    order = np.argsort(rows.view(f"V{rows.itemsize * width}")[:, 0], kind="stable")   # by bytes, which will do
+    rows, candidates = rows[order], candidates[order]
+    differ = (rows[1:] != rows[:-1]) | (rows[1:] == -1)
+    common = np.where(differ.any(axis=1), differ.argmax(axis=1), width)
+    depths = common * page_size // unit * (unit // KEY_TILE)                          # in key tiles
+    stack = []   # (depth, subtrees that have so many tiles in common), depths increasing
+    for sequence, depth in zip(candidates.tolist(), [*depths.tolist(), -1], strict=True):
+        tree = ([sequence], 0, [])   # members, tiles saved, groups
+        while stack and stack[-1][0] > depth:
+            tree = _join(stack[-1][0], [*stack.pop()[1], tree])
+        if stack and stack[-1][0] == depth:
+            stack[-1][1].append(tree)
+        else:
+            stack.append((depth, [tree]))
+    return [(tiles * KEY_TILE, np.sort(members)) for tiles, members in stack[-1][1][-1][2]]
+
+
+def _join(depth, trees):
+    """One subtree of several whose members have `depth` tiles in common: which of them give up their own groups."""
+    joined = [tree for tree in trees if depth * len(tree[0]) > tree[1]]
+    others = [tree for tree in trees if depth * len(tree[0]) <= tree[1]]
+    members = [b for tree in joined for b in tree[0]]
+    gain = depth * (len(members) - 1) - OVERHEAD - len(members)
+    everyone = [b for tree in trees for b in tree[0]]
+    if gain <= sum(tree[1] for tree in joined):
+        return everyone, sum(tree[1] for tree in trees), [group for tree in trees for group in tree[2]]
+    saved = gain + sum(tree[1] for tree in others)
+    return everyone, saved, [(depth, members), *(group for tree in others for group in tree[2])]
