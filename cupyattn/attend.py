@@ -80,7 +80,7 @@ def attend(op, xp, q, keys, *, cache_seqlens, max_q_len, softmax_scale, window_s
         tokens = batch * max_q_len if uniform else len(q)
         lists = _make_lists(xp, facts, lengths, policy, q_lens, Limits(max_q_len, keys.capacity, tokens))
     else:
-        lists = _lists_of(op, xp, facts, lengths, policy, schedule)
+        lists = _lists_of(op, xp, facts, lengths, policy, schedule, causal, tree_mask is not None)
     values = dict(
         q=sequence_view(q, uniform), k=keys.k.view, v=keys.v.view, k_scale=keys.k.scale, v_scale=keys.v.scale,
         table=keys.table, mask=mask, out=None if out is None else sequence_view(out, uniform),
@@ -129,13 +129,13 @@ def _make_lists(xp, facts, lengths, policy, q_lens, limits):
     return lists
 
 
-def _lists_of(op, xp, facts, lengths, policy, schedule):
+def _lists_of(op, xp, facts, lengths, policy, schedule, causal, tree_mask):
     """(decode, prefill) work lists of `schedule`, which must have been made for such a call."""
     if not isinstance(schedule, Schedule):
         raise TypeError(f"{op}: schedule must be a Schedule, got {type(schedule).__name__}")
     schedule.check(op, device=xp.__name__, batch=lengths.batch, num_heads=lengths.num_kv_heads * facts.heads_per_kv,
-                   num_kv_heads=lengths.num_kv_heads, causal=lengths.causal, window_size=lengths.window_size,
-                   key_stride=lengths.key_stride, key_offset=lengths.key_offset)
+                   num_kv_heads=lengths.num_kv_heads, causal=causal, tree_mask=tree_mask,
+                   window_size=lengths.window_size, key_stride=lengths.key_stride, key_offset=lengths.key_offset)
     if policy.num_splits is not None or policy.invariant:
         schedule.check(op, **policy._asdict())
     legal = (16, 64, 128) if version(facts)[0] == "mma" else CORES_ROWS

@@ -39,6 +39,7 @@ class Tiling(NamedTuple):
     prefill_workers: int
 
 
+@functools.lru_cache(maxsize=4096)
 def version(facts):
     """("mma" or "cores", why): the version of the kernels that fits."""
     if facts.arch == "cpu":
@@ -134,28 +135,26 @@ def _prefill_mma_launch(rows, head_dim):
 # ---- plans -----------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=4096)
 def plan_decode(facts, rows, workers):
     """Plan of the decode kernel, ``cuda_src/paged_decode.cu``, for the rows of a unit and the blocks of the launch."""
-    return _plan("paged_decode", facts, rows, workers, _decode_mma_launch)
+    return _plan("paged_decode", facts, rows, workers, *version(facts))
+
+
+def plan_prefill(facts, rows, workers):
+    """Plan of the prefill kernel, ``cuda_src/attention.cu``, for the rows of a unit and the blocks of the launch."""
+    return _plan("attention", facts, rows, workers, *version(facts))
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_prefill(facts, rows, workers):
-    """Plan of the prefill kernel, ``cuda_src/attention.cu``, for the rows of a unit and the blocks of the launch."""
-    return _plan("attention", facts, rows, workers, functools.partial(_prefill_mma_launch, rows))
-
-
-def _plan(stem, facts, rows, workers, mma_launch):
-    name, note = version(facts)
+def _plan(stem, facts, rows, workers, name, note):
     if name == "mma":
         head_dim = next(d for d in MMA_HEAD_DIMS if d >= max(facts.head_dim, facts.head_dim_v))
         spec = _mma_spec(stem, facts.q, facts.k, facts.v, rows, head_dim, facts.bias)
-        threads, shared = mma_launch(head_dim)
+        threads, shared = _decode_mma_launch(head_dim) if stem == "paged_decode" else _prefill_mma_launch(rows, head_dim)
     else:
         spec = _cores_spec(stem, facts.q, facts.k, facts.v, rows, facts.align == 16, facts.bias)
         threads, shared = _cores_launch(facts, rows)
-    return Plan(spec, facts.arch, (workers,), (threads,), shared_bytes=shared, note=note)
+    return Plan(spec, facts.arch, (workers,), (threads,), shared_bytes=shared, note=f"{note}; tiles of {rows} rows")
 
 
 # ---- specialisations -------------------------------------------------------------------------------------
