@@ -28,16 +28,21 @@ namespace ca {
 CA_HOST_INLINE float maximum(float a, float b) { return ((a > b) | (b != b)) ? a : b; }  // a NaN loses
 CA_HOST_INLINE float minimum(float a, float b) { return ((a < b) | (b != b)) ? a : b; }
 
-// 2^(whole + f) to about 1e-7 relative, whole an integer and |f| <= 0.5, where the result is a normal number. The
-// power of two goes into the exponent bits: a product of two factors could be reassociated, and then overflow.
-CA_HOST_INLINE float exp2_parts(float whole, float f) {
-  float p = 1.5353362e-4f;
-  p = p * f + 1.3398874e-3f;
+// 2^f to about 1e-7 relative where |f| <= 0.5, of a float or a vector of them.
+template <typename V>
+CA_HOST_INLINE V exp2_polynomial(V f) {
+  V p = 1.5353362e-4f * f + 1.3398874e-3f;
   p = p * f + 9.6184373e-3f;
   p = p * f + 5.5503324e-2f;
   p = p * f + 2.4022648e-1f;
   p = p * f + 6.9314720e-1f;
-  p = p * f + 1.0f;
+  return p * f + 1.0f;
+}
+
+// 2^(whole + f) to about 1e-7 relative, whole an integer and |f| <= 0.5, where the result is a normal number. The
+// power of two goes into the exponent bits: a product of two factors could be reassociated, and then overflow.
+CA_HOST_INLINE float exp2_parts(float whole, float f) {
+  const float p = exp2_polynomial(f);
   return __uint_as_float(__float_as_uint(p) + (static_cast<unsigned>(static_cast<int>(whole)) << 23));
 }
 

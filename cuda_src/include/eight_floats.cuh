@@ -1,90 +1,174 @@
 // SPDX-License-Identifier: Apache-2.0
-// eight_floats.cuh - eight float32 numbers of one lane. On the CPU they are one vector register: g++ does not
+// eight_floats.cuh - N float32 numbers of one lane, mostly eight. On the CPU they are one vector: g++ does not
 // reliably turn arrays of accumulators into vectors by itself.
 #ifndef CUPYATTN_EIGHT_FLOATS_CUH
 #define CUPYATTN_EIGHT_FLOATS_CUH
 
 #include "prelude.cuh"
 
-struct EightFloats {
 #if CA_CPU
-  typedef float Numbers __attribute__((vector_size(32)));
-  Numbers x;
-#else
-  float x[8];
+namespace ca {
+template <int N>
+struct VectorOf {
+  static constexpr int LANES = N < 4 ? 4 : N;  // those past N hold anything
+  typedef float Floats __attribute__((vector_size(4 * LANES)));
+  typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+};
+}  // namespace ca
 #endif
 
-  // The same number eight times.
-  static __device__ __forceinline__ EightFloats all(float value) {
-    EightFloats out;
+template <int N>
+struct Floats {
+#if CA_CPU
+  typedef typename ca::VectorOf<N>::Floats Numbers;
+  Numbers x;
+#else
+  float x[N];
+#endif
+
+  // The same number N times.
+  static __device__ __forceinline__ Floats all(float value) {
+    Floats out;
 #if CA_CPU
     out.x = value - Numbers{};
 #else
 #pragma unroll
-    for (int j = 0; j < 8; ++j) out.x[j] = value;
+    for (int j = 0; j < N; ++j) out.x[j] = value;
 #endif
     return out;
   }
   template <typename T>
-  static __device__ __forceinline__ EightFloats from(const Vec<T, 8>& values) {
-    float converted[8];
+  static __device__ __forceinline__ Floats from(const Vec<T, N>& values) {
+    float converted[N];
     to_float(values, converted);
-    EightFloats out;
+    Floats out;
 #if CA_CPU
-    __builtin_memcpy(&out.x, converted, sizeof(out.x));
+    __builtin_memcpy(&out.x, converted, sizeof(converted));
 #else
 #pragma unroll
-    for (int j = 0; j < 8; ++j) out.x[j] = converted[j];
+    for (int j = 0; j < N; ++j) out.x[j] = converted[j];
 #endif
     return out;
   }
   template <typename T>
-  __device__ __forceinline__ Vec<T, 8> to() const {
-    float values[8];
+  __device__ __forceinline__ Vec<T, N> to() const {
+    float values[N];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) values[j] = x[j];
-    return from_float<T, 8>(values);
+    for (int j = 0; j < N; ++j) values[j] = x[j];
+    return from_float<T, N>(values);
   }
-  // From and to 16-byte aligned memory.
-  static __device__ __forceinline__ EightFloats load(const float* p) {
-    EightFloats out;
+  // From and to memory aligned to 16 bytes, or to what N numbers take if that is less.
+  static __device__ __forceinline__ Floats load(const float* p) {
+    Floats out;
 #if CA_CPU
-    __builtin_memcpy(&out.x, p, sizeof(out.x));
+    if (N < 4) out.x = Numbers{};
+    __builtin_memcpy(&out.x, p, 4 * N);
 #else
+    constexpr int WIDTH = N < 4 ? N : 4;
 #pragma unroll
-    for (int j = 0; j < 8; j += 4) store_vec(out.x + j, load_vec<float, 4>(p + j));
+    for (int j = 0; j < N; j += WIDTH) store_vec(out.x + j, load_vec<float, WIDTH>(p + j));
 #endif
     return out;
   }
   __device__ __forceinline__ void store(float* p) const {
 #if CA_CPU
-    __builtin_memcpy(p, &x, sizeof(x));
+    __builtin_memcpy(p, &x, 4 * N);
 #else
+    constexpr int WIDTH = N < 4 ? N : 4;
 #pragma unroll
-    for (int j = 0; j < 8; j += 4) store_vec(p + j, load_vec<float, 4>(x + j));
+    for (int j = 0; j < N; j += WIDTH) store_vec(p + j, load_vec<float, WIDTH>(x + j));
 #endif
   }
 
-  __device__ __forceinline__ void add_product(const EightFloats& a, const EightFloats& b) {
-#if CA_CPU
+  __device__ __forceinline__ void add_product(const Floats& a, const Floats& b) {
+#if CA_CPU && defined(__FMA__) && !defined(__clang__)
+    // a builtin: g++ rearranges a + b * c + d * e, and turns one of the two fused operations into two
+    if constexpr (N <= 4) x = __builtin_ia32_vfmaddps(a.x, b.x, x);
+    else if constexpr (N == 8) x = __builtin_ia32_vfmaddps256(a.x, b.x, x);
+#ifdef __AVX512F__
+    else if constexpr (N == 16) x = __builtin_ia32_vfmaddps512_mask(a.x, b.x, x, 0xffff, 4);
+#endif
+    else x += a.x * b.x;
+#elif CA_CPU
     x += a.x * b.x;
 #else
 #pragma unroll
-    for (int j = 0; j < 8; ++j) x[j] = fmaf(a.x[j], b.x[j], x[j]);
+    for (int j = 0; j < N; ++j) x[j] = fmaf(a.x[j], b.x[j], x[j]);
 #endif
   }
-  __device__ __forceinline__ void add_product(float a, const EightFloats& b) { add_product(all(a), b); }
+  __device__ __forceinline__ void add_product(float a, const Floats& b) { add_product(all(a), b); }
+  __device__ __forceinline__ void operator+=(const Floats& other) {
+#if CA_CPU
+    x += other.x;
+#else
+#pragma unroll
+    for (int j = 0; j < N; ++j) x[j] += other.x[j];
+#endif
+  }
+  __device__ __forceinline__ Floats operator-(const Floats& other) const {
+    Floats out;
+#if CA_CPU
+    out.x = x - other.x;
+#else
+#pragma unroll
+    for (int j = 0; j < N; ++j) out.x[j] = x[j] - other.x[j];
+#endif
+    return out;
+  }
+  __device__ __forceinline__ void operator*=(const Floats& factors) {
+#if CA_CPU
+    x *= factors.x;
+#else
+#pragma unroll
+    for (int j = 0; j < N; ++j) x[j] *= factors.x[j];
+#endif
+  }
   __device__ __forceinline__ void operator*=(float factor) {
 #if CA_CPU
     x *= factor;
 #else
 #pragma unroll
-    for (int j = 0; j < 8; ++j) x[j] *= factor;
+    for (int j = 0; j < N; ++j) x[j] *= factor;
 #endif
   }
   __device__ __forceinline__ float sum() const {
+    static_assert(N == 8, "the order of addition is that of eight numbers");
     return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
   }
 };
+
+using EightFloats = Floats<8>;
+
+// The larger one of each pair.
+template <int N>
+__device__ __forceinline__ Floats<N> maximum(const Floats<N>& a, const Floats<N>& b) {
+  Floats<N> out;
+#if CA_CPU
+  out.x = a.x > b.x ? a.x : b.x;
+#else
+#pragma unroll
+  for (int j = 0; j < N; ++j) out.x[j] = fmaxf(a.x[j], b.x[j]);
+#endif
+  return out;
+}
+
+// exp2f of every number below 128.
+template <int N>
+__device__ __forceinline__ Floats<N> exp2(const Floats<N>& a) {
+  Floats<N> out;
+#if CA_CPU
+  typedef typename Floats<N>::Numbers Numbers;
+  typedef typename ca::VectorOf<N>::Ints Ints;
+  const Numbers clamped = a.x < -126.0f ? -126.0f - Numbers{} : a.x;
+  const Ints whole = __builtin_convertvector(clamped + (clamped < 0.0f ? -0.5f - Numbers{} : 0.5f - Numbers{}), Ints);
+  const Numbers power = ca::exp2_polynomial(clamped - __builtin_convertvector(whole, Numbers));
+  out.x = ca::bit_cast<Numbers>(ca::bit_cast<Ints>(power) + (whole << 23));
+  out.x = a.x < -126.0f ? Numbers{} : a.x == a.x ? out.x : a.x;  // as with the GPU's -ftz=true; not a number stays so
+#else
+#pragma unroll
+  for (int j = 0; j < N; ++j) out.x[j] = exp2f(a.x[j]);
+#endif
+  return out;
+}
 
 #endif  // CUPYATTN_EIGHT_FLOATS_CUH

@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+// attention.cu - attention of ragged sequences over contiguous or paged keys: prefill, chunked prefill, decode, or a
+// batch of all of them, cut into work items by a planner.
+//
+//   query i of sequence b stands at token  n = seqlen - q_len + i  and sees tokens t as attention_work.cuh says:
+//     s[t] = softcap(softmax_scale * q[i,h] . k[t,g]) + bias,  g = h / heads_per_kv
+//     out[i,h] = sum_t exp(s[t]) v[t,g] / (sum_t exp(s[t]) + exp(sinks[h])),  lse = log(sum_t exp(s[t]))
+//   Scores, softmax and sums in float32; one rounding on store (tensor cores also round exp(s) to T before P.V).
+//
+// Two versions: CUDA cores (attention_cores.cuh; any types, any alignment, sm_75) and tensor cores (attention_mma.cuh;
+// T of 16 bits, 16-byte rows, sm_80).
+//
+// launch     grid (workers), block and dynamic shared memory: see the version's header; block w runs the work items
+//            worker_items[w] to worker_items[w + 1]
+// aliasing   out == q is allowed: a block reads its query rows before it writes them, and nobody else does
+// traffic    every visible key and value row once per tile of ROWS query rows
+#include "prelude.cuh"
+#include "params.h"
+#include "kv_format.cuh"
+
+using T = CA_T;                        // q and out
+using KF = CA_KF;                      // format of keys
+using VF = CA_VF;                      // format of values
+constexpr int ROWS = CA_ROWS;          // packed query rows of a work item
+constexpr int HEAD_DIM = CA_HEAD_DIM;  // tensor cores: both head dims padded to this; CUDA cores: 0, any
+constexpr bool ALIGNED = CA_ALIGNED;   // k, v and out rows start at multiples of 16 bytes
+constexpr bool BIAS = CA_BIAS;         // with a mask, a tree mask or ALiBi
+constexpr int STEP = 8;                // elements a thread handles at a time
+static_assert(sizeof(AttentionArgs) == CA_SIZEOF_ARGS, "attention: Python and CUDA disagree on AttentionArgs");
+
+#if CA_TENSOR_CORES
+#include "attention_mma.cuh"
+
+CA_KERNEL __launch_bounds__(THREADS, MIN_BLOCKS) void attention_mma(const __grid_constant__ AttentionArgs args) {
+  attend_on_tensor_cores(args);
+}
+
+#else
+#include "attention_cores.cuh"
+
+// The second bound keeps ptxas from spilling a few bytes for one more resident block.
+CA_KERNEL __launch_bounds__(128, ROWS > 4 ? 2 : 3) void attention(const __grid_constant__ AttentionArgs args) {
+  attend_on_cores(args);
+}
+
+#endif  // CA_TENSOR_CORES
