@@ -7,6 +7,7 @@ NumPy arrays in: the `.cu` source runs on the CPU. CuPy arrays in: it runs on th
 from .errors import CompileError, KernelCheckError
 from .ops.embedding import embedding
 from .ops.kv_append import kv_append
+from .ops.kv_flatten import kv_flatten
 from .ops.layer_norm import layer_norm
 from .ops.paged_decode import paged_decode
 from .ops.quant_gemm import quant_gemm
@@ -24,7 +25,7 @@ from .rope_params import RopeKernelParam, RopeParams
 __all__ = [
     "BlockKV", "CompileError", "KernelCheckError", "PagedParams", "PageManager", "PageTable", "Params", "QMatrix",
     "QuantizedKV", "RopeKernelParam", "RopeParams",
-    "embedding", "kv_append", "layer_norm", "paged_decode", "quant_gemm", "rms_norm", "rope", "silu_mul",
+    "embedding", "kv_append", "kv_flatten", "layer_norm", "paged_decode", "quant_gemm", "rms_norm", "rope", "silu_mul",
     "split_reduce",
 ]
 __version__ = "0.1.0"

@@ -25,6 +25,11 @@ class Format(NamedTuple):
     has_zero: bool = False
     rotated: bool = False
 
+    @property
+    def row_align(self):
+        """ROW_ALIGN of the tag."""
+        return 8 if self.bits == 8 else 4
+
     def row_codes(self, head_dim):
         """Elements of the codes of a row."""
         return head_dim * self.bits // 8
@@ -55,6 +60,7 @@ class KvSide(NamedTuple):
     view: dict         # fields of KvView
     scale: dict        # fields of KvScale
     alignment: int     # largest power of two ≤ 16 bytes that divides the address of every row
+    row_align: int     # what it must be at least for wide accesses
     arrays: dict       # name of the argument or of its part -> array
 
 
@@ -214,7 +220,7 @@ class QuantizedKV:
         if given is not None:
             return cls(codes, given, format=format)
         shape = _shape_of(format, num_pages, page_size, num_kv_heads, head_dim, granularity)
-        scale_dtype = _dtype(dtype if len(kind.scale_dtypes) > 1 else kind.scale_dtypes[0])
+        scale_dtype = dtype_of(dtype if len(kind.scale_dtypes) > 1 else kind.scale_dtypes[0])
         made = xp.zeros(shape, scale_dtype) if by_token else xp.full(shape, 1 if scale is None else scale, scale_dtype)
         return cls(codes, made, xp.zeros(shape, scale_dtype) if kind.has_zero else None, format=format)
 
@@ -269,7 +275,7 @@ class QuantizedKV:
         from .reference.kv_codec import dequantize
 
         parts = [a if a is None or isinstance(a, np.ndarray) else a.get() for a in (self.codes, self.scale, self.zero)]
-        return dequantize(*parts, format=self.format).astype(_dtype(dtype))
+        return dequantize(*parts, format=self.format).astype(dtype_of(dtype))
 
     def __repr__(self):
         pages, page_size, num_kv_heads, head_dim = self.shape
@@ -278,7 +284,8 @@ class QuantizedKV:
                 f"head_dim={head_dim}, scale={dtype_name(self.scale)} per {self.granularity}{bits})")
 
 
-def _dtype(name):
+def dtype_of(name):
+    """NumPy dtype by name, bfloat16 included."""
     if isinstance(name, str) and name == "bfloat16":
         import ml_dtypes
 
@@ -483,7 +490,8 @@ def kv_side(op, name, cache):
         An array that is not [pages, page_size, num_kv_heads, head_dim] with a contiguous last axis.
     """
     if isinstance(cache, (QuantizedKV, BlockKV)):
-        return KvSide(cache.tag, cache.format, cache.shape, *cache.view(), cache.alignment,
+        row_align = FORMATS[cache.format].row_align if cache.format in FORMATS else 16
+        return KvSide(cache.tag, cache.format, cache.shape, *cache.view(), cache.alignment, row_align,
                       {f"{name}.{part}": array for part, array in cache.arrays.items()})
     array_namespace(op, **{name: cache})
     found = dtype_name(cache)
@@ -498,4 +506,5 @@ def kv_side(op, name, cache):
         raise ValueError(f"{op}: {name} must have strides that are multiples of its itemsize {itemsize}, got {strides}")
     view = {"data": cache, "stride_page": strides[0] // itemsize, "stride_token": strides[1] // itemsize,
             "stride_head": strides[2] // itemsize, "offset": 0}
-    return KvSide(f"KvPlain<{CUDA_TYPES[found]}>", found, cache.shape, view, NO_SCALE, alignment(cache), {name: cache})
+    return KvSide(f"KvPlain<{CUDA_TYPES[found]}>", found, cache.shape, view, NO_SCALE, alignment(cache), 16,
+                  {name: cache})

@@ -230,13 +230,18 @@ struct KvPlain {
   static constexpr bool HAS_SCALE = false, HAS_ZERO = false, ROTATED = false, CHANNEL = false;
   static constexpr int GROUP = 0, BITS = 8 * sizeof(T), HIGH_BITS = 0, ROW_ALIGN = 16;
   static __host__ __device__ constexpr int row_codes(int head_dim) { return head_dim; }
+  // As they are, 16 bytes at a time: a whole Vec<float, 8> in memory would have to be 32-byte aligned.
   template <bool ALIGNED = true>
-  static __device__ __forceinline__ EightFloats eight(const T* row, int, int d) {
+  static __device__ __forceinline__ Vec<T, 8> load(const T* p) {
     constexpr int WIDTH = ALIGNED ? 16 / static_cast<int>(sizeof(T)) : 1;
     Vec<T, 8> out;
 #pragma unroll
-    for (int i = 0; i < 8; i += WIDTH) store_vec(out.v + i, load_vec<T, WIDTH>(row + d + i));
-    return EightFloats::from(out);
+    for (int i = 0; i < 8; i += WIDTH) store_vec(out.v + i, load_vec<T, WIDTH>(p + i));
+    return out;
+  }
+  template <bool ALIGNED = true>
+  static __device__ __forceinline__ EightFloats eight(const T* row, int, int d) {
+    return EightFloats::from(load<ALIGNED>(row + d));
   }
 };
 

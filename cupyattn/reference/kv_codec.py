@@ -35,9 +35,9 @@ def pack(codes, format):
     """Bytes of unsigned codes [..., head_dim] of a 4- or 6-bit format; 8-bit codes stay as they are."""
     bits, shape = FORMATS[format].bits, codes.shape[:-1]
     if bits == 8:
-        return codes.astype(np.uint8)
+        return codes.astype(np.uint8, order="C")
     words = (codes & 15).reshape(*shape, -1, 8)[..., NIBBLES].astype(np.uint8)
-    low = (words[..., 0::2] | words[..., 1::2] << 4).reshape(*shape, -1)
+    low = np.ascontiguousarray((words[..., 0::2] | words[..., 1::2] << 4).reshape(*shape, -1))
     if bits == 4:
         return low
     pairs = (codes >> 4).reshape(*shape, -1, 16)[..., PAIRS].astype(np.uint8).reshape(*shape, -1, 4)
@@ -127,8 +127,8 @@ def quantize(x, format, *, scale=None, scale_dtype="float16"):
     scaled = x * _inverse(by_row)
     if format in _FP8_MAX:
         limit = np.float32(_FP8_MAX[format])
-        return np.clip(scaled, -limit, limit).astype(_fp8(format)).view(np.uint8), scale, None
-    return _whole(scaled, -127, 127).astype(np.int8), scale, None
+        return np.clip(scaled, -limit, limit).astype(_fp8(format), order="C").view(np.uint8), scale, None
+    return _whole(scaled, -127, 127).astype(np.int8, order="C"), scale, None
 
 
 def numbers(codes, format):
