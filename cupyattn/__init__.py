@@ -4,7 +4,11 @@
 NumPy arrays in: the `.cu` source runs on the CPU. CuPy arrays in: it runs on the GPU.
 """
 
+from .attention_params import AttentionParams
+from .cache_iterators import BlockIteratorParams, LinearIteratorParams, QuantPolicy, create_cache_iter_factory
+from .context_parallel import contiguous_shards, merge_shards, rank_result, round_robin
 from .errors import CompileError, KernelCheckError
+from .ops.attention import attention
 from .ops.embedding import embedding
 from .ops.kv_append import kv_append
 from .ops.kv_flatten import kv_flatten
@@ -13,6 +17,7 @@ from .ops.paged_decode import paged_decode
 from .ops.quant_gemm import quant_gemm
 from .ops.rms_norm import rms_norm
 from .ops.rope import rope
+from .ops.schedule import Schedule, schedule
 from .ops.silu_mul import silu_mul
 from .ops.split_reduce import split_reduce
 from .page_table import PageTable
@@ -21,11 +26,15 @@ from .params import PagedParams, Params
 from .quant import QMatrix
 from .quantized_kv import BlockKV, QuantizedKV
 from .rope_params import RopeKernelParam, RopeParams
+from .turbomind import flatten_kv, invoke_attention, invoke_decoding, process_kv, reduce_split_k
 
 __all__ = [
-    "BlockKV", "CompileError", "KernelCheckError", "PagedParams", "PageManager", "PageTable", "Params", "QMatrix",
-    "QuantizedKV", "RopeKernelParam", "RopeParams",
-    "embedding", "kv_append", "kv_flatten", "layer_norm", "paged_decode", "quant_gemm", "rms_norm", "rope", "silu_mul",
-    "split_reduce",
+    "AttentionParams", "BlockIteratorParams", "BlockKV", "CompileError", "KernelCheckError", "LinearIteratorParams",
+    "PagedParams", "PageManager", "PageTable", "Params", "QMatrix", "QuantPolicy", "QuantizedKV", "RopeKernelParam",
+    "RopeParams", "Schedule",
+    "attention", "embedding", "kv_append", "kv_flatten", "layer_norm", "paged_decode", "quant_gemm", "rms_norm",
+    "rope", "schedule", "silu_mul", "split_reduce",
+    "contiguous_shards", "create_cache_iter_factory", "flatten_kv", "invoke_attention", "invoke_decoding",
+    "merge_shards", "process_kv", "rank_result", "reduce_split_k", "round_robin",
 ]
 __version__ = "0.1.0"

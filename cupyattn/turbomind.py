@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TurboMind's entry points: appending, attending, flattening and merging by AttentionParams."""
+
+import contextlib
+
+import numpy as np
+
+from .attention_args import Partials
+from .attention_plans import sm_count
+from .ops.attention import attention
+from .ops.kv_append import kv_append
+from .ops.kv_flatten import kv_flatten
+from .ops.split_reduce import split_reduce
+
+_TILE = 64        # keys; splits are cut at its multiples
+_UNIT_ROWS = 16   # query rows that one block of the decode kernel takes
+
+
+def invoke_decoding(params):
+    """Append the new tokens' keys and values to the blocks, then attend to them: one or more new tokens per sequence.
+
+    Parameters
+    ----------
+    params : AttentionParams
+        With k, v and block_iter_params.
+
+    Returns
+    -------
+    out : ndarray [tokens, num_heads, size_per_head]
+        ``params.out``, or a new array; rows of finished sequences are zeros, rows of no sequence stay as they are. With
+        context parallelism the partial results ``(partial_O, partial_ML)`` instead: see `merge_shards`.
+
+    Raises
+    ------
+    ValueError
+        A field this call needs is None; the message names it.
+
+    Notes
+    -----
+    The new tokens are attended to as the cache holds them, quantized. With `partial_O` every token's splits are left in
+    the partial results, and `out` is merged from them; without, they are scratch. Sinks count in the last split of a
+    token; with context parallelism only in `merge_shards`. Asynchronous on ``params.stream``. Kernels:
+    ``cuda_src/kv_append.cu``, ``cuda_src/paged_decode.cu``, ``cuda_src/attention.cu``, ``cuda_src/split_reduce.cu``.
+    """
+    _require("invoke_decoding", params, "k", "block_iter_params")
+    with _on_stream(params):
+        q = _append(params, with_queries=True)
+        return _attend("invoke_decoding", params, q, linear=False)
+
+
+def invoke_attention(params):
+    """Attend to keys and values that are there already: prefill, chunked prefill, or any other batch.
+
+    Parameters
+    ----------
+    params : AttentionParams
+        Reads linear_iter_params if given, else block_iter_params. Neither is written, and k and v are not looked at.
+
+    Returns
+    -------
+    out : ndarray [tokens, num_heads, size_per_head]
+        As of `invoke_decoding`.
+
+    Raises
+    ------
+    ValueError
+        A field this call needs is None; the message names it.
+    """
+    linear = params.linear_iter_params is not None
+    _require("invoke_attention", params, "linear_iter_params" if linear else "block_iter_params")
+    with _on_stream(params):
+        return _attend("invoke_attention", params, _finish_queries(params), linear)
+
+
+def process_kv(params):
+    """Write the new tokens' keys and values into the blocks: bias, RoPE (keys), quantization.
+
+    Tokens of finished sequences and of other context-parallel ranks are skipped.
+
+    Parameters
+    ----------
+    params : AttentionParams
+        With k, v and block_iter_params.
+
+    Raises
+    ------
+    ValueError
+        A field this call needs is None; the message names it.
+    """
+    _require("process_kv", params, "k", "block_iter_params")
+    with _on_stream(params):
+        _append(params, with_queries=False)
+
+
+def flatten_kv(params):
+    """Copy every context token's keys and values, dequantized, from the blocks into the linear buffer.
+
+    Row ``cu_k_len[b] - cu_k_len[0] + t`` of every head is token t of sequence b; with context parallelism this rank's
+    token t.
+
+    Parameters
+    ----------
+    params : AttentionParams
+        With block_iter_params and linear_iter_params.
+
+    Raises
+    ------
+    ValueError
+        A field this call needs is None; the message names it.
+    """
+    _require("flatten_kv", params, "block_iter_params", "linear_iter_params")
+    layer, step = params.block_layer, params.step
+    with _on_stream(params):
+        kv_flatten(layer.k, layer.v, block_table=params.block_iter_params.table, cu_seqlens_k=step.cu_seqlens_k,
+                   cache_seqlens=step.local_seqlens, out=_linear_views(params))
+
+
+def reduce_split_k(params):
+    """Merge the partial results into `out`: what `invoke_decoding` does last where there are any.
+
+    out = sum_i w_i O_i / sum_i w_i L_i,   w_i = 2^((M_i - max M) * softmax_scale * log2(e)),   i < split_cnt
+
+    Rows of tokens with a `split_cnt` of 0 stay as they are.
+
+    Parameters
+    ----------
+    params : AttentionParams
+        With out, split_cnt, partial_O and partial_ML. The partial results may be TurboMind's own, numerators with raw
+        maxima and sums.
+
+    Returns
+    -------
+    out : ndarray [tokens, num_heads, size_per_head]
+
+    Raises
+    ------
+    ValueError
+        A field this call needs is None, or is one rank's of several.
+    """
+    _require("reduce_split_k", params, "out", "partial_O")
+    if params.is_context_parallel:
+        raise ValueError("reduce_split_k: cp_size must be 1, got one rank of several; use merge_shards")
+    with _on_stream(params):
+        _reduce(params, params.out[params.rows])
+    return params.out
+
+
+# ---- steps -------------------------------------------------------------------------------------------------
+
+
+def _require(op, params, *names):
+    for name in names:
+        if getattr(params, name) is None:
+            raise ValueError(f"{op}: {name} must be given, got None")
+
+
+def _on_stream(params):
+    return contextlib.nullcontext() if params.stream is None else params.stream
+
+
+def _rope_options(params):
+    """What kv_append is told about RoPE and log-n."""
+    options = {"logn_max_position": params.max_position_embeddings if params.use_logn_attn else None}
+    if params.rope_param is not None:
+        cos, sin, rows = params.step.rope_tables
+        options |= {"cos": cos, "sin": sin, "rope_rows": rows, "style": params.rope_param.style,
+                    "rotary_dim": params.rope_param.rotary_dim}
+    return options
+
+
+def _finish_queries(params):
+    """Queries with bias, RoPE and log-n."""
+    q = params.q[params.rows]
+    if params.q_bias is None and params.rope_param is None and not params.use_logn_attn:
+        return q
+    return kv_append(None, None, None, None, q=q, q_bias=params.q_bias, positions=params.step.positions,
+                     **_rope_options(params))
+
+
+def _append(params, with_queries):
+    """Store the new keys and values; returns the finished queries if asked for."""
+    step, layer, rows = params.step, params.block_layer, params.rows
+    together = with_queries and params.cp_offsets is None
+    options = _rope_options(params)
+    if not together:   # log-n is the queries' alone
+        options.pop("logn_max_position")
+    q = kv_append(
+        params.k[rows], params.v[rows], layer.k, layer.v, block_table=params.block_iter_params.table,
+        batch_indices=step.sequence, k_bias=params.k_bias, v_bias=params.v_bias,
+        positions=step.positions if params.cp_offsets is None else step.slots,
+        key_stride=params.cp_size if params.cp_offsets is None else 1,
+        key_offset=params.cp_rank if params.cp_offsets is None else 0,
+        **({"q": params.q[rows], "q_bias": params.q_bias} if together else {}), **options)
+    return _finish_queries(params) if with_queries and not together else q
+
+
+def _linear_views(params):
+    return params.linear_iter_params.views(params.num_kv_heads, int(params.step.k_lens.sum()), params.size_per_head)
+
+
+def _attend(op, params, q, linear):
+    """Attention of finished queries over the linear buffer or the blocks."""
+    step = params.step
+    options = {"cu_seqlens_q": step.cu_seqlens_q, "max_q_len": params.max_q_len, "causal": params.causal,
+               "softmax_scale": params.softmax_scale, "window_size": params.window_size, "sinks": params.sinks,
+               "finished": params.finished}
+    if linear:
+        keys = _linear_views(params)
+        options["cu_seqlens_k"] = step.cu_seqlens_k
+    else:
+        keys = params.block_layer[:2]
+        options |= {"block_table": params.block_iter_params.table, "cache_seqlens": step.cache_seqlens}
+    if params.cp_offsets is not None:
+        options |= {"key_offsets": params.cp_offsets, "key_counts": params.cp_counts}
+    elif params.cp_size > 1:
+        options |= {"cp_rank": params.cp_rank, "cp_size": params.cp_size}
+    if params.is_context_parallel:
+        if params.partial_O is None:
+            raise ValueError(f"{op}: partial_O must be given with context parallelism, got None; see "
+                             "AttentionParams.with_partials")
+        attention(q, *keys, **options, **_partial_options(params))
+        return params.partial_O, params.partial_ML
+    out = params.out
+    if out is None:
+        make = params.xp.empty if params.token_num == len(params.q) else params.xp.zeros
+        out = make(params.q.shape, params.q.dtype)
+    rows = out[params.rows]
+    if params.partial_O is None:
+        attention(q, *keys, **options, out=rows)
+        return out
+    attention(q, *keys, **options, **_partial_options(params), out=rows)
+    _reduce(params, rows)
+    return out
+
+
+def _partial_options(params):
+    """Where a call leaves the splits: M = lse / softmax_scale and L = 1, so that any merge of such triples is right."""
+    splits = params.num_splits or _busy_splits(params)
+    ml = params.partial_ML[:, :, :splits]
+    return {"num_splits": splits, "partials": Partials(
+        params.partial_O[:, :, :splits].transpose(2, 0, 1, 3), ml[..., 0].transpose(2, 0, 1),
+        ml[..., 1].transpose(2, 0, 1), params.split_cnt, lse_factor=1.0 / params.softmax_scale,
+        count_sinks=not params.is_context_parallel)}   # a rank's sinks are for the merge of all ranks
+
+
+def _busy_splits(params):
+    """As many splits as give every multiprocessor two units of work, but no more than key tiles or max_split_k.
+
+    A CPU has none: 16 units whatever its number of cores, so that results do not depend on it.
+    """
+    wanted = 16 if params.xp is np else 2 * sm_count(params.xp)
+    keys = int(params.step.local_lens.max(initial=0))
+    keys = min(keys, params.window_size + params.max_q_len) if params.window_size else keys
+    packed = params.max_q_len * params.num_heads // params.num_kv_heads
+    units = params.batch_size * params.num_kv_heads * -(-packed // _UNIT_ROWS)
+    return max(1, min(params.max_split_k, -(-keys // _TILE), wanted // max(units, 1)))
+
+
+def _reduce(params, rows):
+    ml = params.partial_ML
+    split_reduce(params.partial_O.transpose(2, 0, 1, 3), ml[..., 0].transpose(2, 0, 1),
+                 partial_sum=ml[..., 1].transpose(2, 0, 1), lse_scale=params.softmax_scale,
+                 split_counts=params.split_cnt, out=rows)
