@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sequences that begin with the same pages, found in a page table in host memory."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 from .work_list import KEY_TILE, OVERHEAD
@@ -11,8 +13,8 @@ def shared_prefixes(table, page_size, seqlens, q_lens, unit, eligible):
 
     Only whole pages count, and only keys before every query of every member: then all of them see all of the prefix.
     A group of n members with a prefix of t key tiles saves t * (n - 1) tiles of reading and costs an item and a merge
-    per member, OVERHEAD + n. Where prefixes are nested, each group has one length; of all such groupings the one that
-    saves most is taken.
+    per member, OVERHEAD + n. A group has one prefix: where prefixes are nested, shorter ones are looked at after longer
+    ones and take over the groups and sequences that save less on their own.
 
     Parameters
     ----------
@@ -64,26 +66,32 @@ def _group(candidates, first, entries, pages, page_size, unit):
     differ = (rows[1:] != rows[:-1]) | (rows[1:] == -1)
     common = np.where(differ.any(axis=1), differ.argmax(axis=1), width)
     depths = common * page_size // unit * (unit // KEY_TILE)                          # in key tiles
-    stack = []   # (depth, subtrees that have so many tiles in common), depths increasing
+    stack = []   # (depth, parts of the sequences that have so many tiles in common), depths increasing
     for sequence, depth in zip(candidates.tolist(), [*depths.tolist(), -1], strict=True):
-        tree = ([sequence], 0, [])   # members, tiles saved, groups
+        parts = [Part([sequence], 0, 0)]
         while stack and stack[-1][0] > depth:
-            tree = _join(stack[-1][0], [*stack.pop()[1], tree])
+            deeper, others = stack.pop()
+            parts = _join(deeper, others + parts)
         if stack and stack[-1][0] == depth:
-            stack[-1][1].append(tree)
+            stack[-1][1].extend(parts)
         else:
-            stack.append((depth, [tree]))
-    return [(tiles * KEY_TILE, np.sort(members)) for tiles, members in stack[-1][1][-1][2]]
+            stack.append((depth, parts))
+    return [(part.tiles * KEY_TILE, np.sort(part.members)) for part in stack[-1][1] if part.tiles]
 
 
-def _join(depth, trees):
-    """One subtree of several whose members have `depth` tiles in common: which of them give up their own groups."""
-    joined = [tree for tree in trees if depth * len(tree[0]) > tree[1]]
-    others = [tree for tree in trees if depth * len(tree[0]) <= tree[1]]
-    members = [b for tree in joined for b in tree[0]]
-    gain = depth * (len(members) - 1) - OVERHEAD - len(members)
-    everyone = [b for tree in trees for b in tree[0]]
-    if gain <= sum(tree[1] for tree in joined):
-        return everyone, sum(tree[1] for tree in trees), [group for tree in trees for group in tree[2]]
-    saved = gain + sum(tree[1] for tree in others)
-    return everyone, saved, [(depth, members), *(group for tree in others for group in tree[2])]
+class Part(NamedTuple):
+    """A group, or one sequence that is in none."""
+
+    members: list
+    tiles: int   # of the prefix
+    saved: int   # see `shared_prefixes`
+
+
+def _join(depth, parts):
+    """`parts`, which all have `depth` tiles in common, with those joined to one group that save less on their own."""
+    joined = [part for part in parts if (depth - 1) * len(part.members) > part.saved]
+    members = [b for part in joined for b in part.members]
+    saved = depth * (len(members) - 1) - OVERHEAD - len(members)
+    if saved <= sum(part.saved for part in joined):
+        return parts
+    return [Part(members, depth, saved), *(part for part in parts if (depth - 1) * len(part.members) <= part.saved)]

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import itertools
+
 import numpy as np
 import pytest
 from compare import assert_same_bits
@@ -6,14 +8,17 @@ from conftest import NumpyArrays
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from standin import install
 
 import cupyattn
 from cupyattn.attention_plans import Tiling
 from cupyattn.devices import to_host
 from cupyattn.ops.schedule import fill_lists
+from cupyattn.page_table import PageTable
 from cupyattn.planning import Lengths, Limits, Policy, empty_lists, host_lists, list_ranges
 from cupyattn.reference import schedule as reference
 from cupyattn.runtime.cpu import settings
+from cupyattn.shared_prefix import shared_prefixes
 from cupyattn.work_list import WorkList, make_work
 
 WORKERS = (1, 7, 16, 264)
@@ -305,3 +310,161 @@ def test_schedule(xp, q_lens, options):
             assert getattr(again, name).items is getattr(made, name).items
     exact = cupyattn.schedule(second, cu_seqlens_q=cu_seqlens_q, xp=xp.module, **kwargs)
     assert exact.limits is None and "blocks" in repr(exact) and repr(here).startswith("Schedule(4 sequences")
+
+
+def test_errors():
+    lengths, kwargs = np.int32([5, 6]), {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+    with pytest.raises(TypeError, match="cache_seqlens must be int32, got int64"):
+        cupyattn.schedule(lengths.astype(np.int64), **kwargs)
+    with pytest.raises(ValueError, match=r"schedule: cu_seqlens_q must be \[batch \+ 1\] = \[3\], got \[2\]"):
+        cupyattn.schedule(lengths, cu_seqlens_q=lengths, **kwargs)
+    with pytest.raises(ValueError, match="cu_seqlens_q must not decrease, got"):
+        cupyattn.schedule(lengths, cu_seqlens_q=np.int32([0, 2, 1]), **kwargs)
+    with pytest.raises(ValueError, match="num_kv_heads must divide num_heads 4, got 3"):
+        cupyattn.schedule(lengths, **{**kwargs, "num_kv_heads": 3})
+    with pytest.raises(ValueError, match="num_splits must be None with invariant=True, got 2"):
+        cupyattn.schedule(lengths, num_splits=2, invariant=True, **kwargs)
+    with pytest.raises(ValueError, match="num_splits must be an int32 of at least 1, got 0"):
+        cupyattn.schedule(lengths, num_splits=0, **kwargs)
+    with pytest.raises(ValueError, match="kv_format must be float16, .*hadamard4, got 'int3'"):
+        cupyattn.schedule(lengths, kv_format="int3", **kwargs)
+    with pytest.raises(ValueError, match="page_size must be given with block_table"):
+        cupyattn.schedule(lengths, block_table=np.zeros((2, 1), np.int32), **kwargs)
+    with pytest.raises(ValueError, match="block_table must have 2 sequences like cache_seqlens, got 3"):
+        cupyattn.schedule(lengths, block_table=np.zeros((3, 1), np.int32), page_size=16, **kwargs)
+    made = cupyattn.schedule(lengths, **kwargs)
+    with pytest.raises(ValueError, match="out must be a schedule made with max_k_len, got one without"):
+        cupyattn.schedule(lengths, out=made, **kwargs)
+    room = cupyattn.schedule(lengths, max_k_len=100, num_splits=2, **kwargs)
+    with pytest.raises(ValueError, match="out must be made for num_splits 3, got one for 2"):
+        cupyattn.schedule(lengths, out=room, num_splits=3, **kwargs)
+    room = cupyattn.schedule(lengths, max_k_len=64, **kwargs)
+    with pytest.raises(ValueError, match="out must have room for .* units in its decode list, got 0; make it with"):
+        cupyattn.schedule(np.int32([5000, 6]), out=room, **kwargs)
+    with pytest.raises(ValueError, match="paged_decode: schedule must be made for batch 3, got one for 2"):
+        made.check("paged_decode", num_heads=4, batch=3)
+
+
+def test_errors_of_device_lengths():
+    with install() as xp:
+        kwargs = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+        lengths = xp.array(np.int32([5, 6]))
+        with pytest.raises(ValueError, match="max_k_len must be given for CuPy lengths"):
+            cupyattn.schedule(lengths, **kwargs)
+        with pytest.raises(ValueError, match="max_q_len must be given for a CuPy cu_seqlens_q"):
+            cupyattn.schedule(lengths, cu_seqlens_q=xp.array(np.int32([0, 1, 2])), max_k_len=9, **kwargs)
+        with pytest.raises(ValueError, match="xp must be cupy for CuPy lengths, got numpy"):
+            cupyattn.schedule(lengths, xp=np, max_k_len=9, **kwargs)
+        table = xp.array(np.zeros((2, 3), np.int32))
+        assert cupyattn.schedule(lengths, block_table=table, page_size=16, **kwargs).limits.max_k_len == 48
+
+
+# ---- shared prefixes ---------------------------------------------------------------------------------------
+
+
+def groups_of(rows, seqlens, page_size=16, unit=64, q_lens=1, **kwargs):
+    table = PageTable(np.array(rows, np.int32))
+    batch = len(rows)
+    found = shared_prefixes(table, page_size, np.broadcast_to(seqlens, batch), np.broadcast_to(q_lens, batch), unit,
+                            kwargs.get("eligible", np.ones(batch, bool)))
+    return sorted((keys, group.tolist()) for keys, group in found)
+
+
+def pages(*runs):
+    """A row of a page table: runs of ids (first, count)."""
+    return [first + i for first, count in runs for i in range(count)]
+
+
+def test_prefix_of_all():
+    rows = [pages((0, 40), (100 * b, 20)) for b in range(1, 6)]
+    assert groups_of(rows, 900) == [(640, [0, 1, 2, 3, 4])]
+    assert groups_of(rows, [900, 900, 600, 900, 900]) == [(576, [0, 1, 2, 3, 4])]     # 599 old tokens: 37 full pages
+    assert groups_of(rows, [900, 900, 300, 900, 900]) == [(640, [0, 1, 3, 4])]        # one that would hold back four
+    assert groups_of(rows, 900, unit=1024) == []
+    assert groups_of(rows, 900, page_size=64, unit=1024) == []                        # 899 old tokens
+    assert groups_of(rows, 3000, page_size=64, unit=1024) == [(2048, [0, 1, 2, 3, 4])]
+    assert groups_of(rows, 640 + 3, q_lens=3) == [(640, [0, 1, 2, 3, 4])]
+    assert groups_of(rows, 640 + 2, q_lens=3) == [(576, [0, 1, 2, 3, 4])]             # token 639 is a query's own
+    assert groups_of(rows, 900, q_lens=np.array([1, 2, 1, 2, 3])) == [(640, [0, 2]), (640, [1, 3])]
+    assert groups_of(rows, 900, eligible=np.array([1, 0, 1, 0, 1], bool)) == [(640, [0, 2, 4])]
+
+
+def test_nested_prefixes():
+    """One group each: the longer prefix where that saves more."""
+    common, more = (0, 8), (50, 40)
+    rows = [pages(common, more, (1000 * b, 12)) for b in (1, 2, 3)]
+    rows += [pages(common, (1000 * b, 52)) for b in (4, 5, 6, 7)]
+    rows += [pages((9999, 60))]
+    assert groups_of(rows, 960) == [(768, [0, 1, 2])]                                 # 2 tiles do not pay for 4 merges
+    rows = [pages((0, 32), (50, 8), (1000 * b, 20)) for b in (1, 2)]
+    rows += [pages((0, 32), (1000 * b, 28)) for b in (3, 4, 5)]
+    assert groups_of(rows, 960) == [(512, [0, 1, 2, 3, 4])]
+
+
+@hypothesis_settings(max_examples=80, deadline=None, derandomize=True)
+@given(st.data())
+def test_prefixes_save_what_they_can(data):
+    """Random tries: groups are valid, and no partition into groups saves more."""
+    batch, page_size, ids = data.draw(st.integers(1, 5)), data.draw(st.sampled_from([16, 32, 100])), itertools.count()
+    rows = [[] for _ in range(batch)]
+
+    def grow(members):
+        run = [next(ids) for _ in range(data.draw(st.integers(1, 20)))]
+        for b in members:
+            rows[b] += run
+        if len(rows[members[0]]) < 40:
+            for _, branch in itertools.groupby(sorted((data.draw(st.integers(0, 2)), b) for b in members),
+                                               key=lambda pair: pair[0]):
+                grow([b for _, b in branch])
+
+    grow(list(range(batch)))
+    table = np.array([row[:40] for row in rows], np.int32)
+    seqlens = np.array(data.draw(st.lists(st.integers(1, 40 * page_size), min_size=batch, max_size=batch)))
+    found = groups_of(table, seqlens, page_size)
+
+    def saved(keys, group):
+        return keys // 64 * (len(group) - 1) - 2 - len(group)
+
+    def keys_of(group):
+        whole = (seqlens[group].min() - 1) // page_size
+        same = (table[group, :whole] == table[group[0], :whole]).all(axis=0)
+        return (whole if same.all() else int(same.argmin())) * page_size // 64 * 64
+
+    def best(left):
+        if not left:
+            return 0
+        return max(max(0, saved(keys_of(group), group)) * (len(group) > 1) + best([b for b in left if b not in group])
+                   for size in range(len(left)) for rest in itertools.combinations(left[1:], size)
+                   for group in [[left[0], *rest]])
+
+    assert all(0 < keys <= keys_of(group) and saved(keys, group) > 0 for keys, group in found)
+    assert len({b for _, group in found for b in group}) == sum(len(group) for _, group in found)
+    assert sum(saved(*group) for group in found) == best(list(range(batch)))
+
+
+@pytest.mark.parametrize("form", ["dense", "csr", "pointers"])
+def test_schedule_shares_prefixes(form):
+    rows = np.array([pages((0, 70), (100 * b, 30)) for b in range(1, 4)] + [pages((900, 100))], np.int32)
+    indptr = np.arange(5, dtype=np.int32) * 100
+    table = {"dense": rows, "csr": PageTable.csr(rows.reshape(-1), indptr),
+             "pointers": PageTable.pointers(rows.reshape(-1).astype(np.uint64) * 4096 + 4096, indptr,
+                                            trusted_pointers=True)}[form]
+    lengths = np.int32([1500, 1600, 1300, 1100])
+    kwargs = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64}
+    made = cupyattn.schedule(lengths, block_table=table, page_size=16, **kwargs)
+    items = made.decode.items
+    assert made.decode.members[:, 0].tolist() == [0, 1, 2] and made.decode.rows == 8
+    assert items[items[:, 7] > 0, 7].tolist() and items[items[:, 7] > 0, 4].max() == 1088
+    assert_same_work(made.decode, reference.make_work(
+        lengths, 1, num_kv_heads=2, heads_per_kv=2, rows=8, workers=16, prefixes=[(1088, [0, 1, 2])]))
+    check_coverage(made.decode, lengths, 2)
+    assert "share" in repr(made)
+    invariant = cupyattn.schedule(lengths, block_table=table, page_size=16, invariant=True, one_list=True, **kwargs)
+    assert invariant.decode is None and invariant.prefill.items[invariant.prefill.items[:, 7] > 0, 4].max() == 1024
+    plain = cupyattn.schedule(lengths, **kwargs)
+    for options in ({"share_prefix": False}, {"window_size": 5000}, {"cache_starts": np.zeros(4, np.int32)},
+                    {"max_k_len": 1600}, {"num_splits": 4}):
+        options = {"block_table": table, "page_size": 16, **kwargs, **options}
+        assert len(cupyattn.schedule(lengths, **options).decode.members) == 0
+    assert_same_work(cupyattn.schedule(lengths, block_table=table, page_size=16, share_prefix=False, **kwargs).decode,
+                     plain.decode)
