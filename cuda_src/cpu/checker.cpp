@@ -89,9 +89,11 @@ void on_shared(Worker* w, std::vector<SharedByte>& shadow, size_t offset, size_t
   e.other_block[2] = static_cast<uint32_t>(block / grid[0] / grid[1]);
   e.argument = w->job->launch.buffers[buffer].argument;
   const uint32_t *b = e.other_block, *t = e.other_thread;
-  fail(w, block == w->block_number ? CA_RACE : CA_GLOBAL_RACE, pc,
-       "byte %zu is %s after a %s by block (%u, %u, %u), thread (%u, %u, %u), and nothing orders the two", byte,
-       write ? "written" : "read", after_write ? "write" : "read", b[0], b[1], b[2], t[0], t[1], t[2]);
+  const bool own = block == w->block_number;
+  fail(w, own ? CA_RACE : CA_GLOBAL_RACE, pc,
+       "byte %zu is %s after a %s by block (%u, %u, %u), thread (%u, %u, %u), and nothing orders the two%s", byte,
+       write ? "written" : "read", after_write ? "write" : "read", b[0], b[1], b[2], t[0], t[1], t[2],
+       own ? "" : ": between blocks only __threadfence, atomics on one address and __threadfence do");
 }
 
 bool global_ordered(Checker* c, uint32_t block, const Mark& m, int thread) {

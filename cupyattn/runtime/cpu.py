@@ -7,8 +7,6 @@ import ctypes
 import functools
 import os
 import platform
-import re
-import subprocess
 import sys
 import threading
 from dataclasses import dataclass, replace
@@ -16,15 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import CompileError, KernelCheckError
+from ..errors import CompileError
+from . import cpu_report as report
 from . import env, host_compiler, source
 
 _RELEASE = ("-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-DCA_CPU=1")
 _FUSED, _UNFUSED = (*_RELEASE, "-DCA_FUSED=1"), (*_RELEASE, "-DCA_FUSED=0")
 _CHECK = ("-O1", "-g1", "-gdwarf-4", "-fsanitize=thread", "-march=native", "-DCA_CPU=1", "-DCA_CHECK=1", "-DCA_FUSED=0")
 _SCHEDULES = {"forward": 0, "reverse": 1, "random": 2}
-_KINDS = ("none", "out_of_bounds", "read_only_write", "uninitialised_shared", "race", "divergent_barrier", "deadlock",
-          "collective_mismatch", "stack_overflow", "global_race", "bad_launch", "misaligned")
 
 
 @dataclass(frozen=True)
@@ -99,13 +96,11 @@ class _SharedCounters(ctypes.Structure):
                 ("requests", ctypes.c_uint64), ("conflicts", ctypes.c_uint64), ("max_ways", ctypes.c_uint64)]
 
 
-_COUNTS = ("blocks", "threads", "switches", "barriers", "collectives", "mma", "ldmatrix", "shuffles", "cp_async_bytes")
-_ACCESSES = ("read", "write", "ldmatrix", "cp_async")
 _MAX_INSTRUCTIONS = 1 << 14
 
 
 class _Counters(ctypes.Structure):
-    _fields_ = [*((n, ctypes.c_uint64) for n in _COUNTS), ("per_buffer", ctypes.POINTER(_BufferCounters)),
+    _fields_ = [*((n, ctypes.c_uint64) for n in report.COUNTS), ("per_buffer", ctypes.POINTER(_BufferCounters)),
                 ("shared", ctypes.POINTER(_SharedCounters)), ("num_shared", ctypes.c_uint64)]
 
 
@@ -123,16 +118,6 @@ class _Error(ctypes.Structure):
                 ("block", ctypes.c_uint32 * 3), ("thread", ctypes.c_uint32 * 3), ("other_block", ctypes.c_uint32 * 3),
                 ("other_thread", ctypes.c_uint32 * 3), ("shared_offset", ctypes.c_int32),
                 ("message", ctypes.c_char * 512)]
-
-
-class LaunchCounters(NamedTuple):
-    """What one checked launch did; see `counters`."""
-
-    kernel: str
-    counts: dict
-    buffers: dict
-    shared: dict
-    conflicts: dict
 
 
 @contextlib.contextmanager
@@ -311,34 +296,10 @@ def launch(plan, args, buffers=(), const_buffers=()):
         kernel.executor.ca_abandon()
         raise
     if code == 1:
-        raise _explain(plan, names, kernel, error)
+        raise report.explain(plan, names, kernel.path, error)
     if collected is not None:
-        collected.append(_collect(plan, kernel, names, counts))
-
-
-def _collect(plan, kernel, names, counts):
-    """LaunchCounters from what the executor counted."""
-    buffers = {name: {f: getattr(counts.per_buffer[i], f) for f, _ in _BufferCounters._fields_}
-               for i, name in enumerate(names)}
-    instructions = counts.shared[:min(counts.num_shared, _MAX_INSTRUCTIONS)]
-    worst = sorted((s for s in instructions if s.conflicts), key=lambda s: -s.conflicts)
-    lines = _locations(kernel, [s.pc for s in worst])
-    by_line = {}
-    for line, instruction in zip(lines, worst, strict=True):
-        by_line.setdefault((line, _ACCESSES[instruction.access]), []).append(instruction)
-    return LaunchCounters(
-        plan.spec.kernel, {n: getattr(counts, n) for n in _COUNTS}, buffers,
-        {name: _total(s for s in instructions if s.access == i) for i, name in enumerate(_ACCESSES)},
-        {place: _total(found) for place, found in by_line.items()})
-
-
-def _total(instructions):
-    total = {"requests": 0, "conflicts": 0, "max_ways": 0}
-    for s in instructions:
-        total["requests"] += s.requests
-        total["conflicts"] += s.conflicts
-        total["max_ways"] = max(total["max_ways"], s.max_ways)
-    return total
+        instructions = counts.shared[:min(counts.num_shared, _MAX_INSTRUCTIONS)]
+        collected.append(report.collect(plan, names, kernel.path, counts, instructions))
 
 
 def _known_arrays(args, buffers, const_buffers):
@@ -355,49 +316,3 @@ def _ranges(known):
         low, high = np.lib.array_utils.byte_bounds(array)
         ranges[i] = _Buffer(low, high - low, writeable, i)
     return ranges
-
-
-def _explain(plan, names, kernel, error):
-    """KernelCheckError (or ValueError for a bad launch) from what the executor reported."""
-    kind = _KINDS[error.kind]
-    message = error.message.decode(errors="replace")
-    if kind == "bad_launch":
-        return ValueError(f"{plan.spec.kernel}: {message}; plan {plan!r}")
-    block, thread = tuple(error.block), tuple(error.thread)
-    location, other = _location(kernel, error.pc), _location(kernel, error.other_pc)
-    argument = names[error.argument] if 0 <= error.argument < len(names) else None
-    where = location or "an unknown line (binutils would name it)"
-    text = f"{plan.spec.kernel}: {kind.replace('_', ' ')} at {where}, block {block}, thread {thread}: {message}"
-    if argument:
-        text += f" (argument {argument})"
-    if other:
-        text += f"; the other access: {other}, block {tuple(error.other_block)}, thread {tuple(error.other_thread)}"
-    return KernelCheckError(text, kind=kind, kernel=plan.spec.kernel, location=location, other_location=other,
-                            block=block, thread=thread, argument=argument)
-
-
-def _location(kernel, pc):
-    """``file:line`` of a return address inside the kernel's library, or None."""
-    return _locations(kernel, [pc])[0] if pc else None
-
-
-# what is inlined into every kernel: the line that calls it says more
-_PRIMITIVES = re.compile(r"/cuda_src/cpu/|/(prelude|cp_async|mma|warp|barrier|pairs|eight_floats)\.cuh:")
-
-
-def _locations(kernel, pcs):
-    """`_location` of each of several addresses."""
-    with open("/proc/self/maps") as maps:
-        base = next((int(line.split("-")[0], 16) for line in maps if line.rstrip().endswith(str(kernel.path))), None)
-    if not pcs or base is None:
-        return [None] * len(pcs)
-    try:
-        out = subprocess.run(["addr2line", "-a", "-i", "-e", str(kernel.path), *(hex(pc - 1 - base) for pc in pcs)],
-                             capture_output=True, text=True)
-    except OSError:
-        return [None] * len(pcs)
-    found = []
-    for part in re.split(r"^0x[0-9a-f]+\n", out.stdout, flags=re.MULTILINE)[1:]:
-        frames = [line.split(" ")[0] for line in part.splitlines() if not line.startswith("??")]   # innermost first
-        found.append(next((f for f in frames if not _PRIMITIVES.search(f)), frames[0] if frames else None))
-    return found
