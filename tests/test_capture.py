@@ -80,9 +80,18 @@ def _embedding(xp):
     return lambda: cupyattn.embedding(ids, table, out=out), [out]
 
 
+def _schedule(xp):
+    lengths, changed, cu_seqlens_q = (xp.array(np.int32(a)) for a in ([1500, 20], [9, 2000], [0, 1, 300]))
+    options = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 64, "cu_seqlens_q": cu_seqlens_q}
+    made = cupyattn.schedule(lengths, max_k_len=2000, max_q_len=300, **options)
+    lists = [work for work in (made.decode, made.prefill) if work is not None]
+    return (lambda: cupyattn.schedule(changed, out=made, **options),
+            [array for work in lists for array in (work.items, work.worker_items, work.units, work.pieces)])
+
+
 CASES = {"rms_norm": _rms_norm, "layer_norm": _layer_norm, "rope": _rope, "kv_append": _kv_append,
          "paged_decode": _paged_decode, "split_reduce": _split_reduce, "silu_mul": _silu_mul,
-         "quant_gemm": _quant_gemm, "embedding": _embedding}
+         "quant_gemm": _quant_gemm, "embedding": _embedding, "schedule": _schedule}
 
 
 @pytest.mark.parametrize("xp", ["standin", pytest.param("cupy", marks=pytest.mark.gpu)], indirect=True)

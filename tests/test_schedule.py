@@ -345,6 +345,14 @@ def test_errors():
         made.check("paged_decode", num_heads=4, batch=3)
 
 
+def test_tree_mask_takes_all_new_keys():
+    """Every query tile of a tree reaches to the end, where a causal one stops at its last query."""
+    kwargs = {"num_heads": 1, "num_kv_heads": 1, "head_dim": 8, "q_len": 200}
+    causal, tree = (cupyattn.schedule(np.int32([200]), tree_mask=tree, **kwargs) for tree in (False, True))
+    ends = [{row: end for _, _, row, _, end, *_ in made.prefill.items.tolist()} for made in (causal, tree)]
+    assert ends[0][0] == 64 and set(ends[1].values()) == {256} and tree.tree_mask and not causal.tree_mask
+
+
 def test_errors_of_device_lengths():
     with install() as xp:
         kwargs = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}

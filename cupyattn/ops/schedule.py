@@ -46,9 +46,9 @@ class Schedule:
         The others.
     batch : int
         Number of sequences.
-    num_heads, num_kv_heads, head_dim, causal, window_size, key_stride, key_offset, num_splits, invariant
+    num_heads, num_kv_heads, head_dim, causal, tree_mask, window_size, key_stride, key_offset, num_splits
         The arguments of `schedule` it was made with. An op that is called with others refuses it.
-    one_list, dtype, kv_format
+    invariant, one_list, dtype, kv_format
         Likewise.
     device : str
         ``"numpy"`` or ``"cupy"``: where its arrays are.
@@ -63,6 +63,7 @@ class Schedule:
     num_kv_heads: int
     head_dim: int
     causal: bool
+    tree_mask: bool
     window_size: int
     key_stride: int
     key_offset: int
@@ -130,8 +131,8 @@ def fill_lists(xp, lengths, limits, policy, ranges, lists):
 
 
 def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, cu_seqlens_q=None, q_len=1, max_q_len=None,
-             max_k_len=None, num_tokens=None, cache_starts=None, finished=None, causal=True, window_size=0,
-             key_stride=1, key_offset=0, key_offsets=None, key_counts=None, dtype="float16",
+             max_k_len=None, num_tokens=None, cache_starts=None, finished=None, causal=True, tree_mask=False,
+             window_size=0, key_stride=1, key_offset=0, key_offsets=None, key_counts=None, dtype="float16",
              kv_format=None, num_workers=None, num_splits=None, invariant=False, one_list=False, block_table=None,
              page_size=None, share_prefix=True, xp=None, out=None):
     """Who attends what in a step: made once from the lengths of a batch, handed to the attention of every layer.
@@ -164,7 +165,9 @@ def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, cu_seqlens_
     finished : ndarray [batch], bool, optional
         Sequences that attend to nothing and give zeros.
     causal : bool
-        A query sees no later token. False also where the queries of a sequence see each other by a tree mask.
+        A query sees no later token.
+    tree_mask : bool
+        The queries of a sequence see each other by a tree mask instead.
     window_size : int
         Visible tokens, the query's own included; 0 (default) for all.
     key_stride, key_offset : int
@@ -220,7 +223,7 @@ def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, cu_seqlens_
     >>> lengths = np.int32([40, 9000, 300])
     >>> cupyattn.schedule(lengths, num_heads=8, num_kv_heads=2, head_dim=64)
     Schedule(3 sequences, 8/2 heads, balanced, numpy
-      decode: WorkList(16 blocks, tiles of 4 rows, 6 units in 22 items, splits 1 to 8, 16 partial slots, imbalance 2 %))
+      decode: WorkList(16 blocks, tiles of 4 rows, 6 units in 20 items, splits 1 to 8, 16 partial slots, imbalance 5 %))
     """
     op = "schedule"
     lengths_xp = array_namespace(op, cache_seqlens=cache_seqlens, cu_seqlens_q=cu_seqlens_q, cache_starts=cache_starts,
@@ -237,11 +240,11 @@ def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, cu_seqlens_
                    num_workers=(num_workers, 1), page_size=(page_size, 1))
     _check_kinds(op, dtype, kv_format)
     lengths = Lengths(num_kv_heads, num_heads // num_kv_heads, cache_seqlens, None, cu_seqlens_q, q_len, cache_starts,
-                      finished, key_offsets, key_counts, key_stride, key_offset, causal, window_size)
+                      finished, key_offsets, key_counts, key_stride, key_offset, causal and not tree_mask, window_size)
     policy = Policy(num_splits, invariant, one_list)
     table = None if block_table is None else _page_table(op, block_table, page_size, lengths.batch)
     made_for = {"batch": lengths.batch, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim,
-                "causal": causal, "window_size": window_size, "key_stride": key_stride,
+                "causal": causal, "tree_mask": tree_mask, "window_size": window_size, "key_stride": key_stride,
                 "key_offset": key_offset, "num_splits": num_splits, "invariant": invariant, "one_list": one_list,
                 "dtype": dtype, "kv_format": kv_format or dtype, "device": xp.__name__}
     tiles = functools.partial(_tiling, xp, lengths, head_dim, dtype, kv_format or dtype, num_workers)
