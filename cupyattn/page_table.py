@@ -152,7 +152,7 @@ class PageTable:
                           form="pointers", block_ptrs=block_ptrs, buffers=tuple(buffers), alignment=alignment)
         array_namespace(_OP, block_ptrs=block_ptrs, **{f"buffers[{i}]": b for i, b in enumerate(buffers)})
         if self.xp is np:
-            self._check_pointers(_OP, block_ptrs[block_ptrs != 0], 1)
+            self.check_addresses(_OP, block_ptrs[block_ptrs != 0], 1)
         return self
 
     @classmethod
@@ -266,7 +266,7 @@ class PageTable:
         steps = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         used = entries[np.repeat(first + begin, counts) + steps]
         if self.form == "pointers":
-            self._check_pointers(op, used, block_bytes)
+            self.check_addresses(op, used, block_bytes)
         elif used.size and not 0 <= used.min() <= used.max() < num_pages:
             found = used.min() if used.min() < 0 else used.max()
             raise ValueError(f"{op}: block_table must hold page ids in [0, {num_pages}) up to each sequence's length, "
@@ -277,7 +277,8 @@ class PageTable:
             raise ValueError(f"{op}: {name} must not decrease and stay within the {self.max_pages} entries, got "
                              f"{np.asarray(indptr).tolist() if indptr.size <= 20 else 'other numbers'}")
 
-    def _check_pointers(self, op, used, block_bytes):
+    def check_addresses(self, op, used, block_bytes):
+        """Addresses of blocks that are used are not 0, aligned, and inside the buffers with `block_bytes` bytes."""
         used = used.astype(np.uint64)
         if (used == 0).any():
             raise ValueError(f"{op}: block_ptrs must not be 0 up to each sequence's length, got 0")

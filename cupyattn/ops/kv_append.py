@@ -6,9 +6,12 @@ import math
 
 import numpy as np
 
+from ..devices import to_host
+from ..kv_places import check_blocks, check_index, check_places, check_range, no_places, prepare_places, stride_of
+from ..page_table import PageTable
 from ..quantized_kv import FORMATS, BlockKV, QuantizedKV, kv_side
 from ..runtime import Plan, Specialisation, arch_of, env, launch, make_args
-from ..runtime.arrays import alignment, array_namespace, head_view, page_table, row_view, strides
+from ..runtime.arrays import alignment, array_namespace, head_view, row_view, strides
 from ..runtime.checks import (
     FLOATS,
     check_dtype,
@@ -17,7 +20,6 @@ from ..runtime.checks import (
     check_number,
     check_shape,
     check_writeable,
-    value_range,
 )
 from ..runtime.plan import CUDA_TYPES
 from ..runtime.structs import address
@@ -27,6 +29,7 @@ MAX_DIM = 1024   # longest row that lanes can hold
 
 
 PLAIN = {name: f"KvPlain<{CUDA_TYPES[name]}>" for name in FLOATS}
+ROW_ALIGN = {name: 8 if kind.bits == 8 else 4 for name, kind in FORMATS.items()}   # bytes, of wide accesses
 COPY = {"STAGES": 0, "INTERLEAVED": 0, "LANES": 1, "CHUNKS": 1}   # constants of the version that moves bits
 
 
@@ -37,22 +40,36 @@ def _spec(new, k_format, v_format, wide, *, gain=None, style="", lanes=0, chunks
                           {"T": new, "W": gain or new, "K": PLAIN.get(k_format, k_format),
                            "V": PLAIN.get(v_format, v_format), "WIDE": int(wide),
                            **(held if lanes else COPY)},
-                          spill_bytes=32 * chunks if lanes == 1 else 0)   # the CPU's version holds rows in memory
+                          spill_bytes=64 * chunks if lanes == 1 else 0)   # the CPU's version holds rows in memory
 
 
-CORE = [_spec(*case) for case in (
-    ("float16", "float16", "float16", 1), ("bfloat16", "bfloat16", "bfloat16", 1),
-    ("float32", "float32", "float32", 1), ("float32", "float16", "float16", 0), ("float16", "float32", "float32", 1),
-)] + [_spec(new, cache, cache, wide, gain=gain, style=style, lanes=lanes, chunks=chunks)
-      for new, cache, wide, gain, style, lanes, chunks in (
-    ("float16", "float16", 1, "float16", "neox", 16, 1), ("bfloat16", "bfloat16", 1, "float32", "interleaved", 8, 1),
-    ("float32", "float32", 0, "float32", "neox", 1, 32), ("bfloat16", "bfloat16", 0, "bfloat16", "neox", 32, 1),
-    ("float16", "float16", 0, "float32", "interleaved", 4, 1), ("float32", "bfloat16", 1, "float32", "neox", 32, 2),
+CORE = [_spec(new, k, v, wide, style=style, lanes=lanes, chunks=chunks, gain=gain)
+        for new, k, v, wide, style, lanes, chunks, gain in (
+    ("float16", "float16", "float16", 1, "", 0, 1, None), ("float32", "float16", "float16", 0, "", 0, 1, None),
+    ("bfloat16", "float32", "float32", 1, "", 0, 1, None),
+    ("float16", "float16", "float16", 1, "neox", 16, 1, None),
+    ("bfloat16", "bfloat16", "bfloat16", 0, "interleaved", 32, 1, "float32"),
+    ("float32", "float32", "float32", 0, "neox", 1, 32, None),
+    ("float16", "KvInt8<__half>", "KvInt8<__half>", 1, "neox", 16, 1, None),
+    ("bfloat16", "KvInt4<__nv_bfloat16>", "KvInt4<__nv_bfloat16>", 1, "", 16, 1, None),
+    ("float16", "KvHadamard8", "KvHadamard4", 1, "interleaved", 16, 1, None),
+    ("bfloat16", "KvHadamard6", "KvInt8<__nv_bfloat16>", 0, "neox", 8, 1, None),
+    ("bfloat16", "KvE4M3", "KvE4M3", 1, "neox", 16, 1, None), ("float16", "KvE5M2", "KvInt8Sym", 0, "", 32, 2, None),
+    ("float32", "KvInt8Channel", "KvInt4<float>", 1, "interleaved", 1, 32, None),
+    ("float16", "KvHadamard6", "KvHadamard6", 1, "", 1, 32, None),
 )]
-ALL = [_spec(new, cache, cache, wide) for new in FLOATS for cache in FLOATS for wide in (0, 1)] + [
-    _spec(new, cache, cache, wide, gain=gain, style=style, lanes=lanes, chunks=chunks)
-    for new in FLOATS for cache in FLOATS for wide in (0, 1) for gain in sorted({new, "float32"}) for style in STYLES
-    for lanes, chunks in ((1, 1), (1, 32), (4, 1), (8, 1), (16, 1), (32, 1), (32, 2))]
+TAGS = [kind.tag.format(CUDA_TYPES[name]) for kind in FORMATS.values()
+        for name in (FLOATS if len(kind.scale_dtypes) > 1 else FLOATS[:1])]
+ALL = list(dict.fromkeys([   # every constant with every type, and every format; not all products of them
+    *CORE, *(_spec(new, cache, cache, wide) for new in FLOATS for cache in FLOATS for wide in (0, 1)),
+    *(_spec(new, new, new, wide, gain=gain, style=style, lanes=lanes, chunks=chunks)
+      for new in FLOATS for wide in (0, 1) for style in STYLES for gain in ("float32", new)
+      for lanes, chunks in ((1, 1), (1, 32), (4, 1), (8, 1), (16, 1), (32, 1), (32, 2))),
+    *(_spec(new, tag, tag, 1, style=style, lanes=16) for new in FLOATS for tag in TAGS for style in ("", *STYLES)),
+    *(_spec("float16", tag, tag, 0, lanes=lanes, chunks=chunks)
+      for tag in TAGS for lanes, chunks in ((1, 32), (32, 2))),
+    *(_spec("float16", k, v, 1, lanes=8) for k, v in zip(TAGS, (*TAGS[1:], "float16"), strict=True)),
+]))
 
 
 def _power_of_two(n):
@@ -100,42 +117,6 @@ def _plan_kv_append(tokens, num_heads, num_kv_heads, head_dim, head_dim_v, rotar
     return Plan(spec, arch, (-(-tokens // depth), tiles), (lanes, rows, depth), note=note)
 
 
-def _check_range(name, values, low, high, what):
-    if values.size == 0:
-        return
-    smallest, largest = value_range(values)
-    if smallest < low or largest >= high:
-        found = smallest if smallest < low else largest
-        raise ValueError(f"kv_append: {name} must be in [{low}, {high}), {what}, got {found}")
-
-
-def _check_places(num_pages, page_size, slots, block_table, positions, batch_indices, readonly_tokens,
-                  key_stride, key_offset):
-    """Every token goes to a place inside the cache, and no two to the same one."""
-    if slots is not None:
-        _check_range("slots", slots, -1, num_pages * page_size, "num_pages * page_size or -1 to skip the token")
-        places = slots
-    else:
-        batch, max_pages = block_table.shape
-        _check_range("positions", positions, -1, max_pages * page_size * key_stride,
-                     "what block_table can hold, or -1 to skip the token")
-        sequences = np.arange(batch) if batch_indices is None else batch_indices
-        _check_range("batch_indices", sequences, 0, batch, "the rows of block_table")
-        writes = (positions >= 0) & (positions % key_stride == key_offset)
-        if readonly_tokens is not None:
-            writes &= positions >= readonly_tokens[sequences]
-        tokens, sequences = positions[writes] // key_stride, sequences[writes]
-        pages = block_table[sequences, tokens // page_size]
-        _check_range("block_table", pages, 0, num_pages, "the pages of the cache, where a token is written")
-        places = pages * np.int64(page_size) + tokens % page_size
-    if places.size > 1:
-        seen = set()
-        for place in places.tolist():
-            if place >= 0 and (place in seen or seen.add(place)):
-                raise ValueError(f"kv_append: places must differ from token to token, got page {place // page_size} "
-                                 f"slot {place % page_size} twice")
-
-
 def _check_array(name, array, dtype, shape, axes):
     """Dtype, shape and strides of an array whose last axis the kernel reads or writes in pieces; the dtype's name."""
     dtype = check_dtype("kv_append", name, array, dtype)
@@ -162,9 +143,8 @@ def _check_new(k, v, q):
     return tokens, 0 if q is None else q.shape[1], heads, head_dim, v.shape[2], dtype
 
 
-def _check_caches(k_cache, v_cache, heads, head_dim, head_dim_v):
-    """Both caches as KvSides."""
-    k, v = kv_side("kv_append", "k_cache", k_cache), kv_side("kv_append", "v_cache", v_cache)
+def _check_caches(k, v, caches, heads, head_dim, head_dim_v):
+    """Both caches, KvSides `k` and `v` of the objects in `caches`, fit each other and the new tokens."""
     check_shape("kv_append", "k_cache", k, (None, None, heads, head_dim),
                 "[num_pages, page_size, num_kv_heads, head_dim]")
     check_shape("kv_append", "v_cache", v, (*k.shape[:3], head_dim_v),
@@ -173,11 +153,10 @@ def _check_caches(k_cache, v_cache, heads, head_dim, head_dim_v):
         raise TypeError(f"kv_append: v_cache must be {k.format} like k_cache, got {v.format}")
     if k.shape[1] == 0:
         raise ValueError(f"kv_append: k_cache must have a page_size of at least 1, got {list(k.shape)}")
-    for side, cache in ((k, k_cache), (v, v_cache)):
+    for side, cache in zip((k, v), caches, strict=True):
         for name, array in side.arrays.items():
             if _makes_scale(cache) or not name.endswith(".scale"):
                 check_writeable("kv_append", name, array)
-    return k, v
 
 
 def _makes_scale(cache):
@@ -187,47 +166,10 @@ def _makes_scale(cache):
     return isinstance(cache, BlockKV) and cache.format in FORMATS and cache.scale is None
 
 
-def _alignment(side):
-    """Alignment of a side's rows in bytes, 16 where the pieces of 8 codes need no more than they have."""
-    needed = {8: 8, 6: 4, 4: 4}[FORMATS[side.format].bits] if side.format in FORMATS else 16
-    return 16 if side.alignment >= needed else side.alignment
-
-
-def _check_index(name, array, length, axes, dtypes=("int32",)):
-    check_dtype("kv_append", name, array, dtypes)
-    check_shape("kv_append", name, array, (length,), axes)
-    check_element_strides("kv_append", name, array)
-
-
-def _check_choice(tokens, slots, block_table, positions, batch_indices, readonly_tokens, key_stride, key_offset):
-    """Exactly one way to say where tokens go, and its arrays fit."""
-    if (slots is None) == (block_table is None) or block_table is not None and positions is None:
-        given = [name for name, array in (("slots", slots), ("block_table", block_table), ("positions", positions))
-                 if array is not None]
-        raise ValueError("kv_append: places must be given by slots, or by block_table and positions, got "
-                         f"{' and '.join(given) or 'neither'}")
-    check_number("kv_append", "key_stride", key_stride, least=1, integer=True)
-    check_number("kv_append", "key_offset", key_offset, least=0, integer=True)
-    if key_offset >= key_stride:
-        raise ValueError(f"kv_append: key_offset must be below key_stride = {key_stride}, got {key_offset}")
-    if slots is not None:
-        for name, given in (("batch_indices", batch_indices is not None), ("key_stride", key_stride != 1),
-                            ("readonly_tokens", readonly_tokens is not None)):
-            if given:
-                raise ValueError(f"kv_append: {name} must come with block_table, got slots")
-        _check_index("slots", slots, tokens, "[tokens]", ("int32", "int64"))
-        return
-    check_dtype("kv_append", "block_table", block_table, "int32")
-    check_shape("kv_append", "block_table", block_table, (None, None), "[batch, max_pages]")
-    check_last_axis("kv_append", "block_table", block_table)
-    check_element_strides("kv_append", "block_table", block_table)
-    if batch_indices is not None:
-        _check_index("batch_indices", batch_indices, tokens, "[tokens]")
-    elif tokens != block_table.shape[0]:
-        raise ValueError(f"kv_append: batch_indices must be given unless there is one token per sequence, got {tokens} "
-                         f"tokens for {block_table.shape[0]} rows of block_table")
-    if readonly_tokens is not None:
-        _check_index("readonly_tokens", readonly_tokens, block_table.shape[0], "[batch]")
+def _alignment(side, table):
+    """Alignment of a side's rows in bytes, 16 where wide accesses to its codes need no more than they have."""
+    found = side.alignment if table is None else min(side.alignment, table.alignment)
+    return 16 if found >= ROW_ALIGN.get(side.format, 16) else found
 
 
 def _check_rope(tokens, head_dim, cos, sin, rope_rows, positions, style, rotary_dim):
@@ -250,7 +192,7 @@ def _check_rope(tokens, head_dim, cos, sin, rope_rows, positions, style, rotary_
     if rope_rows is None and positions is None:
         raise ValueError("kv_append: rope_rows or positions must be given with cos and sin, got neither")
     if rope_rows is not None:
-        _check_index("rope_rows", rope_rows, tokens, "[tokens]")
+        check_index("rope_rows", rope_rows, tokens, "[tokens]")
     return rotary_dim
 
 
@@ -375,21 +317,27 @@ def kv_append(k, v, k_cache, v_cache, /, *, slots=None, block_table=None, positi
     """
     biases = {"q_bias": q_bias, "k_bias": k_bias, "v_bias": v_bias}
     norms = {"q_norm": q_norm, "k_norm": k_norm}
-    indices = {"slots": slots, "block_table": block_table, "positions": positions, "batch_indices": batch_indices,
+    indices = {"slots": slots, "positions": positions, "batch_indices": batch_indices,
                "readonly_tokens": readonly_tokens, "rope_rows": rope_rows}
-    caches = {f"{name}{part}": array for name, cache in (("k_cache", k_cache), ("v_cache", v_cache))
-              for part, array in (cache.arrays if isinstance(cache, (QuantizedKV, BlockKV)) else {"": cache}).items()}
-    xp = array_namespace("kv_append", k=k, v=v, q=q, q_out=q_out, cos=cos, sin=sin, **caches, **biases, **norms,
-                         **indices)
+    tables = block_table.arrays if isinstance(block_table, PageTable) else {"block_table": block_table}
+    caches = (k_cache, v_cache)
+    sides = [kv_side("kv_append", name, cache) for name, cache in zip(("k_cache", "v_cache"), caches, strict=True)
+             if cache is not None]
+    xp = array_namespace("kv_append", k=k, v=v, q=q, q_out=q_out, cos=cos, sin=sin, **biases, **norms, **indices,
+                         **tables, **{name: array for side in sides for name, array in side.arrays.items()})
     tokens, heads, kv_heads, head_dim, head_dim_v, dtype = _check_new(k, v, q)
-    sides = [] if k is None else _check_caches(k_cache, v_cache, kv_heads, head_dim, head_dim_v)
     if positions is not None:
-        _check_index("positions", positions, tokens, "[tokens]")
+        check_index("positions", positions, tokens, "[tokens]")
     if k is None:
-        _refuse_places(k_cache=k_cache, v_cache=v_cache, slots=slots, block_table=block_table,
-                       batch_indices=batch_indices, readonly_tokens=readonly_tokens)
+        places = no_places(k_cache=k_cache, v_cache=v_cache, slots=slots, block_table=block_table,
+                           batch_indices=batch_indices, readonly_tokens=readonly_tokens)
     else:
-        _check_choice(tokens, slots, block_table, positions, batch_indices, readonly_tokens, key_stride, key_offset)
+        if len(sides) != 2:
+            raise ValueError("kv_append: k_cache and v_cache must be given with k and v, got None")
+        _check_caches(*sides, caches, kv_heads, head_dim, head_dim_v)
+        places = prepare_places(slots, block_table, positions, batch_indices, readonly_tokens, key_stride, key_offset,
+                                tokens)
+        check_blocks(places, k_cache=k_cache, v_cache=v_cache)
     rotary_dim = _check_rope(tokens, head_dim, cos, sin, rope_rows, positions, style, rotary_dim)
     gain = _check_steps(heads, kv_heads, head_dim, head_dim_v, dtype, biases, norms)
     check_number("kv_append", "norm_eps", norm_eps, least=0)
@@ -397,36 +345,26 @@ def kv_append(k, v, k_cache, v_cache, /, *, slots=None, block_table=None, positi
     if tokens == 0 or head_dim == 0 or heads + kv_heads == 0:
         return q_out
     if xp is np or env.check():
-        host = {name: a if a is None or xp is np else a.get() for name, a in indices.items()}
-        rows = "positions" if rope_rows is None else "rope_rows"
         if rotary_dim:
-            _check_range(rows, host[rows], -1, cos.shape[0], "the rows of cos and sin or -1 to skip the token")
-        if k is not None:
-            del host["rope_rows"]
-            _check_places(*sides[0].shape[:2], **host, key_stride=key_stride, key_offset=key_offset)
+            name, rows = ("positions", positions) if rope_rows is None else ("rope_rows", rope_rows)
+            check_range(name, to_host(rows), -1, cos.shape[0], "the rows of cos and sin or -1 to skip the token")
+        check_places(places, caches)
     steps = [a for a in (q, q_out, cos, sin, *biases.values(), *norms.values()) if a is not None]
     plan = _plan_kv_append(
         tokens, heads, kv_heads, head_dim, head_dim_v, rotary_dim, dtype, gain,
         *([side.tag for side in sides] or [PLAIN[dtype]] * 2), style if steps else "",
-        min([*(alignment(a) for a in (k, v, *steps) if a is not None), *map(_alignment, sides)]), arch_of(xp))
-    by_table = block_table is not None
-    wide = slots is not None and slots.dtype.itemsize == 8
-    k_side, v_side = sides or (None, None)
+        min([*(alignment(a) for a in (k, v, *steps) if a is not None),
+             *(_alignment(side, places.table) for side in sides)]), arch_of(xp))
     launch(plan, make_args(
-        plan, k=_heads(k), v=_heads(v), q=_heads(q), q_out=_heads(q_out),
-        k_cache=k_side and k_side.view, v_cache=v_side and v_side.view, k_scale=k_side and k_side.scale,
-        v_scale=v_side and v_side.scale, table=_table(block_table, k_side), q_bias=row_view(q_bias),
-        k_bias=row_view(k_bias), v_bias=row_view(v_bias), q_norm=q_norm, k_norm=k_norm, cos=cos, sin=sin,
-        slots32=None if wide else slots, slots64=slots if wide else None, positions=positions,
-        batch_indices=batch_indices, rope_rows=rope_rows, readonly=readonly_tokens,
-        stride_cos=0 if cos is None else strides(cos)[0], stride_sin=0 if sin is None else strides(sin)[0],
-        stride_slot=_step(slots), stride_position=_step(positions), stride_batch_index=_step(batch_indices),
-        stride_rope_row=_step(rope_rows), stride_readonly=_step(readonly_tokens), tokens=tokens,
-        batch=block_table.shape[0] if by_table else 0, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
-        head_dim_v=head_dim_v, rotary_dim=rotary_dim, table_rows=0 if cos is None else cos.shape[0],
-        key_stride=key_stride, key_offset=key_offset, k_makes_scale=int(_makes_scale(k_cache)),
-        v_makes_scale=int(_makes_scale(v_cache)), logn_position=logn_max_position or 0, norm_eps=norm_eps,
-        logn_factor=0.0 if logn_max_position is None else 1 / math.log(logn_max_position), reserved=0))
+        plan, k=_heads(k), v=_heads(v), q=_heads(q), q_out=_heads(q_out), **_cache_fields(sides, caches),
+        **places.fields(k_cache), q_bias=row_view(q_bias), k_bias=row_view(k_bias), v_bias=row_view(v_bias), **norms,
+        cos=cos, sin=sin, stride_cos=0 if cos is None else strides(cos)[0],
+        stride_sin=0 if sin is None else strides(sin)[0], positions=positions, stride_position=stride_of(positions),
+        rope_rows=rope_rows, stride_rope_row=stride_of(rope_rows), tokens=tokens, num_heads=heads,
+        num_kv_heads=kv_heads, head_dim=head_dim, head_dim_v=head_dim_v, rotary_dim=rotary_dim,
+        table_rows=0 if cos is None else cos.shape[0], logn_position=logn_max_position or 0,
+        logn_factor=0.0 if logn_max_position is None else 1 / math.log(logn_max_position), norm_eps=norm_eps,
+        reserved=0), buffers=places.buffers)
     return q_out
 
 
@@ -434,22 +372,11 @@ def _heads(array):
     return None if array is None else head_view(array)
 
 
-def _step(array):
-    """Stride of a one-dimensional array in elements, 0 for none."""
-    return 0 if array is None else strides(array)[0]
-
-
-def _table(block_table, side):
-    """Fields of PageTable; with slots only the page size and count."""
-    if side is None:
-        return None
-    if block_table is not None:
-        return page_table(block_table, side)
-    return {"block_table": None, "indptr": None, "block_ptrs": None, "row_starts": None, "stride_seq": 0,
-            "max_pages": 0, "page_size": side.shape[1], "num_pages": side.shape[0], "reserved": 0}
-
-
-def _refuse_places(**given):
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(f"kv_append: {name} must come with k and v, got it without them")
+def _cache_fields(sides, caches):
+    """Fields of the struct that describe the caches, without `sides` those of none."""
+    fields = {}
+    for i, letter in enumerate("kv"):
+        fields[f"{letter}_cache"] = sides[i].view if sides else None
+        fields[f"{letter}_scale"] = sides[i].scale if sides else None
+        fields[f"{letter}_makes_scale"] = int(_makes_scale(caches[i]))
+    return fields
