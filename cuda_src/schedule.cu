@@ -159,16 +159,21 @@ CA_KERNEL __launch_bounds__(512) void schedule(const __grid_constant__ ScheduleA
   Planner planner(args, blockIdx.x == 0 ? args.first : args.second, shared);
   const WorkTarget& list = planner.list;
 
-  // 1. what all units cost together
-  int64_t sum[1] = {0}, total[1];
+  // 1. what all units cost together, and how many items they need at least
+  int64_t sum[2] = {0, 0}, total[2];
   int planned = 0;
   for (int first = 0; first < args.batch; first += threads) {
     const int units = planner.load_sequences(first, list.max_units - planned);
-    for (int i = thread; i < units; i += threads) sum[0] += planner.cost(planner.unit_at(i));
+    for (int i = thread; i < units; i += threads) {
+      const Unit unit = planner.unit_at(i);
+      sum[0] += planner.cost(unit);
+      sum[1] += unit.count;
+    }
     planned += units;
     __syncthreads();
   }
   block_scan(sum, total, planner.scratch);
+  const int batch = total[1] <= list.max_items ? args.batch : 0;
   const int64_t per_worker = max(static_cast<int64_t>(1), ceil_div(total[0], static_cast<int64_t>(list.workers)));
   __syncthreads();
 
@@ -176,7 +181,7 @@ CA_KERNEL __launch_bounds__(512) void schedule(const __grid_constant__ ScheduleA
   int64_t spent = 0, items = 0;
   int slots = 0, split_units = 0, last_worker = -1;
   planned = 0;
-  for (int first = 0; first < args.batch; first += threads) {
+  for (int first = 0; first < batch; first += threads) {
     const int units = planner.load_sequences(first, list.max_units - planned);
     planned += units;
     for (int base = 0; base < units; base += threads) {

@@ -96,6 +96,7 @@ class Limits(NamedTuple):
     max_q_len: int
     max_k_len: int      # local keys of a sequence
     num_tokens: int     # query tokens of all sequences
+    total_k_len: int | None = None   # local keys of all sequences; None: batch * max_k_len
 
 
 # ---- lists with room for more -----------------------------------------------------------------------------
@@ -104,20 +105,23 @@ class Limits(NamedTuple):
 def capacity(lengths, limits, policy, packed_rows, rows, workers):
     """(units, items, units in several pieces, partial slots) that lengths inside `limits` never exceed."""
     group, batch = lengths.heads_per_kv, lengths.batch
-    tiles = min(batch * -(-min(limits.max_q_len * group, packed_rows[1]) // rows),
-                (limits.num_tokens * group + batch * (rows - 1)) // rows)
-    units = tiles * lengths.num_kv_heads
+    each = -(-min(limits.max_q_len * group, packed_rows[1]) // rows)   # row tiles of a sequence
+    units = lengths.num_kv_heads * min(batch * each, (limits.num_tokens * group + batch * (rows - 1)) // rows)
     keys = limits.max_k_len
     if lengths.window_size:
         queries = min(limits.max_q_len, (rows - 1) // group + 2)
         span = (1 if lengths.causal else 2) * lengths.window_size + queries   # of the visible tokens of a unit
         keys = min(keys, span + KEY_TILE * CHUNK_TILES)                       # which may begin late in a chunk
     key_tiles = -(-keys // KEY_TILE)
-    if policy.invariant or policy.num_splits is not None:
-        splits = -(-key_tiles // CHUNK_TILES) if policy.invariant else min(policy.num_splits, key_tiles)
-        return units, units * max(splits, 1), units * (splits > 1), units * splits * (splits > 1)
-    slots = min(2 * workers, units * key_tiles * (key_tiles > 1))
-    return units, units + workers, min(units, slots // 2), slots
+    if not policy.invariant and policy.num_splits is None:
+        slots = min(2 * workers, units * key_tiles * (key_tiles > 1))
+        return units, units + workers, min(units, slots // 2), slots
+    step = CHUNK_TILES if policy.invariant else 1
+    items = units * max(1, min(-(-key_tiles // step), policy.num_splits or _EVERY))
+    if limits.total_k_len is not None:
+        items = min(items, units + lengths.num_kv_heads * each * (limits.total_k_len // (step * KEY_TILE)))
+    slots = items if items > units else 0
+    return units, items, min(units, slots // 2), slots
 
 
 def _empty_list(xp, rows, workers, room):

@@ -217,7 +217,8 @@ def same_as_on_host(seqlens, q_lens, kwargs, arrays, slack=0):
     ranges = list_ranges(tiles, 0, 10**6)
     wanted = host_lists(host, tiles, policy, ranges)
     lengths, _ = lengths_of(seqlens, q_lens, kwargs, arrays.array)
-    limits = Limits(int(q_lens.max(initial=0)) + slack, int(seqlens.max(initial=0)) + slack, int(q_lens.sum()) + slack)
+    limits = Limits(int(q_lens.max(initial=0)) + slack, int(seqlens.max(initial=0)) + slack, int(q_lens.sum()) + slack,
+                    None if slack else int(seqlens.sum()))
     lists = empty_lists(arrays.module, lengths, limits, tiles, policy, ranges)
     for work in lists:
         for array in (work.items, work.worker_items, work.units, work.pieces):
@@ -274,6 +275,13 @@ def test_device_planner_stays_inside_its_arrays():
         for work in lists:
             items = work.items[:work.worker_items[-1]]
             assert items[:, 5].max(initial=-1) < work.num_slots and items[:, 4].max(initial=0) <= 1024
+    lengths = Lengths(2, 4, np.full(5, 3000, np.int32))
+    ranges = list_ranges(tiles, 4, 4)
+    for total, planned in ((15000, True), (14000, False)):   # a total that is not kept to: nothing is planned
+        work, _ = lists = empty_lists(np, lengths, Limits(1, 4000, 5, total), tiles, Policy(num_splits=47), ranges)
+        with settings(check=True):
+            fill_lists(np, lengths, Limits(1, 4000, 5, total), Policy(num_splits=47), ranges, lists)
+        assert (work.worker_items[-1] > 0) == planned and work.worker_items[0] == 0
 
 
 def assert_filled(got, want):

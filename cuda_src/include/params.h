@@ -440,7 +440,7 @@ struct WorkTarget {
   int32_t least_packed;   // the list takes sequences of so many packed rows
   int32_t most_packed;    // up to so many
   int32_t max_units;      // units there is room for; later ones are left out
-  int32_t reserved;       // zero
+  int32_t max_items;      // items there is room for; a list that needs more stays empty
 };
 
 struct ScheduleArgs {

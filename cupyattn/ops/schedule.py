@@ -29,7 +29,7 @@ from ..work_list import CHUNK_TILES, KEY_TILE, WorkList
 _NO_TABLE = {"block_table": None, "indptr": None, "block_ptrs": None, "row_starts": None, "stride_seq": 0,
              "max_pages": 0, "page_size": 1, "num_pages": 0, "reserved": 0}
 _NO_TARGET = {"items": None, "worker_items": None, "units": None, "pieces": None, "rows": 1, "workers": 1,
-              "least_packed": 1, "most_packed": 0, "max_units": 0, "reserved": 0}
+              "least_packed": 1, "most_packed": 0, "max_units": 0, "max_items": 0}
 
 CORE = ALL = [Specialisation("schedule", "schedule", "ScheduleArgs", {})]
 
@@ -105,11 +105,11 @@ def fill_lists(xp, lengths, limits, policy, ranges, lists):
     targets = []
     for packed_rows, work in zip(ranges, lists, strict=True):
         if work is not None:
-            units = capacity(lengths, limits, policy, packed_rows, work.rows, work.workers)[0]
+            units, items, *_ = capacity(lengths, limits, policy, packed_rows, work.rows, work.workers)
             targets.append({"items": work.items, "worker_items": work.worker_items, "units": work.units,
                             "pieces": work.pieces, "rows": work.rows, "workers": work.workers,
                             "least_packed": packed_rows[0], "most_packed": packed_rows[1], "max_units": units,
-                            "reserved": 0})
+                            "max_items": items})
     plan = _plan_schedule(len(targets), arch_of(xp))
 
     def stride(array):
@@ -131,10 +131,10 @@ def fill_lists(xp, lengths, limits, policy, ranges, lists):
 
 
 def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, cu_seqlens_q=None, q_len=1, max_q_len=None,
-             max_k_len=None, num_tokens=None, cache_starts=None, finished=None, causal=True, tree_mask=False,
-             window_size=0, key_stride=1, key_offset=0, key_offsets=None, key_counts=None, dtype="float16",
-             kv_format=None, num_workers=None, num_splits=None, invariant=False, one_list=False, block_table=None,
-             page_size=None, share_prefix=True, xp=None, out=None):
+             max_k_len=None, num_tokens=None, total_k_len=None, cache_starts=None, finished=None, causal=True,
+             tree_mask=False, window_size=0, key_stride=1, key_offset=0, key_offsets=None, key_counts=None,
+             dtype="float16", kv_format=None, num_workers=None, num_splits=None, invariant=False, one_list=False,
+             block_table=None, page_size=None, share_prefix=True, xp=None, out=None):
     """Who attends what in a step: made once from the lengths of a batch, handed to the attention of every layer.
 
     The q_len * heads_per_kv query rows of a (sequence, KV head) are cut into tiles, units, and the keys of a unit into
@@ -160,6 +160,9 @@ def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, cu_seqlens_
         With NumPy lengths it makes arrays that can be filled again, see `out`.
     num_tokens : int, optional
         Most query tokens of the batch, when that is less than ``batch * max_q_len``: makes the arrays smaller.
+    total_k_len : int, optional
+        Most keys of the batch in the cache, when that is less than ``batch * max_k_len``: makes the arrays of
+        `invariant` and `num_splits` smaller. Default with CSR tables and block pointers: the pages they list.
     cache_starts : ndarray [batch], int32, optional
         First visible key of each sequence.
     finished : ndarray [batch], bool, optional
@@ -198,7 +201,7 @@ def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, cu_seqlens_
         numpy or cupy: where the schedule goes. Default: where the lengths are.
     out : Schedule, optional
         Made by an earlier call that gave `max_k_len` or had CuPy lengths: its arrays are filled again and keep their
-        addresses, so that a captured graph sees the new lengths.
+        addresses, so that a captured graph sees the new lengths. Its limits stand.
 
     Returns
     -------
@@ -236,7 +239,7 @@ def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, cu_seqlens_
                   key_counts=key_counts)
     _check_numbers(op, num_heads, num_kv_heads, invariant, num_splits, head_dim=(head_dim, 1), q_len=(q_len, 0),
                    max_q_len=(max_q_len, 0), max_k_len=(max_k_len, 0), num_tokens=(num_tokens, 0),
-                   window_size=(window_size, 0), key_stride=(key_stride, 1), key_offset=(key_offset, 0),
+                   total_k_len=(total_k_len, 0), window_size=(window_size, 0), key_stride=(key_stride, 1), key_offset=(key_offset, 0),
                    num_workers=(num_workers, 1), page_size=(page_size, 1))
     _check_kinds(op, dtype, kv_format)
     lengths = Lengths(num_kv_heads, num_heads // num_kv_heads, cache_seqlens, None, cu_seqlens_q, q_len, cache_starts,
@@ -253,9 +256,9 @@ def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, cu_seqlens_
         if share_prefix and num_splits is None and table is not None and table.xp is np:
             prefixes = _prefixes(lengths, table, page_size, invariant)
         return Schedule(*_exact_lists(xp, lengths, tiles, policy, prefixes), **made_for)
-    limits = _limits(op, lengths, on_host, max_q_len, max_k_len, num_tokens, table, page_size, out)
+    limits = _limits(op, lengths, on_host, max_q_len, max_k_len, num_tokens, total_k_len, table, page_size, out)
     if out is not None:
-        out.check(op, "out", **made_for, limits=limits)
+        out.check(op, "out", **made_for)
     most = limits.max_q_len * lengths.heads_per_kv
     tiles = tiles(most)
     ranges = list_ranges(tiles, most if cu_seqlens_q is None else 1, most, one_list)
@@ -300,21 +303,21 @@ def _tiling(xp, lengths, head_dim, dtype, kv_format, num_workers, most):
     return tiles if facts.arch != "cpu" else tiles._replace(decode_workers=num_workers, prefill_workers=num_workers)
 
 
-def _limits(op, lengths, on_host, max_q_len, max_k_len, num_tokens, table, page_size, out):
-    """Limits from the arguments, else from `out`."""
+def _limits(op, lengths, on_host, max_q_len, max_k_len, num_tokens, total_k_len, table, page_size, out):
+    """Limits from the arguments, or those of `out`."""
     if out is not None:
         if not isinstance(out, Schedule):
             raise TypeError(f"{op}: out must be a Schedule, got {type(out).__name__}")
         if out.limits is None:
             raise ValueError(f"{op}: out must be a schedule made with max_k_len, got one without")
-        max_q_len = out.limits.max_q_len if max_q_len is None else max_q_len
-        max_k_len = out.limits.max_k_len if max_k_len is None else max_k_len
-        num_tokens = out.limits.num_tokens if num_tokens is None else num_tokens
+        return out.limits
     if max_k_len is None:
         if table is None:
             raise ValueError(f"{op}: max_k_len must be given for CuPy lengths, which are not read, or block_table and "
                              "page_size; got neither")
         max_k_len = table.capacity(page_size)
+        if table.form != "dense" and total_k_len is None:
+            total_k_len = max_k_len
     if lengths.cu_seqlens_q is None:
         max_q_len = lengths.q_len
     elif max_q_len is None:
@@ -322,7 +325,7 @@ def _limits(op, lengths, on_host, max_q_len, max_k_len, num_tokens, table, page_
             raise ValueError(f"{op}: max_q_len must be given for a CuPy cu_seqlens_q, which is not read")
         max_q_len = int(lengths.q_lens().max(initial=0))
     most = lengths.batch * max_q_len
-    return Limits(max_q_len, max_k_len, most if num_tokens is None else min(num_tokens, most))
+    return Limits(max_q_len, max_k_len, most if num_tokens is None else min(num_tokens, most), total_k_len)
 
 
 def _check_arrays(op, cache_seqlens, cu_seqlens_q, finished, **per_sequence):
