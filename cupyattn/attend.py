@@ -78,7 +78,7 @@ def attend(op, xp, q, keys, *, cache_seqlens, max_q_len, softmax_scale, window_s
     policy = _policy(op, num_splits, invariant, one_list)
     if schedule is None:
         tokens = batch * max_q_len if uniform else len(q)
-        total = keys.capacity if keys.pages is None or keys.pages.form != "dense" else None   # of all sequences together
+        total = keys.capacity if keys.pages is None or keys.pages.form != "dense" else None   # of all sequences
         lists = _make_lists(xp, facts, lengths, policy, q_lens, Limits(max_q_len, keys.capacity, tokens, total))
     else:
         lists = _lists_of(op, xp, facts, lengths, policy, schedule, causal, tree_mask is not None)

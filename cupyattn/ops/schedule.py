@@ -239,8 +239,8 @@ def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, cu_seqlens_
                   key_counts=key_counts)
     _check_numbers(op, num_heads, num_kv_heads, invariant, num_splits, head_dim=(head_dim, 1), q_len=(q_len, 0),
                    max_q_len=(max_q_len, 0), max_k_len=(max_k_len, 0), num_tokens=(num_tokens, 0),
-                   total_k_len=(total_k_len, 0), window_size=(window_size, 0), key_stride=(key_stride, 1), key_offset=(key_offset, 0),
-                   num_workers=(num_workers, 1), page_size=(page_size, 1))
+                   total_k_len=(total_k_len, 0), window_size=(window_size, 0), key_stride=(key_stride, 1),
+                   key_offset=(key_offset, 0), num_workers=(num_workers, 1), page_size=(page_size, 1))
     _check_kinds(op, dtype, kv_format)
     lengths = Lengths(num_kv_heads, num_heads // num_kv_heads, cache_seqlens, None, cu_seqlens_q, q_len, cache_starts,
                       finished, key_offsets, key_counts, key_stride, key_offset, causal and not tree_mask, window_size)
