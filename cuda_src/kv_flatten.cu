@@ -52,22 +52,39 @@ __device__ __forceinline__ void store_eight(T* out, const Vec<T, 8>& x) {
   for (int i = 0; i < 8; i += WIDTH) store_vec(out + i, load_vec<T, WIDTH>(x.v + i));
 }
 
-// Dims d to d + 7 of a row; zeros where there is no token.
+// One row of a cache. What is the same for all its dims is looked up once; null for a token in no page.
 template <typename F>
-__device__ __forceinline__ EightFloats read_eight(const KvFlattenArgs& args, const KvView& view, const KvScale& scales,
-                                                  TokenSlot at, int head, int head_dim, int d) {
-  const auto* row = kv_row<const typename F::Code>(view, args.table, at, head);
-  if (row == nullptr) return EightFloats::all(0.0f);
-  EightFloats x = F::template eight<ALIGNED>(row, head_dim, d);
-  if constexpr (F::CHANNEL) {
-    EightFloats out = EightFloats::all(0.0f);
-    out.add_product(channel_scales(scales, head, d), x);
-    return out;
-  } else {
-    apply_scale<F>(x, load_row_scale<F>(scales, args.table, at, head, d / (F::GROUP > 0 ? F::GROUP : 1 << 30)));
+struct Row {
+  const typename F::Code* codes;
+  const typename F::Scale* group_scales = nullptr;  // where GROUP is 32
+  int64_t stride_group = 0;
+  RowScale scale = {1.0f, 0.0f};  // where the row has one
+
+  __device__ __forceinline__ Row(const KvView& view, const KvScale& scales, const PageTable& table, TokenSlot at,
+                                 int head) {
+    codes = kv_row<const typename F::Code>(view, table, at, head);
+    if (codes == nullptr) return;
+    if constexpr (F::GROUP == 32) {
+      group_scales = kv_scale<const typename F::Scale>(scales, table, at, head, 0);
+      stride_group = scales.stride_group;
+    } else {
+      scale = load_row_scale<F>(scales, table, at, head);
+    }
+  }
+  // Dims d to d + 7.
+  __device__ __forceinline__ EightFloats eight(const KvScale& scales, int head, int head_dim, int d) const {
+    if (codes == nullptr) return EightFloats::all(0.0f);
+    EightFloats x = F::template eight<ALIGNED>(codes, head_dim, d);
+    if constexpr (F::CHANNEL) {
+      x *= channel_scales(scales, head, d);
+    } else if constexpr (F::GROUP == 32) {
+      x *= to_float(group_scales[d / 32 * stride_group]);
+    } else {
+      apply_scale<F>(x, scale);
+    }
     return x;
   }
-}
+};
 
 // Fills rows first_row to first_row + count of one output; a row of threads has one row of numbers at a time.
 template <typename F>
@@ -80,20 +97,19 @@ __device__ __forceinline__ void flatten(const KvFlattenArgs& args, const KvView&
   int token = threadIdx.y / heads, head = threadIdx.y - token * heads;
   for (int done = 0; done < count * heads; done += rows) {  // the same number of times for every thread
     const TokenSlot at = token < count ? places[token] : TokenSlot{NO_TOKEN, 0};
+    const Row<F> row(view, scales, args.table, at, head);
     T* to = static_cast<T*>(out.data) + (first_row + token) * out.stride_token + head * out.stride_head;
     for (int begin = 0; begin < head_dim; begin += blockDim.x * 8 * PARTS) {
       const int d = begin + threadIdx.x * 8 * PARTS;
       const bool inside = at.page != NO_TOKEN && d < head_dim;
       if constexpr (SAME<F, KvPlain<T>>) {
         if (!inside) continue;
-        const T* row = kv_row<const T>(view, args.table, at, head);
-        store_eight(to + d, row == nullptr ? Vec<T, 8>{} : KvPlain<T>::template load<ALIGNED>(row + d));
+        store_eight(to + d, row.codes == nullptr ? Vec<T, 8>{} : KvPlain<T>::template load<ALIGNED>(row.codes + d));
       } else {
         EightFloats x[PARTS];
 #pragma unroll
-        for (int i = 0; i < PARTS; ++i) {
-          x[i] = inside ? read_eight<F>(args, view, scales, at, head, head_dim, d + 8 * i) : EightFloats::all(0.0f);
-        }
+        for (int i = 0; i < PARTS; ++i)
+          x[i] = inside ? row.eight(scales, head, head_dim, d + 8 * i) : EightFloats::all(0.0f);
         if constexpr (F::ROTATED && WHOLE_GROUPS) hadamard32(x);
         if constexpr (F::ROTATED && !WHOLE_GROUPS) hadamard32(x[0]);
         if (!inside) continue;

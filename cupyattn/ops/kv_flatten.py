@@ -39,8 +39,10 @@ CORE = [_spec(*case) for case in (
     ("KvHadamard8", "KvHadamard4", "float16", 1, 1), ("KvHadamard6", "KvE4M3", "bfloat16", 0, 1),
     ("KvInt4<float>", "KvInt8<float>", "float32", 0, 0), ("KvInt8Channel", "KvPlain<__half>", "bfloat16", 0, 0),
 )]
-ALL = [_spec(k, v, out, aligned, whole) for k in _TAGS for v in _TAGS for out in FLOATS for aligned in (0, 1)
-       for whole in (0, 1)]
+# keys and values are compiled apart: every format once on each side covers all pairs
+ALL = list(dict.fromkeys(CORE + [
+    _spec(k, v, out, aligned, whole) for k, v in zip(_TAGS, (*_TAGS[1:], _TAGS[0]), strict=True) for out in FLOATS
+    for aligned in (0, 1) for whole in (0, 1)]))
 
 
 @functools.lru_cache(maxsize=4096)
