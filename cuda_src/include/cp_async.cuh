@@ -64,6 +64,21 @@ __device__ __forceinline__ void cp_async_wait() {
 
 #endif
 
+// The first `bytes` of 16 (a multiple of 4), then zeros; only those are read.
+__device__ __forceinline__ void cp_async16_part(void* shared, const void* global, int bytes) {
+#if CA_CPU || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800)
+  if (bytes == 0 || bytes == 16) {
+    cp_async<16>(shared, global, bytes > 0);
+    return;
+  }
+  for (int at = 0; at < 16; at += 4)
+    cp_async<4>(static_cast<char*>(shared) + at, static_cast<const char*>(global) + at, at < bytes);
+#else
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+#endif
+}
+
 // Both addresses aligned to the size. Zeros when !valid; `global` is then not read.
 __device__ __forceinline__ void cp_async4(void* shared, const void* global, bool valid = true) {
   cp_async<4>(shared, global, valid);

@@ -13,6 +13,7 @@
 #ifndef CUPYATTN_DEQUANT_CUH
 #define CUPYATTN_DEQUANT_CUH
 
+#include "bits.cuh"
 #include "prelude.cuh"
 #include "runs.cuh"
 
@@ -31,17 +32,6 @@ __device__ __forceinline__ uint32_t word_of(const uint4& x, int i) {
 }
 
 // ---- formats ---------------------------------------------------------------------------------------------------
-
-// (x & mask) | bits in one instruction; the compiler makes two of it when mask and bits are both constants.
-__device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
-#if CA_CPU
-  return (x & mask) | bits;
-#else
-  uint32_t out;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(x), "r"(mask), "r"(bits));
-  return out;
-#endif
-}
 
 // Small unsigned integers less ZERO as pairs of T. Or-ing in a power of two whose last mantissa bit counts ones makes
 // floats of them: 2^10 + i for half (i < 1024), 2^7 + i for bfloat16 (i < 128).

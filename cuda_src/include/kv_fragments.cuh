@@ -1,0 +1,356 @@
+// SPDX-License-Identifier: Apache-2.0
+// kv_fragments.cuh - keys and values of any cache format as B operands of mma.m16n8k16, converted in registers.
+//
+// A tile holds rows of codes as they are in the cache (KvTile: 16-byte pieces, swizzled, zeros past a row's end). A
+// word of a row holds E neighbouring dims (16 bit: 2, 8 bit: 4, 4 bit: 8). Lane t of each quad takes word t of every
+// piece, E dims from 4E * piece + E * t on, the lane's run:
+//   keys     ldmatrix; pair i = piece * E/2 + j (dims 2j, 2j + 1 of the run) stands in k-step i / 2, slots 2t and 2t + 1,
+//            8 higher for odd i. Queries are staged in this order: query_slot()
+//   values   transposed ldmatrix: a register holds a word's bits of two tokens; byte j, or nibbles j of both 16-bit
+//            halves, are one dim of both. Lane t owns the sums of its run: element m is acc[index][part] of value_at()
+// Codes become small numbers that the operand type holds exactly, code - CENTRE times a power of two, so nothing is
+// rounded but queries and probabilities:
+//   plain rows in T; all others in half (bf16 queries are scaled by a power of two per row, so that half loses nothing)
+//   scale and zero of a token act on float32 scores:   s * (q . n) + (zero + CENTRE * s) * sum(q)
+//                       and on the probabilities:      sum_t (p_t * s_t) n_t + sum_t p_t * (zero_t + CENTRE * s_t)
+//   scales per 32 dims: on float32 partial scores, and on values as one more half product (rounded)
+//   scales per dim: on queries, and on the sums when they are stored
+//
+// KvFragments<F>: Operand, E, CENTRE, expand<VALUES>(word, out), the E/2 pairs of a word of codes.
+#ifndef CUPYATTN_KV_FRAGMENTS_CUH
+#define CUPYATTN_KV_FRAGMENTS_CUH
+
+#include "bits.cuh"
+#include "cp_async.cuh"
+#include "kv_format.cuh"
+#include "mma.cuh"
+
+// ---- codes to operands -----------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t half2_bits(__half2 x) { return reinterpret_cast<const uint32_t&>(x); }
+
+// biased * FACTOR - OFFSET in both halves, exact for what calls it.
+__device__ __forceinline__ uint32_t scaled_pair(uint32_t biased, float factor, float offset) {
+  return half2_bits(__hfma2(reinterpret_cast<const __half2&>(biased), __float2half2_rn(factor),
+                            __float2half2_rn(-offset)));
+}
+__device__ __forceinline__ uint32_t add_pair(uint32_t x, float addend) {
+  return half2_bits(__hadd2(reinterpret_cast<const __half2&>(x), __float2half2_rn(addend)));
+}
+__device__ __forceinline__ uint32_t multiply_pair(uint32_t a, uint32_t b) {
+  return half2_bits(__hmul2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b)));
+}
+
+constexpr uint32_t TWO_TO_10 = 0x64006400u;  // 1024 in both halves; the last bit of the mantissa counts ones
+
+// Bytes of a word in pairs: keys (0, 1), (2, 3); values (0, 2), (1, 3), two tokens of one dim. Each byte as the low
+// or, with UPPER, the high byte of a half; the other byte is `other`.
+template <bool VALUES, bool UPPER>
+__device__ __forceinline__ void byte_pairs(uint32_t word, uint32_t other, uint32_t (&out)[2]) {
+  if constexpr (UPPER) {
+    out[0] = __byte_perm(word, other, VALUES ? 0x2404 : 0x1404);
+    out[1] = __byte_perm(word, other, VALUES ? 0x3414 : 0x3424);
+  } else {
+    out[0] = __byte_perm(word, other, VALUES ? 0x4240 : 0x4140);
+    out[1] = __byte_perm(word, other, VALUES ? 0x4341 : 0x4342);
+  }
+}
+
+template <typename F>
+struct KvFragments;
+
+template <typename T>
+struct KvFragments<KvPlain<T>> {
+  using Operand = T;
+  static constexpr int E = 2;
+  static constexpr float CENTRE = 0.0f;
+  template <bool VALUES>
+  static __device__ __forceinline__ void expand(uint32_t word, uint32_t (&out)[1]) { out[0] = word; }
+};
+
+// byte - 128, of signed bytes the byte itself
+template <bool SIGNED>
+struct ByteFragments {
+  using Operand = __half;
+  static constexpr int E = 4;
+  static constexpr float CENTRE = SIGNED ? 0.0f : 128.0f;
+  template <bool VALUES>
+  static __device__ __forceinline__ void expand(uint32_t word, uint32_t (&out)[2]) {
+    byte_pairs<VALUES, false>(SIGNED ? word ^ 0x80808080u : word, 0x64u, out);
+    out[0] = add_pair(out[0], -1152.0f);
+    out[1] = add_pair(out[1], -1152.0f);
+  }
+};
+template <typename S>
+struct KvFragments<KvInt8<S>> : ByteFragments<false> {};
+template <>
+struct KvFragments<KvInt8Sym> : ByteFragments<true> {};
+template <>
+struct KvFragments<KvInt8Channel> : ByteFragments<true> {};
+
+// (byte - 127.5) / 128
+template <>
+struct KvFragments<KvHadamard8> {
+  using Operand = __half;
+  static constexpr int E = 4;
+  static constexpr float CENTRE = 0.0f;
+  template <bool VALUES>
+  static __device__ __forceinline__ void expand(uint32_t word, uint32_t (&out)[2]) {
+    byte_pairs<VALUES, false>(word, 0x64u, out);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) out[i] = add_pair(scaled_pair(out[i], 1.0f / 128, 9.0f), 1.0f / 256);
+  }
+};
+
+// (nibble - 7.5) / M. A nibble above one free bit counts twos, so that the half is a whole number of the last bit.
+template <int M>
+struct NibbleFragments {
+  using Operand = __half;
+  static constexpr int E = 8;
+  template <bool VALUES>
+  static __device__ __forceinline__ void expand(uint32_t word, uint32_t (&out)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const uint32_t moved = i == 0 ? word << 1 : word >> 7;
+      out[i] = scaled_pair(and_or(moved, 0x001e001eu, TWO_TO_10), 0.5f / M, (512.0f + 7.5f) / M);
+      out[i + 1] = scaled_pair(and_or(moved, 0x01e001e0u, TWO_TO_10), 1.0f / 32 / M, (32.0f + 7.5f) / M);
+    }
+  }
+};
+template <typename S>
+struct KvFragments<KvInt4<S>> : NibbleFragments<1> {
+  static constexpr float CENTRE = 7.5f;
+};
+template <>
+struct KvFragments<KvHadamard4> : NibbleFragments<8> {
+  static constexpr float CENTRE = 0.0f;
+};
+
+// (code - 31.5) / 32: nibbles and, in bits 0 to 7 of each half of `high`, four pairs of high bits.
+template <>
+struct KvFragments<KvHadamard6> {
+  using Operand = __half;
+  static constexpr int E = 8;
+  static constexpr float CENTRE = 0.0f;
+  static __device__ __forceinline__ void expand(uint32_t word, uint32_t high, uint32_t (&out)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t low = and_or(i == 0 ? word << 1 : word >> (4 * i - 1), 0x001e001eu, TWO_TO_10);
+      const uint32_t both = and_or(i < 3 ? high << (5 - 2 * i) : high >> 1, 0x00600060u, low);
+      out[i] = scaled_pair(both, 1.0f / 64, 1087.0f / 64);
+    }
+  }
+};
+
+// ---- fp8 -------------------------------------------------------------------------------------------------------
+
+template <>
+struct KvFragments<KvE5M2> {
+  using Operand = __half;
+  static constexpr int E = 4;
+  static constexpr float CENTRE = 0.0f;
+  template <bool VALUES>
+  static __device__ __forceinline__ void expand(uint32_t word, uint32_t (&out)[2]) {
+    byte_pairs<VALUES, true>(word, 0, out);  // a half cut to 8 bits
+  }
+};
+
+template <>
+struct KvFragments<KvE4M3> {
+  using Operand = __half;
+  static constexpr int E = 4;
+  static constexpr float CENTRE = 0.0f;
+  template <bool VALUES>
+  static __device__ __forceinline__ void expand(uint32_t word, uint32_t (&out)[2]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    if constexpr (VALUES) word = __byte_perm(word, 0, 0x3120);
+    asm("{.reg .b16 low, high;\n"
+        "mov.b32 {low, high}, %2;\n"
+        "cvt.rn.f16x2.e4m3x2 %0, low;\n"
+        "cvt.rn.f16x2.e4m3x2 %1, high;}"
+        : "=r"(out[0]), "=r"(out[1]) : "r"(word));
+#else
+    // one exponent bit less than half has, so the exponent is short by 8; the only NaN becomes 480
+    byte_pairs<VALUES, true>(word, 0, out);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t halves = and_or(out[i] >> 1, 0x3f803f80u, out[i] & 0x80008000u);
+      out[i] = multiply_pair(halves, 0x5c005c00u);  // 256
+    }
+#endif
+  }
+};
+
+// ---- tiles -----------------------------------------------------------------------------------------------------
+
+// Rows of format F in shared memory, head_dim padded to HEAD_DIM (64, 128 or 256).
+template <typename F, int HEAD_DIM>
+struct KvTile {
+  using Fragments = KvFragments<F>;
+  using Operand = typename Fragments::Operand;
+  static constexpr int E = Fragments::E;
+  static constexpr int LOW_PIECES = HEAD_DIM / (4 * E);
+  static constexpr int HIGH_PIECES = HEAD_DIM * F::HIGH_BITS / 128;
+  static constexpr int PIECES = LOW_PIECES + HIGH_PIECES;
+  static constexpr int ROW_BYTES = 16 * PIECES;
+  static constexpr int CHUNKS = LOW_PIECES / 2;      // of 8E dims
+  static constexpr int K_STEPS = E / 2;              // of a chunk
+  static constexpr int COLUMNS = E;                  // n-tiles of a chunk
+  static constexpr int GROUPS = HEAD_DIM / 32;
+  static constexpr bool TOKEN_SCALE = F::HAS_SCALE && !F::CHANNEL && F::GROUP == 0;
+  static constexpr bool GROUP_SCALE = F::GROUP == 32;
+  static constexpr int CHUNK_GROUPS = E == 8 ? 2 : 1;  // groups of a chunk, where there are groups
+  static constexpr int SCALE_BYTES = TOKEN_SCALE ? 8 : GROUP_SCALE ? 4 * GROUPS : 0;  // of a token in shared memory
+
+  // The 8 rows an ldmatrix matrix takes start at banks apart as far as the row's length allows; xor does the rest.
+  static constexpr int SPAN = PIECES % 8 == 0 ? 8 : PIECES % 4 == 0 ? 4 : PIECES % 2 == 0 ? 2 : 1;
+  static __device__ __forceinline__ int flip(int row) { return (row & 7) / (8 / SPAN); }
+  static __device__ __forceinline__ int offset(int row, int piece) {
+    return row * ROW_BYTES + (piece ^ flip(row)) * 16;
+  }
+
+  // Which bytes of a row in the cache are its piece `piece`: from `at` on, `bytes` of them, 0 past its end.
+  struct Source {
+    int at, bytes;
+  };
+  static __device__ __forceinline__ Source source(int piece, int head_dim) {
+    const int low_bytes = head_dim * 4 / E;  // HIGH_BITS come after them
+    if (F::HIGH_BITS > 0 && piece >= LOW_PIECES) {
+      const int at = (piece - LOW_PIECES) * 16;
+      return {low_bytes + at, max(0, min(16, head_dim * F::HIGH_BITS / 8 - at))};
+    }
+    return {piece * 16, max(0, min(16, low_bytes - piece * 16))};
+  }
+
+  // Starts the copies of TOKENS rows by threads `thread` of THREADS; null rows become zeros. `somewhere`: any valid
+  // address.
+  template <int TOKENS, int THREADS>
+  static __device__ __forceinline__ void copy(char* tile, const char* const* rows, int head_dim, const void* somewhere,
+                                              int thread) {
+#pragma unroll
+    for (int first = 0; first < TOKENS * PIECES; first += THREADS) {
+      const int index = first + thread, row = index / PIECES, piece = index - row * PIECES;
+      if (TOKENS * PIECES % THREADS != 0 && index >= TOKENS * PIECES) break;
+      const char* from = rows[row];
+      const Source part = source(piece, head_dim);
+      const int bytes = from == nullptr ? 0 : part.bytes;
+      cp_async16_part(tile + offset(row, piece), bytes > 0 ? from + part.at : somewhere, bytes);
+    }
+  }
+};
+
+// Where dim `dim` of a query stands among the k slots of format F.
+template <typename F>
+__device__ __forceinline__ int query_slot(int dim) {
+  constexpr int E = KvFragments<F>::E;
+  const int pair = dim / (4 * E) * (E / 2) + dim % E / 2;
+  return pair / 2 * 16 + pair % 2 * 8 + dim % (4 * E) / E * 2 + dim % 2;
+}
+
+// Sum of element m of the lane's run in `piece`: acc[index][part], part + 2 for the rows 8 further down.
+struct ValueAt {
+  int index, part;
+};
+template <typename F>
+__host__ __device__ constexpr ValueAt value_at(int piece, int m) {
+  constexpr int E = KvFragments<F>::E;
+  return E == 4 ? ValueAt{2 * piece + m % 2, m / 2} : ValueAt{E / 2 * piece + m / 2, m % 2};
+}
+
+// Reads 16 tokens of a tile, from token `first` (a multiple of 16) on, chunk by chunk.
+template <typename F, int HEAD_DIM, bool VALUES>
+struct KvReader {
+  using Tile = KvTile<F, HEAD_DIM>;
+  static constexpr int X = Tile::E / 2;  // pairs of a word
+  const char* start;
+  const char* row;
+  int flip;  // of the lane's row and, for its second piece of a chunk, of the last bit; in bytes
+
+  __device__ __forceinline__ KvReader(const char* tile, int first) : start(tile + first * Tile::ROW_BYTES) {
+    const int lane = threadIdx.x % 32;
+    const int token = VALUES ? lane % 16 : lane % 8 + lane / 16 * 8;
+    row = start + token * Tile::ROW_BYTES;
+    flip = (Tile::flip(token) ^ (VALUES ? lane / 16 : lane / 8 % 2)) * 16;
+  }
+  // Keys: b[k-step][8 tokens][2], values: b[n-tile][2] of chunk `chunk`, known at compile time.
+  template <typename B>
+  __device__ __forceinline__ void operator()(int chunk, B& b) const {
+    constexpr int MASK = Tile::SPAN * 16 - 1;
+    const char* address = row + (chunk * 32 & ~MASK) + ((chunk * 32 & MASK) ^ flip);
+    uint32_t words[4], high[4];  // keys: [8 tokens][piece]; values: [piece][8 tokens]
+    if constexpr (VALUES) ldmatrix_x4_trans(words, address);
+    else ldmatrix_x4(words, address);
+    if constexpr (Tile::HIGH_PIECES > 0) load_high(chunk, high);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      uint32_t pairs[X];
+      if constexpr (Tile::HIGH_PIECES > 0) Tile::Fragments::expand(words[w], high[w], pairs);
+      else Tile::Fragments::template expand<VALUES>(words[w], pairs);
+#pragma unroll
+      for (int j = 0; j < X; ++j) {
+        const int pair = (VALUES ? w / 2 : w % 2) * X + j;
+        if constexpr (VALUES) b[pair][w % 2] = pairs[j];
+        else b[pair / 2][w / 2][pair % 2] = pairs[j];
+      }
+    }
+  }
+  // The high bits of words[] of a chunk (64 dims) lie in one piece, those of two neighbouring words in one of its own.
+  __device__ __forceinline__ void load_high(int chunk, uint32_t (&high)[4]) const {
+    const int lane = threadIdx.x % 32;
+    const char* address = start + Tile::offset(lane % 16, Tile::LOW_PIECES + chunk);
+    uint32_t both[2];  // [8 tokens]
+    if constexpr (VALUES) ldmatrix_x2_trans(both, address);
+    else ldmatrix_x2(both, address);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      // keys: word t / 2 of the quad, or 2 more; values: 16-bit unit 2 * (g / 4) + g % 2, or 4 more
+      const int from = VALUES ? (w / 2 * 4 + lane / 16 * 2 + lane / 4 % 2) * 4 + lane % 4
+                              : (lane & ~3) + lane % 4 / 2 + w % 2 * 2;
+      const uint32_t word = __shfl_sync(FULL_MASK, both[VALUES ? w % 2 : w / 2], from);
+      high[w] = word >> (VALUES ? lane / 8 % 2 : lane % 2) * 8;
+    }
+  }
+};
+
+// ---- scales ----------------------------------------------------------------------------------------------------
+
+// Scales of a token on their way to a tile's scales in shared memory: KvTile::SCALE_BYTES a token,
+//   per token            float [TOKENS][2], scale and zero + CENTRE * scale
+//   per group of keys    float [TOKENS][GROUPS]
+//   per group of values  half [TOKENS / 2][GROUPS][2]
+template <typename F, int HEAD_DIM>
+struct KvScales {
+  using Tile = KvTile<F, HEAD_DIM>;
+  using S = typename F::Scale;
+  S scale[Tile::GROUP_SCALE ? Tile::GROUPS : 1], zero;
+
+  // Zeros for a token in no page and for groups past head_dim.
+  __device__ __forceinline__ void load(const KvScale& view, const PageTable& table, TokenSlot slot, int64_t head,
+                                       int head_dim) {
+    if constexpr (Tile::SCALE_BYTES > 0) {
+#pragma unroll
+      for (int g = 0; g < (Tile::GROUP_SCALE ? Tile::GROUPS : 1); ++g) {
+        const bool exists = slot.page >= 0 && (!Tile::GROUP_SCALE || g * 32 < head_dim);
+        scale[g] = exists ? *kv_scale<const S>(view, table, slot, head, g) : from_float<S>(0.0f);
+      }
+      if constexpr (F::HAS_ZERO)
+        zero = slot.page >= 0 ? *kv_zero<const S>(view, table, slot, head, 0) : from_float<S>(0.0f);
+    }
+  }
+  template <bool VALUES>
+  __device__ __forceinline__ void store(char* scales, int token) const {
+    if constexpr (Tile::TOKEN_SCALE) {
+      const float s = to_float(scale[0]);
+      const float centre = fmaf(Tile::Fragments::CENTRE, s, F::HAS_ZERO ? to_float(zero) : 0.0f);
+      store_vec(reinterpret_cast<float*>(scales) + token * 2, Vec<float, 2>{{s, centre}});
+    } else if constexpr (Tile::GROUP_SCALE) {
+#pragma unroll
+      for (int g = 0; g < Tile::GROUPS; ++g) {
+        if constexpr (VALUES) reinterpret_cast<S*>(scales)[(token / 2 * Tile::GROUPS + g) * 2 + token % 2] = scale[g];
+        else reinterpret_cast<float*>(scales)[token * Tile::GROUPS + g] = to_float(scale[g]);
+      }
+    }
+  }
+};
+
+#endif  // CUPYATTN_KV_FRAGMENTS_CUH
