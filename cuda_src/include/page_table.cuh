@@ -17,12 +17,12 @@ struct TokenSlot {
 // The page table of one sequence in two halves: ask() reads the entry of a token, answer() looks at what was read, so
 // that a kernel may do other things while the entry is on its way.
 struct TokenRequest {
-  int64_t block;  // address of the block, 0 for none
-  int32_t id;     // page id, -1 for none
+  int64_t entry;  // address of a block, 0 for none, or without block pointers the 32 bits of a page id, -1 for none
   int32_t slot;
 };
 
 struct SequencePages {
+  static constexpr int64_t NO_ID = 0xffffffff;
   int64_t first;    // entry of the sequence's page 0, without pages the slot of its token 0
   int32_t columns;  // entries, without pages tokens
 
@@ -36,19 +36,20 @@ struct SequencePages {
   // Nothing is read unless `wanted`.
   __device__ __forceinline__ TokenRequest ask(const PageTable& table, int32_t token, bool wanted) const {
     if (table.row_starts != nullptr)
-      return {0, wanted && token < columns ? 0 : -1, static_cast<int32_t>(first) + token};
+      return {wanted && token < columns ? 0 : NO_ID, static_cast<int32_t>(first) + token};
     const int32_t column = token / table.page_size;
-    TokenRequest out = {0, -1, token - column * table.page_size};
+    TokenRequest out = {table.block_ptrs != nullptr ? 0 : NO_ID, token - column * table.page_size};
     if (wanted && column < columns) {
-      if (table.block_ptrs != nullptr) out.block = table.block_ptrs[first + column];
-      else out.id = table.block_table[first + column];
+      if (table.block_ptrs != nullptr) out.entry = table.block_ptrs[first + column];
+      else out.entry = static_cast<uint32_t>(table.block_table[first + column]);  // no sign: that would wait for it
     }
     return out;
   }
   __device__ __forceinline__ TokenSlot answer(const PageTable& table, const TokenRequest& found) const {
-    if (table.block_ptrs != nullptr) return {found.block == 0 ? -1 : found.block, found.slot};
-    const bool inside = found.id >= 0 && (found.id < table.num_pages || table.row_starts != nullptr);
-    return {inside ? found.id : -1, found.slot};
+    if (table.block_ptrs != nullptr) return {found.entry == 0 ? -1 : found.entry, found.slot};
+    const int32_t id = static_cast<int32_t>(found.entry);
+    const bool inside = id >= 0 && (id < table.num_pages || table.row_starts != nullptr);
+    return {inside ? id : -1, found.slot};
   }
 };
 
