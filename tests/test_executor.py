@@ -238,6 +238,23 @@ def test_bank_conflicts_of_matrix_instructions_and_asynchronous_copies(row_bytes
     assert found.buffers["out"]["bytes_read"] == found.buffers["out"]["bytes_written"] == 512
 
 
+def test_lanes_that_leave_out_a_round_do_not_lag():
+    out = np.zeros(1024 + 8, np.float32)
+    out = out[(-out.ctypes.data % 32) // 4:][:1024]
+    with settings(check=True), counters() as launches:
+        _run("rounds_left_out", (1,), (32,), 1024, out=out)
+    found = launches[0].buffers["out"]
+    assert found["bytes_read"] == 31 * 32 * 4 and found["sectors_read"] == 32 * 4
+
+
+def test_copies_of_zeros_are_told_from_reads():
+    with settings(check=True), counters() as launches:
+        _run("half_a_tile", (1,), (32,), 128)
+    assert launches[0].shared["cp_async"] == {"requests": 3 * 4, "conflicts": 0, "max_ways": 1}
+    assert launches[0].shared["read"]["requests"] == launches[0].shared["write"]["requests"] == 0
+    assert launches[0].buffers["out"]["bytes_read"] == 3 * 16 * 16 and launches[0].buffers["out"]["bytes_written"] == 0
+
+
 @pytest.mark.parametrize("step, sectors", [(4, 16), (8, 32), (16, 32)])
 def test_sectors_of_vector_accesses(step, sectors):
     out = np.zeros(2 * 32 * step + 8, np.float32)

@@ -61,9 +61,10 @@ struct Request {  // the lanes of a warp at one instruction, collected one after
   uintptr_t address[WARP];
 };
 
-struct Instruction {  // per warp and code address
+struct Instruction {  // per warp, code address and access
   const void* pc = nullptr;
-  uint32_t times[WARP] = {};  // executed by each lane
+  uint64_t meeting = 0;       // of the warp, the latest before
+  uint32_t times[WARP] = {};  // executed by each lane since
   uint64_t first = 0;         // number of the oldest open request
   std::deque<Request> open;
 };
@@ -106,6 +107,7 @@ struct Checker {
   uint32_t last_release = 0;            // the one that made an access legal last, plus one
   bool unseen = false;                  // inside a collective's own code
   std::unordered_map<uint64_t, Instruction> instructions;
+  uint64_t meetings[MAX_WARPS] = {};    // of all lanes of a warp
   std::unordered_map<uint64_t, CaSharedCounters> shared;  // by code address and access
 };
 

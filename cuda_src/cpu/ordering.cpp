@@ -95,6 +95,7 @@ void check_meeting(Worker* w, uint32_t warp, uint32_t mask) {
     std::vector<uint32_t>& seen = c->known[warp * WARP + __builtin_ctz(left)].seen;
     std::copy(all + first, all + end, seen.begin() + first);
   }
+  if (mask == w->existing[warp]) ++c->meetings[warp];
   if (c->launch->counters) ++c->launch->counters->collectives;
 }
 
@@ -103,6 +104,7 @@ void check_meeting(Worker* w, uint32_t warp, uint32_t mask) {
 // All threads of the block have met: each knows what any of them knew.
 void begin_epoch(Checker* c) {
   ++c->epoch;
+  for (uint64_t& n : c->meetings) ++n;
   for (int i = 0; i < c->threads; ++i) c->epoch_clock[i] = c->clock[i]++;
   for (const Fence& f : c->fences) add(c->settled, f);
   for (const Acquire& a : c->acquires) unite(c->acquired, a.releases);

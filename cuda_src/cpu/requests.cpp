@@ -53,13 +53,24 @@ void count(Checker* c, const Request& r, const void* pc) {
   }
 }
 
+void count_open(Checker* c, const Instruction& in) {
+  for (const Request& r : in.open) {
+    if (r.lanes) count(c, r, in.pc);
+  }
+}
+
 }  // namespace
 
-// The n-th time each lane runs an instruction belongs to the warp's n-th request of it.
+// The n-th time since all lanes met that each lane runs an instruction belongs to the warp's n-th request of it.
 void note_request(Worker* w, int buffer, uintptr_t address, size_t bytes, CaAccess access, const void* pc) {
   Checker* c = w->checker;
   const uint32_t lane = ca_self->lane;
-  Instruction& in = c->instructions[reinterpret_cast<uintptr_t>(pc) * MAX_WARPS + ca_self->warp];
+  Instruction& in = c->instructions[(reinterpret_cast<uint64_t>(pc) * 4 + access) * MAX_WARPS + ca_self->warp];
+  if (in.meeting != c->meetings[ca_self->warp]) {
+    count_open(c, in);
+    in = Instruction();
+    in.meeting = c->meetings[ca_self->warp];
+  }
   in.pc = pc;
   const uint64_t number = in.times[lane]++ - in.first;
   if (in.open.size() <= number) in.open.resize(number + 1);
@@ -77,11 +88,7 @@ void note_request(Worker* w, int buffer, uintptr_t address, size_t bytes, CaAcce
 }
 
 void finish_requests(Checker* c) {
-  for (const auto& [key, in] : c->instructions) {
-    for (const Request& r : in.open) {
-      if (r.lanes) count(c, r, in.pc);
-    }
-  }
+  for (const auto& [key, in] : c->instructions) count_open(c, in);
   c->instructions.clear();
 }
 

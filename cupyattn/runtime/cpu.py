@@ -135,7 +135,8 @@ def counters():
         Argument to its bytes_read, bytes_written, sectors_read and sectors_written. An argument is a pointer field
         of the struct with the fields it is nested in (``"k.data"``, ``"k_scale.scale"``), or ``"buffers[0]"``, ... for
         arrays registered with `launch`. Bytes are those the lanes asked for: one byte read by two threads counts
-        twice. Sectors are the distinct 32 bytes of each warp-wide request; nothing is cached between requests.
+        twice. Sectors are the distinct 32 bytes of each warp-wide request; nothing is cached between requests. A
+        request joins the n-th time each lane ran an instruction since the warp met in a barrier or collective.
         An access counts for one argument; where arrays overlap, for one that may be written, else for the one that
         starts last.
     shared : dict

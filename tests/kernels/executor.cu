@@ -177,6 +177,24 @@ CA_KERNEL void vector_copy(const __grid_constant__ ExecutorArgs args) {
   store_vec(args.out + args.n / 2 + i, load_vec<float, 4>(args.out + i));
 }
 
+// each lane leaves out another round of a loop in which the warp meets
+CA_KERNEL void rounds_left_out(const __grid_constant__ ExecutorArgs args) {
+  float sum = 0.0f;
+  for (int round = 0; round < 32; ++round) {
+    if (round != static_cast<int>(threadIdx.x)) sum += args.out[round * 32 + threadIdx.x];
+    __syncwarp();
+  }
+  args.out[threadIdx.x] = sum;
+}
+
+// three times 32 rows of 16 bytes into shared memory, those of odd lanes filled with zeros
+CA_KERNEL void half_a_tile(const __grid_constant__ ExecutorArgs args) {
+  CA_DYN_SMEM(char, tile);
+  for (int i = 0; i < 3; ++i) cp_async16(tile + threadIdx.x * 16, args.out + threadIdx.x * 4, threadIdx.x % 2 == 0);
+  cp_async_commit();
+  cp_async_wait<0>();
+}
+
 // 32 rows of 16 bytes through shared memory, `repeat` bytes apart there: out[row][4] by cp.async and ldmatrix
 CA_KERNEL void matrix_tile(const __grid_constant__ ExecutorArgs args) {
   CA_DYN_SMEM(char, tile);
