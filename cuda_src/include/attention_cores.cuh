@@ -28,10 +28,10 @@
 
 constexpr int TILE = KEY_TILE;                             // keys of a warp's step: a lane has `lane` and `lane + 32`
 constexpr int KEYS = TILE / 32;                            // of a lane
-constexpr bool BY_ROWS = ROWS >= 8;                        // q is [head_dim][ROWS] in shared memory, else [ROWS][head_dim]
+constexpr bool BY_ROWS = ROWS >= (CA_CPU ? 8 : 4);         // q is [head_dim][ROWS] in shared memory, else [ROWS][head_dim]
 constexpr int PROB_STRIDE = ROWS <= 4 ? ROWS : ROWS + 4;   // floats: 8 lanes of a 16-byte access do not conflict
 constexpr int SLICE = KF::HAS_SCALE ? 256 : 128 / static_cast<int>(sizeof(typename KF::Code));  // dims of a slice of keys
-constexpr int BATCH = ROWS <= 8 ? 4 : 2;                   // value rows a lane loads before it uses them
+constexpr int BATCH = CA_CPU ? 1 : ROWS <= 4 ? 4 : ROWS == 8 ? 2 : 1;  // value rows a lane loads before it uses them
 
 static_assert(ROWS <= 2 || ROWS % 4 == 0, "probabilities move in pieces of 16 bytes");
 
@@ -58,12 +58,13 @@ struct Places {
     if constexpr (ROW_SCALE) scale(t) = at.page < 0 ? RowScale{0.0f, 0.0f} : load_row_scale<F>(scales, table, at, head);
     if constexpr (GROUP_SCALE) groups(t) = at.page < 0 ? nullptr : kv_scale<const Scale>(scales, table, at, head, 0);
   }
-  // Numbers d to d + 7 of a row, with the scale of their group.
+  // Dims d to d + 7 of row t, which starts at `from`.
   template <bool IS_ALIGNED>
   __device__ __forceinline__ EightFloats eight(const Code* from, int t, const KvScale& scales, int head_dim,
                                                int d) const {
     EightFloats x = F::template eight<IS_ALIGNED>(from, head_dim, d);
-    if constexpr (GROUP_SCALE) x *= to_float(groups(t)[d / 32 * scales.stride_group]);
+    if constexpr (ROW_SCALE) apply_scale<F>(x, scale(t));
+    if constexpr (GROUP_SCALE) apply_scale<F>(x, {to_float(groups(t)[d / 32 * scales.stride_group]), 0.0f});
     return x;
   }
 };
@@ -155,7 +156,6 @@ struct Layout {
   int q;           // float, see BY_ROWS
   int state;       // float [warps][2][ROWS]: top and sum of each warp
   int keys;        // int [2][ROWS]: first visible key, first one after
-  int q_sums;      // float [ROWS]: of the elements of q
   int arrived;     // int [ROWS]
   int biases;      // RowBias [ROWS] where BIAS
 
@@ -171,8 +171,7 @@ struct Layout {
     biases = q + ROWS * head_dim * static_cast<int>(sizeof(float));
     state = biases + (BIAS ? ROWS * static_cast<int>(sizeof(RowBias)) : 0);
     keys = state + warps * 2 * ROWS * static_cast<int>(sizeof(float));
-    q_sums = keys + 2 * ROWS * static_cast<int>(sizeof(int));
-    arrived = q_sums + ROWS * static_cast<int>(sizeof(float));
+    arrived = keys + 2 * ROWS * static_cast<int>(sizeof(int));
   }
 };
 
@@ -182,7 +181,6 @@ struct Layout {
 struct Queries {
   float* q;
   int* keys;
-  float* sums;
   RowBias* biases;
 
   // Rows as float32, in the basis and with the scale per dim of the keys; rows past num_rows are zeros.
@@ -222,14 +220,6 @@ struct Queries {
       keys[r] = seen.begin;
       keys[ROWS + r] = seen.end;
       if constexpr (BIAS) biases[r] = r < rows.num_rows ? RowBias(args, rows.row(args, r)) : RowBias();
-    }
-  }
-  // After load and a meeting of the block; the sums are there after the next one.
-  __device__ __forceinline__ void add_up(int head_dim) const {
-    for (int r = threadIdx.x; r < ROWS; r += blockDim.x) {
-      float sum = 0.0f;
-      for (int d = 0; d < head_dim; ++d) sum += BY_ROWS ? q[d * ROWS + r] : q[r * head_dim + d];
-      sums[r] = sum;
     }
   }
 };
@@ -284,22 +274,33 @@ struct Dots;
 
 template <int N>
 struct Dots<N, true> {
-  RowFloats x[N];
+  // Sums of every CHAINS-th dim: a vector unit that has one warp to serve must not wait for its last addition.
+  static constexpr int CHAINS = CA_CPU ? 4 : 1;
+  RowFloats x[N][CHAINS];
 
   __device__ __forceinline__ Dots() {
 #pragma unroll
-    for (RowFloats& of_key : x) of_key = RowFloats::all(0.0f);
+    for (auto& of_key : x) {
+#pragma unroll
+      for (RowFloats& part : of_key) part = RowFloats::all(0.0f);
+    }
   }
   // What dims d to d + 7 contribute.
   __device__ __forceinline__ void add(const EightFloats (&key)[N], const float* q, int, int d) {
+    const float* dims = q + d * ROWS;
 #pragma unroll
     for (int j = 0; j < STEP; ++j) {
-      const RowFloats rows = RowFloats::load(q + (d + j) * ROWS);
+      const RowFloats rows = RowFloats::load(dims + j * ROWS);
 #pragma unroll
-      for (int i = 0; i < N; ++i) x[i].add_product(key[i].x[j], rows);
+      for (int i = 0; i < N; ++i) x[i][j % CHAINS].add_product(key[i].x[j], rows);
     }
   }
-  __device__ __forceinline__ RowFloats of(int i) const { return x[i]; }
+  __device__ __forceinline__ RowFloats of(int i) const {
+    RowFloats out = x[i][0];
+#pragma unroll
+    for (int n = 1; n < CHAINS; ++n) out += x[i][n];
+    return out;
+  }
 };
 
 template <int N>
@@ -442,11 +443,6 @@ struct WarpTiles {
   __device__ __forceinline__ void finish_scores(int tile, int i, const TilePlaces& places, RowFloats& scores) const {
     const int t = i * 32 + lane;
     const int key = places.keys.row(t) == nullptr ? -1 : tile * TILE + t;  // -1: nobody sees it
-    if constexpr (Places<KF>::ROW_SCALE) {
-      const RowScale scale = places.keys.scale(t);
-      scores *= scale.scale;
-      if constexpr (KF::HAS_ZERO) scores.add_product(scale.zero, RowFloats::load(queries.sums));
-    }
     scores *= args.softmax_scale;
     if (args.softcap > 0.0f) {
 #pragma unroll
@@ -478,7 +474,7 @@ __device__ __forceinline__ void attend_to_item(const AttentionArgs& args, const 
   char* stage = smem + at.stage + warp * at.warp_bytes;
   float* probs = reinterpret_cast<float*>(smem + at.probs) + warp * TILE * PROB_STRIDE;
   const Queries queries = {reinterpret_cast<float*>(smem + at.q), reinterpret_cast<int*>(smem + at.keys),
-                           reinterpret_cast<float*>(smem + at.q_sums), reinterpret_cast<RowBias*>(smem + at.biases)};
+                           reinterpret_cast<RowBias*>(smem + at.biases)};
   const WarpTiles warp_tiles = {args, rows, queries, {stage, at.key_bytes}, Visibility(args, rows.item.seq), lane};
 
   // 1. queries; where the rows of the first two tiles are
@@ -491,14 +487,10 @@ __device__ __forceinline__ void attend_to_item(const AttentionArgs& args, const 
   warp_tiles.look_up(tile, here);
   warp_tiles.look_up(tile + warps, next);
   __syncthreads();
-  if constexpr (KF::HAS_ZERO) {
-    queries.add_up(args.head_dim);
-    __syncthreads();
-  }
 
   // 2. tiles
   RowFloats top = RowFloats::all(NEG_INF);
-  RowFloats sum = RowFloats::all(0.0f), zero_sum = sum;  // of this lane's keys alone
+  RowFloats sum = RowFloats::all(0.0f);  // of this lane's keys alone
   Outputs<BY_ROWS> outputs;
   const int group = lane / at.lanes;  // lanes past groups * lanes have no part in P.V
   const int dim = (lane - group * at.lanes) * STEP;
@@ -522,18 +514,12 @@ __device__ __forceinline__ void attend_to_item(const AttentionArgs& args, const 
     const RowFloats origin = softmax_origin(top);
     const RowFloats shrink = exp2(old_top - origin);
     sum *= shrink;
-    zero_sum *= shrink;
     outputs.shrink(shrink);
 #pragma unroll
     for (int i = 0; i < KEYS; ++i) {
       const int t = i * 32 + lane;
-      RowFloats p = exp2(score[i] - origin);
+      const RowFloats p = exp2(score[i] - origin);
       sum += p;
-      if constexpr (Places<VF>::ROW_SCALE) {
-        const RowScale scale = here.values.scale(t);
-        if constexpr (VF::HAS_ZERO) zero_sum.add_product(scale.zero, p);
-        p *= scale.scale;
-      }
       p.store(probs + t * PROB_STRIDE);
     }
     warp_tiles.look_up(tile + 2 * warps, after);
@@ -542,17 +528,17 @@ __device__ __forceinline__ void attend_to_item(const AttentionArgs& args, const 
     // 2c. the lane's 8 output dims over the group's keys, BATCH rows on their way at a time
     const int live = min(TILE, rows.visible.end - tile * TILE);
     for (int first = group < at.groups ? group : live; first < live; first += BATCH * at.groups) {
+      const typename VF::Code* row[BATCH];
       EightFloats value[BATCH];
 #pragma unroll
       for (int i = 0; i < BATCH; ++i) {
         const int t = first + i * at.groups;
-        const typename VF::Code* row = t < live ? here.values.row(t) : nullptr;
-        value[i] = EightFloats::all(0.0f);
-        if (row != nullptr) value[i] = here.values.eight<ALIGNED>(row, t, args.v_scale, args.head_dim_v, dim);
+        row[i] = t < live ? here.values.row(t) : nullptr;
+        if (row[i] != nullptr) value[i] = here.values.eight<ALIGNED>(row[i], t, args.v_scale, args.head_dim_v, dim);
       }
 #pragma unroll
-      for (int i = 0; i < BATCH; ++i)  // past the live keys of any key, times zeros
-        outputs.add(probs + (first + i * at.groups) % TILE * PROB_STRIDE, value[i]);
+      for (int i = 0; i < BATCH; ++i)
+        if (row[i] != nullptr) outputs.add(probs + (first + i * at.groups) * PROB_STRIDE, value[i]);
     }
     const TilePlaces done = here;
     here = next, next = after, after = done;
@@ -560,7 +546,6 @@ __device__ __forceinline__ void attend_to_item(const AttentionArgs& args, const 
 
   // 3. put down what each warp has
   sum = warp_total(sum);
-  if constexpr (VF::HAS_ZERO) zero_sum = warp_total(zero_sum);
   if (lane == 0) {
     float* state = reinterpret_cast<float*>(smem + at.state) + warp * 2 * ROWS;
     top.store(state);
@@ -569,11 +554,7 @@ __device__ __forceinline__ void attend_to_item(const AttentionArgs& args, const 
   if (group < at.groups) {
     float* to = reinterpret_cast<float*>(stage) + group * ROWS * args.head_dim_v + dim;
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      EightFloats row = outputs.row(r);
-      if (VF::HAS_ZERO && group == 0) row += EightFloats::all(zero_sum.x[r]);
-      row.store(to + r * args.head_dim_v);
-    }
+    for (int r = 0; r < ROWS; ++r) outputs.row(r).store(to + r * args.head_dim_v);
   }
   __syncthreads();
 
