@@ -7,10 +7,12 @@
 //   balanced   block w of the attention kernel owns costs [w, w + 1) * per_worker, the first two of a unit being no tile
 //   fixed      cut every 1024 keys from local key 0 (invariant) or in num_splits; an item goes to the owner of its first
 //              cost
+//   slots      of partial results are as many as partial items; where fixed cuts would make more than 2 * workers * most
+//              items of a unit, a unit with one block uses that block's slots, which its next one uses again
 //
 // launch     grid (lists), block (threads): one block per list, a multiple of 32 threads up to 512; one pass over the
 //            units for the sum of costs, one for the items, `threads` of them at a time
-//            shared memory 768 + threads * (sizeof(Unit) + sizeof(Sequence)) bytes, dynamic
+//            shared memory 776 + threads * (sizeof(Unit) + sizeof(Sequence)) bytes, dynamic
 // aliasing   none allowed
 // traffic    the lengths 2 * num_kv_heads times (from L1 after the first), 36 bytes written per item, 8 per split unit
 #include "prelude.cuh"
@@ -31,7 +33,8 @@ struct Unit {
   int count;         // items
   int last;          // worker of the last item
   int stop;          // items of this round up to and with this unit
-  int slot;          // first partial slot; -1: one item
+  int slot;          // of the first item
+  int piece;         // first entry of pieces; -1: one item
   int number;        // row of the table of units; -1: one item
 };
 
@@ -41,12 +44,16 @@ struct Sequence {
   int tiles;  // of rows
 };
 
+__device__ __forceinline__ int upper(int64_t both) { return static_cast<int>(both >> 32); }
+__device__ __forceinline__ int lower(int64_t both) { return static_cast<int>(both & 0xffffffff); }
+
 struct Planner {
   const ScheduleArgs& args;
   const WorkTarget& list;
   Unit* units;          // [threads]
   Sequence* sequences;  // [threads]
   int64_t* scratch;     // [96]
+  int* most;            // [1]
   int first_seq;        // of those loaded
   bool fixed;
 
@@ -54,6 +61,7 @@ struct Planner {
     units = static_cast<Unit*>(shared);
     scratch = reinterpret_cast<int64_t*>(units + blockDim.x);
     sequences = reinterpret_cast<Sequence*>(scratch + 96);
+    most = reinterpret_cast<int*>(sequences + blockDim.x);
     first_seq = 0;
     fixed = a.invariant != 0 || a.num_splits > 0;
   }
@@ -115,18 +123,19 @@ struct Planner {
     return unit.end - unit.begin + (fixed ? static_cast<int64_t>(OVERHEAD) * unit.count : OVERHEAD);
   }
 
-  // Workers and number of items of a unit that starts at cost `start`.
-  __device__ __forceinline__ void place(Unit& unit, int64_t start, int64_t per_worker) const {
+  // Workers and number of items of a unit that starts at cost `start`; returns its first worker.
+  __device__ __forceinline__ int place(Unit& unit, int64_t start, int64_t per_worker) const {
     if (fixed) {
       unit.start = start;
       unit.last = worker_of(unit, unit.count - 1, per_worker);
-      return;
+      return worker_of(unit, 0, per_worker);
     }
     const bool some = unit.end > unit.begin;
     unit.start = start + (some ? OVERHEAD : 0);
     unit.origin = static_cast<int>(unit.start / per_worker);
     unit.last = some ? static_cast<int>((start + cost(unit) - 1) / per_worker) : unit.origin;
     unit.count = unit.last - unit.origin + 1;
+    return unit.origin;
   }
 
   __device__ __forceinline__ int64_t cut_of(const Unit& unit, int number, int64_t per_worker) const {
@@ -146,10 +155,10 @@ struct Planner {
     const int begin = static_cast<int>(max(static_cast<int64_t>(unit.begin), cut));
     const int end = static_cast<int>(min(static_cast<int64_t>(unit.end),
                                          max(cut + step, static_cast<int64_t>(unit.begin))));
-    const int slot = unit.slot < 0 ? -1 : unit.slot + number;
+    const int slot = unit.piece < 0 ? -1 : unit.slot + number;
     store_vec(list.items + index * 8, Vec<int32_t, 4>{unit.seq, unit.head, unit.first_row, begin * KEY_TILE});
     store_vec(list.items + index * 8 + 4, Vec<int32_t, 4>{end * KEY_TILE, slot, unit.number, 0});
-    if (slot >= 0) list.pieces[slot] = slot * list.rows;
+    if (slot >= 0) list.pieces[unit.piece + number] = slot * list.rows;
   }
 };
 
@@ -159,8 +168,9 @@ CA_KERNEL __launch_bounds__(512) void schedule(const __grid_constant__ ScheduleA
   Planner planner(args, blockIdx.x == 0 ? args.first : args.second, shared);
   const WorkTarget& list = planner.list;
 
-  // 1. what all units cost together, and how many items they need at least
-  int64_t sum[2] = {0, 0}, total[2];
+  // 1. what all units cost together, and, as far as the cuts are fixed, how many items and partial slots they need
+  int64_t sum[3] = {0, 0, 0}, total[3];
+  int most = 1;  // items of a unit
   int planned = 0;
   for (int first = 0; first < args.batch; first += threads) {
     const int units = planner.load_sequences(first, list.max_units - planned);
@@ -168,18 +178,24 @@ CA_KERNEL __launch_bounds__(512) void schedule(const __grid_constant__ ScheduleA
       const Unit unit = planner.unit_at(i);
       sum[0] += planner.cost(unit);
       sum[1] += unit.count;
+      sum[2] += unit.count > 1 ? unit.count : 0;
+      most = max(most, unit.count);
     }
     planned += units;
     __syncthreads();
   }
+  if (thread == 0) *planner.most = 1;
   block_scan(sum, total, planner.scratch);
+  atomicMax(planner.most, most);
+  __syncthreads();
+  most = *planner.most;
+  const bool again = total[2] > 2 * static_cast<int64_t>(list.workers) * most;  // slots are used more than once
   const int batch = total[1] <= list.max_items ? args.batch : 0;
   const int64_t per_worker = max(static_cast<int64_t>(1), ceil_div(total[0], static_cast<int64_t>(list.workers)));
-  __syncthreads();
 
   // 2. the items, a unit per thread at a time
   int64_t spent = 0, items = 0;
-  int slots = 0, split_units = 0, last_worker = -1;
+  int pieces = 0, slots = again ? list.workers * most : 0, split_units = 0, last_worker = -1;
   planned = 0;
   for (int first = 0; first < batch; first += threads) {
     const int units = planner.load_sequences(first, list.max_units - planned);
@@ -195,25 +211,29 @@ CA_KERNEL __launch_bounds__(512) void schedule(const __grid_constant__ ScheduleA
       const int64_t own_cost = cost[0];
       block_scan(cost, round_cost, planner.scratch);
 
-      // items in the upper half, partial slots in the lower one; split units
+      // items and pieces; split units and slots that no other unit has: upper and lower halves
       int64_t counts[2] = {0, 0}, round[2];
+      int alone = -1;  // the one worker of a split unit that uses its worker's slots
       if (thread < present) {
-        planner.place(unit, spent + cost[0] - own_cost, per_worker);
-        counts[0] = static_cast<int64_t>(unit.count) << 32 | (unit.count > 1 ? unit.count : 0);
-        counts[1] = unit.count > 1;
+        const int worker = planner.place(unit, spent + cost[0] - own_cost, per_worker);
+        const int split = unit.count > 1 ? unit.count : 0;
+        if (again && split > 0 && worker == unit.last) alone = worker;
+        counts[0] = static_cast<int64_t>(unit.count) << 32 | split;
+        counts[1] = static_cast<int64_t>(split > 0) << 32 | (alone < 0 ? split : 0);
       }
       block_scan(counts, round, planner.scratch + 32);
       if (thread < present) {
         const bool split = unit.count > 1;
-        unit.stop = static_cast<int>(counts[0] >> 32);
-        unit.slot = split ? slots + static_cast<int>(counts[0] & 0xffffffff) - unit.count : -1;
-        unit.number = split ? split_units + static_cast<int>(counts[1]) - 1 : -1;
+        unit.stop = upper(counts[0]);
+        unit.piece = split ? pieces + lower(counts[0]) - unit.count : -1;
+        unit.slot = alone < 0 ? slots + lower(counts[1]) - unit.count : alone * most;
+        unit.number = split ? split_units + upper(counts[1]) - 1 : -1;
         planner.units[thread] = unit;
-        if (split) store_vec(list.units + 2 * unit.number, Vec<int32_t, 2>{unit.slot, unit.count});
+        if (split) store_vec(list.units + 2 * unit.number, Vec<int32_t, 2>{unit.piece, unit.count});
       }
       __syncthreads();
 
-      const int round_items = static_cast<int>(round[0] >> 32);
+      const int round_items = upper(round[0]);
       for (int i = thread; i < round_items; i += threads) {
         int low = 0, high = present - 1;  // the first unit with stop > i
         while (low < high) {
@@ -232,8 +252,9 @@ CA_KERNEL __launch_bounds__(512) void schedule(const __grid_constant__ ScheduleA
       last_worker = planner.units[present - 1].last;
       spent += round_cost[0];
       items += round_items;
-      slots += static_cast<int>(round[0] & 0xffffffff);
-      split_units += static_cast<int>(round[1]);
+      pieces += lower(round[0]);
+      slots += lower(round[1]);
+      split_units += upper(round[1]);
       __syncthreads();
     }
   }

@@ -103,7 +103,7 @@ class Limits(NamedTuple):
 
 
 def capacity(lengths, limits, policy, packed_rows, rows, workers):
-    """(units, items, units in several pieces, partial slots) that lengths inside `limits` never exceed."""
+    """(units, items, units in several pieces, pieces, partial slots) that lengths inside `limits` never exceed."""
     group, batch = lengths.heads_per_kv, lengths.batch
     each = -(-min(limits.max_q_len * group, packed_rows[1]) // rows)   # row tiles of a sequence
     units = lengths.num_kv_heads * min(batch * each, (limits.num_tokens * group + batch * (rows - 1)) // rows)
@@ -115,20 +115,21 @@ def capacity(lengths, limits, policy, packed_rows, rows, workers):
     key_tiles = -(-keys // KEY_TILE)
     if not policy.invariant and policy.num_splits is None:
         slots = min(2 * workers, units * key_tiles * (key_tiles > 1))
-        return units, units + workers, min(units, slots // 2), slots
+        return units, units + workers, min(units, slots // 2), slots, slots
     step = CHUNK_TILES if policy.invariant else 1
-    items = units * max(1, min(-(-key_tiles // step), policy.num_splits or _EVERY))
+    splits = max(1, min(-(-key_tiles // step), policy.num_splits or _EVERY))
+    items = units * splits
     if limits.total_k_len is not None:
         items = min(items, units + lengths.num_kv_heads * each * (limits.total_k_len // (step * KEY_TILE)))
-    slots = items if items > units else 0
-    return units, items, min(units, slots // 2), slots
+    pieces = items if items > units else 0
+    return units, items, min(units, pieces // 2), pieces, min(pieces, 2 * workers * splits)
 
 
 def _empty_list(xp, rows, workers, room):
     """WorkList with `room`, the result of `capacity`."""
-    _, items, split_units, slots = room
+    _, items, split_units, pieces, slots = room
     return WorkList(rows, workers, xp.empty((items, 8), np.int32), xp.zeros(workers + 1, np.int32),
-                    xp.empty((split_units, 2), np.int32), xp.empty(slots, np.int32),
+                    xp.empty((split_units, 2), np.int32), xp.empty(pieces, np.int32),
                     xp.empty((0, 2), np.int32), xp.zeros(split_units, np.int32), slots, exact=False)
 
 

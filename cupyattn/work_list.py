@@ -43,7 +43,8 @@ class WorkList:
     counters : int32 ndarray [units]
         Arrivals, zero before and after a launch.
     num_slots : int
-        Slots of partial results the items may name: the workspace holds so many times `rows` rows.
+        Slots of partial results the items may name: the workspace holds so many times `rows` rows. Items of one block
+        may use a slot one after the other.
     exact : bool
         The arrays hold what is used and nothing else; otherwise they are capacities, so that they can be filled again,
         and only worker_items[workers] tells how many items there are.
@@ -297,7 +298,8 @@ def _assemble(units, rows, workers, num_splits, invariant):
         none = np.zeros((0, 2), np.int32)
         return WorkList(rows, workers, np.zeros((0, 8), np.int32), np.zeros(workers + 1, np.int32), none,
                         none[:, 0], none, none[:, 0].copy(), 0)
-    if invariant or num_splits is not None:
+    fixed = invariant or num_splits is not None
+    if fixed:
         owner, begin, end, worker = _cut_fixed(units.begin, units.end, workers, num_splits)
     else:
         owner, begin, end, worker = _cut_balanced(units.begin, units.end, workers)
@@ -307,27 +309,45 @@ def _assemble(units, rows, workers, num_splits, invariant):
         partial |= (units.members > 0) | (units.prefix >= 0)
     counted = partial if units.members is None else partial & (units.members == 0)
     slots = np.cumsum(partial[owner])
+    slot, num_slots = slots * partial[owner] - 1, int(slots[-1])
     number = np.cumsum(counted)           # minus 1: row in the table of units
     items = np.empty((len(owner), 8), np.int32)
     items[:, SEQ], items[:, KV_HEAD], items[:, FIRST_ROW] = units.seq[owner], units.head[owner], units.first_row[owner]
     items[:, BEGIN], items[:, END] = begin * KEY_TILE, end * KEY_TILE
-    items[:, SLOT] = slots * partial[owner] - 1
     items[:, UNIT] = (number * counted)[owner] - 1
     items[:, MEMBERS] = 0 if units.members is None else units.members[owner]
 
     table = np.empty((int(number[-1]), 2), np.int32)
     table[:, 1] = count[counted]
     if units.members is None:
-        pieces, members = np.arange(slots[-1], dtype=np.int32) * np.int32(rows), np.zeros((0, 2), np.int32)
+        if fixed and 2 * workers * int(count.max()) < num_slots:
+            slot, num_slots = _reused_slots(owner, partial, count, worker, workers, slot)
+        pieces, members = (slot[slot >= 0] * rows).astype(np.int32), np.zeros((0, 2), np.int32)
     else:
         first_slot = slots[np.cumsum(count) - count] - 1
         pieces, table[:, 1], members = _prefix_pieces(units, counted, count, first_slot, rows)
         shared = items[:, MEMBERS] > 0
         items[shared, UNIT] = members[items[shared, FIRST_ROW], 1] + items[shared, KV_HEAD]
     table[:, 0] = np.cumsum(table[:, 1]) - table[:, 1]
+    items[:, SLOT] = slot
     worker_items = np.searchsorted(worker, np.arange(workers + 1)).astype(np.int32)
     return WorkList(rows, workers, items, worker_items, table, pieces, members, np.zeros(len(table), np.int32),
-                    int(slots[-1]))
+                    num_slots)
+
+
+def _reused_slots(owner, partial, count, worker, workers, slot):
+    """Slots of each item, and their number, where a unit that one block computes alone leaves its slots to its next.
+
+    Such a block merges the unit before it goes on. Each block has slots for one of them; units of several blocks have
+    slots of their own. Without this, long prompts cut at fixed keys would need partial results of every chunk at once.
+    """
+    each = int(count.max())
+    first = np.cumsum(count) - count
+    alone = worker[first] == worker[first + count - 1]
+    shared = np.cumsum((partial & ~alone)[owner])
+    own = worker * each + np.arange(len(owner)) - first[owner]
+    slot = np.where(slot < 0, -1, np.where(alone[owner], own, workers * each + shared - 1))
+    return slot, workers * each + int(shared[-1])
 
 
 def _prefix_pieces(units, counted, count, first_slot, rows):

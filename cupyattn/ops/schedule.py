@@ -96,7 +96,7 @@ class Schedule:
 def _plan_schedule(lists, arch):
     """Plan from the number of lists and arch."""
     threads = 64 if arch == "cpu" else 512
-    return Plan(CORE[0], arch, (lists,), (threads,), shared_bytes=96 * 8 + threads * (56 + 8),
+    return Plan(CORE[0], arch, (lists,), (threads,), shared_bytes=96 * 8 + 8 + threads * (64 + 8),
                 note="one block per list")
 
 

@@ -89,6 +89,31 @@ def cut(units, workers, num_splits, invariant):
     return items
 
 
+def slots_of(cuts, workers, never_again):
+    """Slots of the items of every partial unit, by its id, none for whole units; and the number of slots.
+
+    Each item has a slot of its own, but where fixed cuts make very many: there a unit whose items are all of one
+    worker uses that worker's slots, as its other such units do before and after.
+    """
+    owners = {}
+    for unit, _, _, worker in cuts:
+        owners.setdefault(id(unit), []).append(worker)
+    partial = {id(unit) for unit, *_ in cuts if len(owners[id(unit)]) > 1 or unit["members"] or unit["after"]}
+    total = sum(len(owners[unit]) for unit in partial)
+    each = max((len(workers_of) for workers_of in owners.values()), default=0)
+    again = not never_again and 2 * workers * each < total
+    slots, used = {}, workers * each if again else 0
+    for unit, workers_of in owners.items():
+        if unit not in partial:
+            slots[unit] = []
+        elif again and len(set(workers_of)) == 1:
+            slots[unit] = [workers_of[0] * each + i for i in range(len(workers_of))]
+        else:
+            slots[unit] = list(range(used, used + len(workers_of)))
+            used += len(workers_of)
+    return slots, used
+
+
 def make_work(cache_seqlens, q_lens, *, num_kv_heads, heads_per_kv, rows, workers, packed_rows=(1, 2**31),
               num_splits=None, invariant=False, prefixes=(), **visibility):
     """`cupyattn.work_list.make_work` by its definition; `visibility`: the options of `visible_keys`."""
@@ -96,23 +121,16 @@ def make_work(cache_seqlens, q_lens, *, num_kv_heads, heads_per_kv, rows, worker
     units, sequences = units_of(cache_seqlens, q_lens, num_kv_heads, heads_per_kv, rows, packed_rows, prefixes,
                                 visibility)
     cuts = cut(units, workers, num_splits, invariant)
-    own_slots = {}   # of each unit, where its items are partial
-    for unit, *_ in cuts:
-        own_slots.setdefault(id(unit), []).append(None)
-    slots = 0
-    rows_of_items = []
+    own_slots, num_slots = slots_of(cuts, workers, bool(prefixes) or not (invariant or num_splits is not None))
+    rows_of_items, left = [], {unit: iter(slots) for unit, slots in own_slots.items()}
     for unit, begin, end, _ in cuts:
-        mine = own_slots[id(unit)]
-        slot = -1
-        if len(mine) > 1 or unit["members"] or unit["after"]:
-            slot, slots = slots, slots + 1
-            mine[mine.index(None)] = slot
-        rows_of_items.append([unit["seq"], unit["head"], unit["first_row"], begin * TILE, end * TILE, slot])
+        rows_of_items.append([unit["seq"], unit["head"], unit["first_row"], begin * TILE, end * TILE,
+                              next(left[id(unit)], -1)])
 
     table, pieces, number = [], [], {}
     for unit in units:
         mine = own_slots[id(unit)]
-        if unit["members"] or mine[0] is None:
+        if unit["members"] or not mine:
             continue
         number[unit["seq"], unit["head"], unit["first_row"]] = len(table)
         merged = [slot * rows for slot in mine]
@@ -134,4 +152,4 @@ def make_work(cache_seqlens, q_lens, *, num_kv_heads, heads_per_kv, rows, worker
         return np.array(values, np.int32).reshape(-1, *shape)
 
     return WorkList(rows, workers, array(rows_of_items, 8), array(worker_items), array(table, 2), array(pieces),
-                    array(members, 2), np.zeros(len(table), np.int32), slots)
+                    array(members, 2), np.zeros(len(table), np.int32), num_slots)
