@@ -248,15 +248,17 @@ def kv_append(k, v, k_cache, v_cache, /, *, slots=None, block_table=None, positi
         New keys. Tokens and heads may be strided (a slice of a fused projection). None, with `v` and the caches, to
         finish only the queries.
     v : ndarray [tokens, num_kv_heads, head_dim_v], dtype of k
-    k_cache : ndarray [num_pages, page_size, num_kv_heads, head_dim], float16, bfloat16 or float32
+    k_cache : ndarray [num_pages, page_size, num_kv_heads, head_dim], float16, bfloat16 or float32; QuantizedKV; BlockKV
         Any strides with a contiguous last axis: ``transpose(0, 2, 1, 3)`` of a head-major pool, or a contiguous cache
         [batch, capacity, num_kv_heads, head_dim] as pages of `capacity` tokens. Slots not named keep their bits.
         The caches are written: they overlap neither each other nor the inputs.
-    v_cache : ndarray [num_pages, page_size, num_kv_heads, head_dim_v], dtype of k_cache
+    v_cache : like k_cache, with head_dim_v
+        Of k_cache's dtype if both are arrays; the formats of quantized caches may differ.
     slots : ndarray [tokens], int32 or int64, optional
         -1 skips the token.
-    block_table : ndarray [batch, max_pages], int32, optional
-        Page ids of every sequence; entries no new token falls on are not read.
+    block_table : ndarray [batch, max_pages], int32, or PageTable, optional
+        Page ids of every sequence; entries no new token falls on are not read. ``PageTable.csr`` has them in one list;
+        ``PageTable.pointers`` has addresses of blocks, and then both caches are BlockKV.
     positions : ndarray [tokens], int32, optional
         Index of the token in its sequence, 0 for the first; -1 skips the token, and its queries become zero. Goes with
         `block_table`; with `slots` it only says how far RoPE turns and log-n scales.
@@ -304,8 +306,11 @@ def kv_append(k, v, k_cache, v_cache, /, *, slots=None, block_table=None, positi
 
     Notes
     -----
-    All steps are float32 with one rounding to k's dtype at the end, then one to the cache's. Without steps a cache of
-    k's dtype receives its bits. On CuPy arrays asynchronous on the current stream. Kernel: ``cuda_src/kv_append.cu``.
+    All steps are float32 with one rounding to k's dtype at the end; that is what is quantized, or rounded to another
+    dtype of a cache. Without steps a cache of k's dtype receives its bits. Scales of int8, int4, the hadamard formats
+    and of fp8 per token are made here and written with the row; all others are known before, and numbers too large
+    for them become the largest code. A NaN makes its row's scale NaN (in a hadamard format its 32 dims'), or where the
+    scale is known becomes code 0 itself, in fp8 a NaN. On CuPy arrays asynchronous on the current stream. Kernel: ``cuda_src/kv_append.cu``.
 
     Examples
     --------

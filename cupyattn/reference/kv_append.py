@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import numpy as np
 
+from ..quantized_kv import QuantizedKV
+from .kv_codec import quantize
 from .rope import rope
 
 
@@ -35,11 +37,26 @@ def _finish(x, bias, gain, eps, cos, sin, rows, style, rotary_dim):
     return y
 
 
+def _store(cache, place, rows):
+    """Write rows [heads, dims] to (page, slot) of an array or a QuantizedKV."""
+    if not isinstance(cache, QuantizedKV):
+        cache[place] = rows.astype(cache.dtype)
+        return
+    by_token = cache.granularity in ("token", "group")
+    codes, scale, zero = quantize(rows, cache.format, scale=None if by_token else cache.scale,
+                                  scale_dtype=cache.scale.dtype)
+    cache.codes[place] = codes.view(cache.codes.dtype)
+    if by_token:
+        cache.scale[place] = scale
+    if zero is not None:
+        cache.zero[place] = zero
+
+
 def kv_append(k, v, k_cache, v_cache, /, *, slots=None, block_table=None, positions=None, batch_indices=None, q=None,
               cos=None, sin=None, rope_rows=None, style="neox", rotary_dim=None, q_bias=None, k_bias=None, v_bias=None,
               q_norm=None, k_norm=None, norm_eps=1e-6, logn_max_position=None, key_stride=1, key_offset=0,
               readonly_tokens=None):
-    """Write k, v [tokens, num_kv_heads, head_dim] into caches [num_pages, page_size, ...]; returns finished queries.
+    """Write k, v [tokens, num_kv_heads, head_dim] into caches, arrays or QuantizedKV; returns finished queries.
 
     Queries are float64 [tokens, num_heads, head_dim]. Keys and values are rounded to their own dtype, then the cache's.
     """
@@ -53,8 +70,8 @@ def kv_append(k, v, k_cache, v_cache, /, *, slots=None, block_table=None, positi
             place = _place(token, *k_cache.shape[:2], slots, block_table, positions, batch_indices, readonly_tokens,
                            key_stride, key_offset)
             if place is not None and 0 <= rows[token] and (cos is None or rows[token] < len(cos)):
-                k_cache[place] = keys[token].astype(k_cache.dtype)
-                v_cache[place] = values[token].astype(v_cache.dtype)
+                _store(k_cache, place, keys[token])
+                _store(v_cache, place, values[token])
     if q is None:
         return None
     queries = _finish(q, q_bias, q_norm, norm_eps, *turn)
