@@ -420,7 +420,8 @@ struct WarpTiles {
     for (int from = 0; from < args.head_dim; from += SLICE, turn ^= 1) {
       slices.wait();
       const bool more = from + SLICE < args.head_dim;
-      slices.fetch(more ? places.keys : next.keys, args.head_dim, more ? from + SLICE : 0, turn ^ 1, lane);
+      const Places<KF> to_fetch = {more ? places.keys.memory : next.keys.memory};
+      slices.fetch(to_fetch, args.head_dim, more ? from + SLICE : 0, turn ^ 1, lane);
       if (!any) continue;
       const typename KF::Code* row[N];
 #pragma unroll
