@@ -45,6 +45,13 @@ def _kv_append(xp):
     return lambda: cupyattn.kv_append(k, v, k_cache, v_cache, block_table=table, positions=lengths), [k_cache, v_cache]
 
 
+def _kv_flatten(xp):
+    k_cache, v_cache, table, lengths = _paged(xp)
+    outs, starts = [xp.module.zeros((1520, 2, 64), np.float16) for _ in "kv"], xp.array(np.int32([0, 1500, 1520]))
+    return lambda: cupyattn.kv_flatten(k_cache, v_cache, block_table=table, cache_seqlens=lengths,
+                                       cu_seqlens_k=starts, out=outs), outs
+
+
 def _paged_decode(xp):
     k_cache, v_cache, table, lengths = _paged(xp)
     q, out = _normal(xp, 2, 6, 64), xp.module.zeros((2, 6, 64), np.float16)
@@ -90,7 +97,7 @@ def _schedule(xp):
 
 
 CASES = {"rms_norm": _rms_norm, "layer_norm": _layer_norm, "rope": _rope, "kv_append": _kv_append,
-         "paged_decode": _paged_decode, "split_reduce": _split_reduce, "silu_mul": _silu_mul,
+         "kv_flatten": _kv_flatten, "paged_decode": _paged_decode, "split_reduce": _split_reduce, "silu_mul": _silu_mul,
          "quant_gemm": _quant_gemm, "embedding": _embedding, "schedule": _schedule}
 
 

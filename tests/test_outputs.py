@@ -26,6 +26,10 @@ def _kv_append(k_cache=None, v_cache=None):
     cupyattn.kv_append(HEADS, HEADS, k_cache, v_cache, slots=np.int32([0, 4]))
 
 
+def _kv_flatten(out):
+    cupyattn.kv_flatten(PLANES, PLANES, block_table=TABLE, cu_seqlens_k=np.int32([0, 2, 3]), out=out)
+
+
 def _paged_decode(out=None, lse=None):
     out = np.empty_like(HEADS) if out is None else out
     cupyattn.paged_decode(HEADS, PLANES, PLANES, block_table=TABLE, cache_seqlens=LENGTHS,
@@ -48,6 +52,7 @@ CASES = {
     "quant_gemm out": (lambda a: cupyattn.quant_gemm(X, cupyattn.QMatrix.from_dense(X), out=a), (2, 2)),
     "kv_append k_cache": (_kv_append, PLANES.shape),
     "kv_append v_cache": (lambda a: _kv_append(v_cache=a), PLANES.shape),
+    "kv_flatten out": (_kv_flatten, (2, 2, 3, 16)),
     "paged_decode out": (_paged_decode, HEADS.shape),
     "paged_decode lse": (lambda a: _paged_decode(lse=a), HEADS.shape[:2]),
     "split_reduce out": (_split_reduce, PLANES.shape[1:]),
