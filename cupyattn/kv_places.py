@@ -144,12 +144,13 @@ def _pages_of_positions(places, num_pages, page_size, caches):
     entries = _host(table.block_table if table.block_ptrs is None else table.block_ptrs)
     starts = None if table.indptr is None else _host(table.indptr)
     limits = np.int64(page_size * stride) * (table.max_pages if starts is None else np.diff(starts)[sequences])
-    wrong = np.flatnonzero((positions < -1) | (positions >= limits))
+    here = positions % stride == places.key_offset   # the other ranks' tokens need no page
+    wrong = np.flatnonzero((positions < -1) | (here & (positions >= limits)))
     if wrong.size:
         limit = limits if starts is None else limits[wrong[0]]
         raise ValueError(f"{_OP}: positions must be in [-1, {limit}), what block_table can hold, or -1 to skip the "
                          f"token, got {positions[wrong[0]]}")
-    writes = (positions >= 0) & (positions % stride == places.key_offset)
+    writes = here & (positions >= 0)
     if places.readonly_tokens is not None:
         writes &= positions >= _host(places.readonly_tokens)[sequences]
     tokens, sequences = positions[writes] // stride, sequences[writes]
