@@ -224,6 +224,15 @@ class QuantizedKV:
         made = xp.zeros(shape, scale_dtype) if by_token else xp.full(shape, 1 if scale is None else scale, scale_dtype)
         return cls(codes, made, xp.zeros(shape, scale_dtype) if kind.has_zero else None, format=format)
 
+    def to(self, xp):
+        """This cache with its arrays on `xp` (numpy or cupy); itself when it is there."""
+        if xp is self.xp:
+            return self
+        codes = self.codes if self.codes.dtype.kind in "iu" else self.codes.view("uint8")   # CuPy has no fp8
+        move = self.xp.asnumpy if xp is np else xp.asarray
+        return QuantizedKV(*(None if a is None else move(a) for a in (codes, self.scale, self.zero)),
+                           format=self.format)
+
     @property
     def nbytes(self):
         return self.codes.nbytes + self.scale.nbytes + (0 if self.zero is None else self.zero.nbytes)

@@ -25,28 +25,23 @@ def bench_kv_flatten(bench, model, format):
         order = iter(rng.permutation(pages).tolist())
         for b, n in enumerate(lengths):
             table[b, :n // PAGE_SIZE] = [next(order) for _ in range(n // PAGE_SIZE)]
-        some = rng.standard_normal((2, 16, PAGE_SIZE, *row)).astype(np.float32)   # repeated to fill the pages
-        parts = []
-        for x in some:
-            made = (x.astype(np.float16),) if format == "float16" else [
-                part for part in kv_codec.quantize(x, format) if part is not None]
-            parts += [np.resize(part, (pages, *part.shape[1:])) for part in made]
-        return (table, starts, *np.zeros((2, tokens, *row), np.float16), *parts)
+        caches = []
+        for x in rng.standard_normal((2, 16, PAGE_SIZE, *row)).astype(np.float32):   # repeated to fill the pages
+            parts = (x.astype(np.float16),) if format == "float16" else kv_codec.quantize(x, format)
+            parts = [part if part is None else np.resize(part, (pages, *part.shape[1:])) for part in parts]
+            caches.append(parts[0] if format == "float16" else cupyattn.QuantizedKV(*parts, format=format))
+        return (table, starts, *np.zeros((2, tokens, *row), np.float16), *caches)
 
-    def caches(parts):
-        half = len(parts) // 2
-        sides = parts[:half], parts[half:]
-        return [side[0] if format == "float16" else cupyattn.QuantizedKV(*side, format=format) for side in sides]
-
-    def call(table, starts, k_out, v_out, *parts):
-        cupyattn.kv_flatten(*caches(parts), block_table=table, cu_seqlens_k=starts, out=(k_out, v_out))
+    def call(table, starts, k_out, v_out, k_cache, v_cache):
+        cupyattn.kv_flatten(k_cache, v_cache, block_table=table, cu_seqlens_k=starts, out=(k_out, v_out))
         return v_out
 
-    def expected(table, starts, k_out, v_out, *parts):
-        numbers = [c if format == "float16" else c.dequantize() for c in caches(parts)]
-        return reference(*numbers, block_table=table, cu_seqlens_k=starts)[1]
+    def expected(table, starts, k_out, v_out, k_cache, v_cache):
+        numbers = v_cache if format == "float16" else v_cache.dequantize()
+        return reference(numbers, numbers, block_table=table, cu_seqlens_k=starts)[1]
 
-    bits = 16 if format == "float16" else 8 * sum(
-        a.nbytes for a in cupyattn.QuantizedKV.empty(1, 1, *row, format=format).arrays.values()) / (row[0] * row[1])
+    plain = 2 * row[0] * row[1]   # bytes of a token's keys
+    cached = plain if format == "float16" else cupyattn.QuantizedKV.empty(
+        1, 1, *row, format=format, granularity="token" if format == "fp8_e4m3" else None).nbytes
     bench(f"{model} tokens {tokens} from {format}", make, call, expected, tolerance=(1e-3, 1e-3),
-          nbytes=int(2 * tokens * row[0] * row[1] * (2 + bits / 8)))
+          nbytes=2 * tokens * (plain + cached))

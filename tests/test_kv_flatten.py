@@ -116,8 +116,8 @@ def test_formats_and_head_dims_of_k_and_v_differ(xp, formats, dtype):
 
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("formats", list(itertools.product([*FORMATS, *FLOATS], repeat=2)))
-def test_every_pair_of_formats(xp, formats, dtype):
+@pytest.mark.parametrize("formats", list(itertools.pairwise([*FORMATS, *FLOATS, "int8"])))
+def test_every_format_on_each_side(xp, formats, dtype):
     check(xp, formats, dtype=dtype)
     check(xp, formats, head_dims=(160, 32), heads=5, page_size=1, dtype=dtype)
 

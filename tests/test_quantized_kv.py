@@ -198,6 +198,19 @@ def test_granularity(format, granularity, shape):
         assert QuantizedKV.empty(3, 4, 2, 64, format=format, granularity=granularity, scale=0.5).scale.max() == 0.5
 
 
+@pytest.mark.parametrize("xp", ["standin", pytest.param("cupy", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize("format", ["int8", "fp8_e4m3", "hadamard6"])
+def test_to(xp, format):
+    cache, _ = quantized(format)
+    if format == "fp8_e4m3":
+        cache = QuantizedKV(cache.codes.view(ml_dtypes.float8_e4m3fn), cache.scale, format=format)
+    moved = cache.to(xp.module)
+    assert cache.to(np) is cache and moved.to(xp.module) is moved and moved.xp is xp.module
+    back = moved.to(np)
+    assert back.xp is np
+    np.testing.assert_array_equal(back.dequantize(), cache.dequantize())
+
+
 def test_views():
     """Strides of codes in bytes, of scales in elements, shared scales at stride 0; any layout."""
     pool = np.zeros((5, 2, 4, 96), np.uint8)           # [pages, heads, page_size, row + rest]
