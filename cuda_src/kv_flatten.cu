@@ -24,6 +24,8 @@ constexpr bool ALIGNED = CA_ALIGNED;              // rows at multiples of their 
 constexpr bool WHOLE_GROUPS = CA_WHOLE_GROUPS;    // a thread has 32 dims of a rotated row, not 8
 static_assert(sizeof(KvFlattenArgs) == CA_SIZEOF_ARGS, "kv_flatten: Python and CUDA disagree on KvFlattenArgs");
 
+using Output = KvPlain<T>;
+
 template <typename A, typename B>
 constexpr bool SAME = false;
 template <typename A>
@@ -44,12 +46,6 @@ __device__ __forceinline__ TokenSlot token_of_row(const KvFlattenArgs& args, int
   if (args.cache_seqlens != nullptr) count = min(count, args.cache_seqlens[seq * args.stride_seqlens]);
   if (token < 0 || token >= count) return {NO_TOKEN, 0};
   return find_token(args.table, seq, token);
-}
-
-__device__ __forceinline__ void store_eight(T* out, const Vec<T, 8>& x) {
-  constexpr int WIDTH = ALIGNED ? 16 / static_cast<int>(sizeof(T)) : 1;
-#pragma unroll
-  for (int i = 0; i < 8; i += WIDTH) store_vec(out + i, load_vec<T, WIDTH>(x.v + i));
 }
 
 // One row of a cache. What is the same for all its dims is looked up once; null for a token in no page.
@@ -102,9 +98,9 @@ __device__ __forceinline__ void flatten(const KvFlattenArgs& args, const KvView&
     for (int begin = 0; begin < head_dim; begin += blockDim.x * 8 * PARTS) {
       const int d = begin + threadIdx.x * 8 * PARTS;
       const bool inside = at.page != NO_TOKEN && d < head_dim;
-      if constexpr (SAME<F, KvPlain<T>>) {
+      if constexpr (SAME<F, Output>) {
         if (!inside) continue;
-        store_eight(to + d, row.codes == nullptr ? Vec<T, 8>{} : KvPlain<T>::template load<ALIGNED>(row.codes + d));
+        Output::store<ALIGNED>(to + d, row.codes == nullptr ? Vec<T, 8>{} : Output::load<ALIGNED>(row.codes + d));
       } else {
         EightFloats x[PARTS];
 #pragma unroll
@@ -114,7 +110,7 @@ __device__ __forceinline__ void flatten(const KvFlattenArgs& args, const KvView&
         if constexpr (F::ROTATED && !WHOLE_GROUPS) hadamard32(x[0]);
         if (!inside) continue;
 #pragma unroll
-        for (int i = 0; i < PARTS; ++i) store_eight(to + d + 8 * i, x[i].template to<T>());
+        for (int i = 0; i < PARTS; ++i) Output::store<ALIGNED>(to + d + 8 * i, x[i].template to<T>());
       }
     }
     token += step_token, head += step_head;

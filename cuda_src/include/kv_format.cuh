@@ -240,6 +240,16 @@ struct KvPlain {
     return out;
   }
   template <bool ALIGNED = true>
+  static __device__ __forceinline__ void store(T* p, const Vec<T, 8>& x) {
+#if CA_CPU && !CA_CHECK
+    __builtin_memcpy(p, &x, sizeof(x));  // g++ takes neighbouring stores of structs apart, element by element
+#else
+    constexpr int WIDTH = ALIGNED ? 16 / static_cast<int>(sizeof(T)) : 1;
+#pragma unroll
+    for (int i = 0; i < 8; i += WIDTH) store_vec(p + i, load_vec<T, WIDTH>(x.v + i));
+#endif
+  }
+  template <bool ALIGNED = true>
   static __device__ __forceinline__ EightFloats eight(const T* row, int, int d) {
     return EightFloats::from(load<ALIGNED>(row + d));
   }
