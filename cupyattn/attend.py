@@ -4,7 +4,7 @@
 import numpy as np
 
 from .attention_args import NO_MASK, Keys, check_sides, launch_work, ragged_side, sequence_view
-from .attention_plans import CORES_ROWS, Facts, plan_decode, plan_prefill, sm_count, tiling, version
+from .attention_plans import Facts, legal_rows, plan_decode, plan_prefill, sm_count, tiling
 from .ops.schedule import Lengths, Limits, Policy, Schedule, empty_lists, fill_lists, host_lists, list_ranges
 from .page_table import PageTable
 from .quantized_kv import kv_side
@@ -139,10 +139,10 @@ def _lists_of(op, xp, facts, lengths, policy, schedule, causal, tree_mask):
                    window_size=lengths.window_size, key_stride=lengths.key_stride, key_offset=lengths.key_offset)
     if policy.num_splits is not None or policy.invariant:
         schedule.check(op, **policy._asdict())
-    legal = (16, 64, 128) if version(facts)[0] == "mma" else CORES_ROWS
+    legal, why = legal_rows(facts)
     for work in (schedule.decode, schedule.prefill):
         if work is not None and work.rows not in legal:
-            raise ValueError(f"{op}: schedule must have tiles of {legal} rows for {version(facts)[1]}, got "
+            raise ValueError(f"{op}: schedule must have tiles of {legal} rows for {why}, got "
                              f"{work.rows}; make it with this call's dtype, kv_format and head_dim")
     return schedule.decode, schedule.prefill
 
@@ -164,7 +164,7 @@ def _check_content(op, keys, cache_seqlens, q_lens, cache_starts, finished, key_
     first, counts = host(cache_starts), host(key_counts)
     if lengths.size == 0:
         return
-    capacity = keys.capacity * key_stride if starts is None and counts is None else None
+    capacity = keys.capacity * key_stride + key_offset if starts is None and counts is None else None
     if lengths.min() < 0 or (capacity is not None and lengths.max() > capacity):
         raise ValueError(f"{op}: cache_seqlens must be from 0 to {capacity} (max_pages * page_size), got "
                          f"{lengths.min()} to {lengths.max()}")

@@ -68,6 +68,12 @@ def tiling(facts, max_packed, sm_count):
     return Tiling(decode_rows, CORES_ROWS[-1], workers, workers)
 
 
+def legal_rows(facts):
+    """(rows a unit may have, why) for work lists made elsewhere."""
+    name, note = version(facts)
+    return (16, 64, 128) if name == "mma" else CORES_ROWS, note
+
+
 def sm_count(xp):
     """Multiprocessors of the current device; 1 for NumPy."""
     return 1 if xp is np else _sm_count(xp.cuda.runtime.getDevice())
@@ -150,7 +156,8 @@ def _plan(stem, facts, rows, workers, name, note):
     if name == "mma":
         head_dim = next(d for d in MMA_HEAD_DIMS if d >= max(facts.head_dim, facts.head_dim_v))
         spec = _mma_spec(stem, facts.q, facts.k, facts.v, rows, head_dim, facts.bias)
-        threads, shared = _decode_mma_launch(head_dim) if stem == "paged_decode" else _prefill_mma_launch(rows, head_dim)
+        is_decode = stem == "paged_decode"
+        threads, shared = _decode_mma_launch(head_dim) if is_decode else _prefill_mma_launch(rows, head_dim)
     else:
         spec = _cores_spec(stem, facts.q, facts.k, facts.v, rows, facts.align == 16, facts.bias)
         threads, shared = _cores_launch(facts, rows)

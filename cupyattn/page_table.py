@@ -267,10 +267,12 @@ class PageTable:
         used = entries[np.repeat(first + begin, counts) + steps]
         if self.form == "pointers":
             self.check_addresses(op, used, block_bytes)
-        elif used.size and not 0 <= used.min() <= used.max() < num_pages:
-            found = used.min() if used.min() < 0 else used.max()
-            raise ValueError(f"{op}: block_table must hold page ids in [0, {num_pages}) up to each sequence's length, "
-                             f"got {found}")
+        else:
+            wrong = np.flatnonzero((used < 0) | (used >= num_pages))
+            if wrong.size:
+                b = int(np.searchsorted(np.cumsum(counts), wrong[0], side="right"))
+                raise ValueError(f"{op}: block_table must hold page ids from 0 to {num_pages - 1}, got "
+                                 f"{used[wrong[0]]} at page {begin[b] + steps[wrong[0]]} of sequence {b}")
 
     def _check_indptr(self, op, name, indptr):
         if indptr[0] < 0 or indptr[-1] > self.max_pages or (np.diff(indptr) < 0).any():

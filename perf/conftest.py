@@ -48,7 +48,7 @@ class Bench:
         self._op = op
         self._rows_file = rows_file
 
-    def __call__(self, shape, make, call, expected, *, tolerance, nbytes, flops=0, baseline=None):
+    def __call__(self, shape, make, call, expected, *, tolerance, nbytes, flops=0, baseline=None, checked=None):
         """Check `call` against `expected`, then time it.
 
         Parameters
@@ -67,10 +67,13 @@ class Bench:
             What one call must move and compute.
         baseline : callable, optional
             ``baseline(*arrays)``: the same result by the array library alone.
+        checked : callable, optional
+            The part of `call`'s result, as a NumPy array, that `expected` gives; default all of it.
         """
         host = make(np.random.default_rng(1))
         arrays = on_device(host)
-        result = DEVICE.numpy(call(*arrays)).astype(np.float64)
+        result = DEVICE.numpy(call(*arrays))
+        result = (result if checked is None else checked(result)).astype(np.float64)
         np.testing.assert_allclose(result, np.asarray(expected(*host)).astype(np.float64), atol=tolerance[0],
                                    rtol=tolerance[1], err_msg=f"{self._op} {shape}: nothing is timed that is wrong")
         if self._benchmark.disabled:

@@ -58,6 +58,17 @@ def decode():
     return [(MODELS[name], *rest) for name, *rest in (*lengths, *heads, *dtypes)]
 
 
+def prefill():
+    """(model, sequences, new tokens of each, tokens to attend to, dtype)."""
+    if not DEVICE.is_gpu:
+        return [(MODELS[name], 1, q_len, context, dtype) for name in ("smollm2-135m", "llama3-8b")
+                for q_len, context in ((512, 512), (128, 1024)) for dtype in ("float16", "float32")]
+    lengths = [("llama3-8b", batch, q_len, context, "bfloat16") for batch, q_len, context in (
+        (1, 2048, 2048), (1, 8192, 8192), (1, 32768, 32768), (16, 1024, 1024), (4, 512, 8192))]
+    others = [(name, 1, 8192, 8192, "float16") for name in ("llama3-70b", "smollm2-135m", "gemma2-9b", "phi3-mini")]
+    return [(MODELS[name], *rest) for name, *rest in (*lengths, *others, ("smollm2-135m", 1, 1024, 1024, "float32"))]
+
+
 def normal(rng, shape, dtype):
     """Normally distributed numbers; beyond four million they repeat, for drawing them would take longer than timing."""
     dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)

@@ -11,7 +11,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import cupyattn
-from cupyattn.ops import paged_decode as op
+from cupyattn import attention_plans
+from cupyattn.quantized_kv import FORMATS
 from cupyattn.reference.paged_decode import paged_decode as expected_decode
 from cupyattn.runtime.cpu import settings
 
@@ -95,7 +96,7 @@ def check(case, xp=Numpy, **options):
 @pytest.fixture(params=["cores", "mma"])
 def version(request, monkeypatch):
     """Both versions of the kernel, whichever the plan would choose."""
-    monkeypatch.setattr(op, "_version", lambda *args: (request.param, "chosen by the test"))
+    monkeypatch.setattr(attention_plans, "version", lambda facts: (request.param, "chosen by the test"))
     return request.param
 
 
@@ -269,21 +270,21 @@ def test_offsets_beyond_two_to_the_31():
 @pytest.mark.parametrize("q_len", [None, 3])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_a_sequence_does_not_see_its_batch(xp, dtype, q_len):
-    """Bit for bit the result it gets alone, whether its table holds one chunk or several."""
+    """Invariant: bit for bit the result it gets alone, whether it has one chunk or several."""
     case = make([20, 1500, 0, 1024, 300], heads=6, q_len=q_len, dtype=dtype)
     sinks = np.float32([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
-    out, lse = decode(case, xp, sinks=sinks)
+    out, lse = decode(case, xp, sinks=sinks, invariant=True)
     for b in range(len(case.lengths)):
-        one, one_lse = decode(case.alone(b), xp, sinks=sinks)
+        one, one_lse = decode(case.alone(b), xp, sinks=sinks, invariant=True)
         assert_same_bits(out[b:b + 1], one)
         assert_same_bits(lse[b:b + 1], one_lse)
 
 
 def test_tensor_cores_do_not_see_the_batch(version):
     case = make([20, 1100, 0, 300], heads=6, q_len=2, dtype="float16")
-    out, lse = decode(case)
+    out, lse = decode(case, invariant=True)
     for b in range(len(case.lengths)):
-        one, one_lse = decode(case.alone(b))
+        one, one_lse = decode(case.alone(b), invariant=True)
         assert_same_bits(out[b:b + 1], one)
         assert_same_bits(lse[b:b + 1], one_lse)
 
@@ -313,7 +314,7 @@ def test_unknown_pages_are_invisible(xp):
     case = make([60, 1100])
     case.table[0, 1], case.table[1, 40] = -5, len(case.k)
     if xp.name == "numpy":
-        with pytest.raises(ValueError, match=r"block_table must hold page ids from 0 to \d+, got -5 at \[0, 1\]"):
+        with pytest.raises(ValueError, match=r"page ids from 0 to \d+, got -5 at page 1 of sequence 0"):
             decode(case, xp)
     else:
         check(case, xp)
@@ -342,8 +343,8 @@ def test_errors():
     refused(ValueError, r"head_dim that is a multiple of 8 up to 256, got 60", q[..., :60], k, v)
     refused(ValueError, r"q must be .* with q_len from 1 to 8, got \[1, 9, 4, 64\]", q[:, None].repeat(9, 1), k, v)
     refused(ValueError, "num_kv_heads that divides the 3 heads", q[:, :3], k, v)
-    refused(ValueError, r"v_cache must be \[num_pages, page_size", q, k, v[1:])
-    refused(TypeError, "v_cache must be float32, got float16", q, k, v.astype(np.float16))
+    refused(ValueError, "v_cache must have the pages, page_size and num_kv_heads of k_cache", q, k, v[1:])
+    refused(TypeError, "v_cache must be float32 like k_cache, got float16", q, k, v.astype(np.float16))
     refused(TypeError, "q must be float16 or bfloat16 or float32, got float64", q.astype(np.float64), k, v)
     refused(TypeError, "block_table must be int32, got int64", q, k, v, block_table=case.table.astype(np.int64))
     refused(ValueError, r"cache_seqlens must be \[batch\] = \[1\]", q, k, v, cache_seqlens=np.int32([1, 2]))
@@ -432,7 +433,7 @@ ON_BOTH = pytest.mark.parametrize("kernel, dtype", [("cores", "float32"), ("core
 @pytest.mark.parametrize("window, softcap, sinks", [(0, 0.0, None), (33, 0.0, None), (0, 2.0, None),
                                                     (0, 0.0, [1.0, -2.0, 3.0, 0.5]), (20, 5.0, None)])
 def test_onnxruntime(kernel, dtype, lengths, q_len, window, softcap, sinks, monkeypatch):
-    monkeypatch.setattr(op, "_version", lambda *args: (kernel, "chosen by the test"))
+    monkeypatch.setattr(attention_plans, "version", lambda facts: (kernel, "chosen by the test"))
     case = make(lengths, q_len=q_len, page_size=8, dtype=dtype)
     options = {} if sinks is None else {"sinks": np.float32(sinks)}
     want = onnx_attention(*onnx_operands(case), case.lengths, window, softcap, **options)
@@ -444,7 +445,7 @@ def test_onnxruntime(kernel, dtype, lengths, q_len, window, softcap, sinks, monk
 @pytest.mark.parametrize("style", ["neox", "interleaved"])
 def test_onnxruntime_with_rope(kernel, dtype, lengths, q_len, style, monkeypatch):
     """rope of the queries and the newest keys, kv_append and paged_decode are one GroupQueryAttention."""
-    monkeypatch.setattr(op, "_version", lambda *args: (kernel, "chosen by the test"))
+    monkeypatch.setattr(attention_plans, "version", lambda facts: (kernel, "chosen by the test"))
     case = make(lengths, q_len=q_len, page_size=8, dtype=dtype)
     table = np.float32 if dtype == "bfloat16" else case.q.dtype
     cos, sin = (a.astype(table) for a in cupyattn.RopeParams(rotary_dim=64).tables(256))
@@ -467,7 +468,7 @@ def test_onnxruntime_with_rope(kernel, dtype, lengths, q_len, style, monkeypatch
 def test_shapes(kernel, lengths, group, kv_heads, head_dim, page_size, q_len, window):
     case = make(lengths, heads=group * kv_heads, kv_heads=kv_heads, head_dim=8 * head_dim, page_size=page_size,
                 q_len=q_len, dtype="float32" if kernel == "cores" else "float16")
-    with mock.patch.object(op, "_version", lambda *args: (kernel, "chosen by the test")):
+    with mock.patch.object(attention_plans, "version", lambda facts: (kernel, "chosen by the test")):
         check(case, window_size=window)
 
 
@@ -475,7 +476,7 @@ def test_shapes(kernel, lengths, group, kv_heads, head_dim, page_size, q_len, wi
                                                      ("cores", 64, "float16"), ("cores", 40, "float32")])
 def test_paged_decode_checked(xp, kernel, head_dim, dtype, monkeypatch):
     """The checker finds nothing, and every order of threads gives the same bits."""
-    monkeypatch.setattr(op, "_version", lambda *args: (kernel, "chosen by the test"))
+    monkeypatch.setattr(attention_plans, "version", lambda facts: (kernel, "chosen by the test"))
     case = make([45, 0, 1060], heads=6, head_dim=head_dim, dtype=dtype, q_len=2)
     results = []
     for schedule, seed in (("forward", 0), ("reverse", 0), ("random", 1)):
@@ -489,7 +490,7 @@ def test_paged_decode_checked(xp, kernel, head_dim, dtype, monkeypatch):
 @pytest.mark.parametrize("head_dim, dtype", [(128, "float16"), (200, "float16"), (256, "bfloat16")])
 def test_tensor_cores_checked(head_dim, dtype, monkeypatch):
     """The deeper rings of the larger head_dims, over two chunks."""
-    monkeypatch.setattr(op, "_version", lambda *args: ("mma", "chosen by the test"))
+    monkeypatch.setattr(attention_plans, "version", lambda facts: ("mma", "chosen by the test"))
     case = make([300, 1030], heads=3, kv_heads=1, head_dim=head_dim, dtype=dtype, q_len=2)
     results = []
     for schedule in ("forward", "random"):
@@ -502,28 +503,34 @@ def test_tensor_cores_checked(head_dim, dtype, monkeypatch):
 
 # ---- plans -----------------------------------------------------------------------------------------------
 
-def plan(arch="cpu", q="float16", kv="float16", align=16, q_len=1, heads=32, kv_heads=8, head_dim=128, capacity=2048):
-    version = op._version(q, kv, align, arch)
-    return op._plan_paged_decode(4, q_len, heads, kv_heads, head_dim, capacity, q, kv, align, arch, version)
+def plan(arch="cpu", q="float16", k="KvPlain<__half>", v=None, align=16, q_len=1, heads=32, kv_heads=8, head_dim=128,
+         head_dim_v=None, bias=False):
+    facts = attention_plans.Facts(q, k, v or k, align, kv_heads, heads // kv_heads, head_dim, head_dim_v or head_dim,
+                                  bias, arch)
+    tiles = attention_plans.tiling(facts, q_len * facts.heads_per_kv, 132)
+    return attention_plans.plan_decode(facts, tiles.decode_rows, tiles.decode_workers)
 
 
 def test_plan_says_why():
     assert plan("sm_90a").spec.kernel == "paged_decode_mma" and plan("sm_90a").note.startswith("tensor cores")
     for changes, reason in (({"arch": "cpu"}, "an mma costs the executor more than it saves"),
                             ({"arch": "sm_75"}, "sm_75 has no cp.async"), ({"align": 4}, "alignment 4"),
-                            ({"kv": "bfloat16"}, "q float16, caches bfloat16"), ({"q": "float32"}, "q float32")):
+                            ({"k": "KvPlain<__nv_bfloat16>"}, "q float16, k KvPlain<__nv_bfloat16>"),
+                            ({"q": "float32"}, "q float32")):
         got = plan(**{"arch": "sm_120a", **changes})
         assert got.spec.kernel == "paged_decode" and reason in got.note
-    assert plan().grid == (32, 2, 1) and plan(capacity=0).grid == (32, 1, 1)
+    assert plan("sm_90a").grid == (264, 1, 1) and plan().grid == (16, 1, 1)
 
 
 @pytest.mark.parametrize("head_dim", range(8, 257, 8))
 def test_shared_memory_fits(head_dim):
     """CUDA cores: what every block has without opting in. Tensor cores: what every GPU from sm_80 on can give."""
-    for q_len in (1, 8):
-        for kv in ("float16", "float32"):
-            assert plan("sm_75", kv=kv, q_len=q_len, head_dim=head_dim).shared_bytes <= 48 * 1024
-        assert plan("sm_120a", q_len=q_len, head_dim=head_dim).shared_bytes <= 99 * 1024
+    tags = [kind.tag.format("__half") for kind in FORMATS.values() if head_dim % kind.multiple == 0]
+    for k in ("KvPlain<__half>", "KvPlain<float>", *tags):
+        for q_len in (1, 2):
+            assert plan("sm_75", k=k, q_len=q_len, head_dim=head_dim, bias=True).shared_bytes <= 48 * 1024
+        if k != "KvPlain<float>":
+            assert plan("sm_120a", k=k, head_dim=head_dim).shared_bytes <= 99 * 1024
 
 
 @pytest.mark.parametrize("start", [2**31 - 1, 2**31 - 40, 10_000])

@@ -5,9 +5,11 @@ The residual stream is float32 (SmolLM2's reaches 27,000); the output and down p
 between is in the model's dtype. A step feeds ``batch`` sequences ``q_len`` tokens each:
 
     x = embedding(ids)
-    per layer:  h = rms_norm(x);  q, k, v = h @ Wqkv;  rope(q, k);  kv_append(k, v)
-                x += paged_decode(q) @ Wo;  h = rms_norm(x);  x += silu_mul(h @ Wgate, h @ Wup) @ Wdown
+    per layer:  h = rms_norm(x);  q, k, v = h @ Wqkv;  q = kv_append(rope(q), rope(k), v)
+                x += attention(q) @ Wo;  h = rms_norm(x);  x += silu_mul(h @ Wgate, h @ Wup) @ Wdown
     logits = rms_norm(x) @ Whead
+
+Attention is `paged_decode` when there is one new token per sequence, otherwise `attention`.
 """
 
 import math
@@ -16,12 +18,30 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .. import RopeParams, embedding, kv_append, paged_decode, quant_gemm, rms_norm, rope, runtime, silu_mul
+from .. import (
+    QuantizedKV,
+    RopeParams,
+    attention,
+    embedding,
+    kv_append,
+    paged_decode,
+    quant_gemm,
+    rms_norm,
+    runtime,
+    schedule,
+    silu_mul,
+)
 from ..pages import PageManager
+from ..quantized_kv import FLOATS, FORMATS
 from .gguf import GGUF, ModelError, field
 from .weights import Weights, random_tensors
 
-PREFILL_CHUNK = 8  # query tokens paged_decode takes at once
+PREFILL_CHUNK = 256  # tokens of a prompt fed at once
+STATIC_SCALES = {"int8_symmetric": "head", "int8_channel": "channel"}  # KV formats whose scales come before the tokens
+_MARGIN = 1.5  # of those scales over what the calibration text needs
+_CALIBRATION = """The old lighthouse keeper counted 37 ships before dawn; "none of them," he wrote, "were ours."
+def area(r): return 3.14159 * r ** 2  # square metres. Water boils at 100 degrees; the year 1969, $4.50, and 12:30.
+In French, le chat est sur la table. Why? Because light travels faster than sound. First, mix flour, eggs and milk."""
 
 
 @dataclass(frozen=True)
@@ -127,38 +147,76 @@ class Step(NamedTuple):
     slots: object  # int64 [tokens], page * page_size + offset
     block_table: object  # int32 [batch, max_pages]
     cache_seqlens: object  # int32 [batch], the new tokens included
+    cu_seqlens_q: object  # int32 [batch + 1]
     q_len: int
+    schedule: object  # Schedule of the attention of all layers
+
+
+def kv_formats(name):
+    """(format of K, format of V) from ``"int8"`` or ``"hadamard8/hadamard4"``."""
+    formats = tuple(name.split("/"))
+    formats = formats * 2 if len(formats) == 1 else formats
+    plain = [f for f in formats if f in FLOATS]
+    if len(formats) != 2 or any(f not in FLOATS and f not in FORMATS for f in formats) or (
+            plain and formats[0] != formats[1]):
+        raise ValueError(f"Llama: kv_dtype must be one of {', '.join((*FLOATS, *FORMATS))}, or two of the latter "
+                         f"{len(FORMATS)} as K/V, got {name!r}")
+    return formats
 
 
 class KVCache:
-    """Keys and values of every layer in one pool of pages, and who owns which page.
+    """Keys and values of every layer in pools of pages, and who owns which page.
 
     Parameters
     ----------
     config : LlamaConfig
     num_pages, page_size : int
         Pages in the pool, tokens per page.
-    dtype : dtype
-        float16, bfloat16 or float32.
+    formats : (str, str)
+        Of keys and of values, see `kv_formats`.
+    dtype : str
+        Of activations.
+    scales : (list of ndarray, list of ndarray)
+        Per layer, of the formats in STATIC_SCALES.
     xp : numpy or cupy
+
+    Attributes
+    ----------
+    k, v : list of ndarray or QuantizedKV
+        One per layer, [num_pages, page_size, num_kv_heads, head_dim].
     """
 
-    def __init__(self, config, num_pages, page_size, dtype, xp):
-        shape = (config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim)
-        self.k, self.v = xp.empty(shape, dtype), xp.empty(shape, dtype)
+    def __init__(self, config, num_pages, page_size, formats, dtype, scales, xp):
+        self.config, self.dtype, self._format, self._xp = config, dtype, formats[0], xp
+        shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
+        self.k, self.v = (
+            [_layer_cache(shape, format, dtype, None if given is None else given[n], xp)
+             for n in range(config.num_layers)] for format, given in zip(formats, scales, strict=True))
         self.pages = PageManager(num_pages, page_size)
-        self._xp = xp
 
     def step(self, page_lists, lengths, q_len, max_pages):
         """The Step that appends `q_len` tokens to sequences of `lengths` tokens living on `page_lists`."""
-        table = np.zeros((len(page_lists), max_pages), np.int32)
+        c, batch = self.config, len(page_lists)
+        table = np.zeros((batch, max_pages), np.int32)
         positions = np.int32(lengths)[:, None] + np.arange(q_len, dtype=np.int32)
         slots = np.empty(positions.shape, np.int64)
         for row, pages in enumerate(page_lists):
             table[row, :len(pages)] = pages
             slots[row] = self.pages.slots_for(pages, positions[row])
+        seqlens, starts = np.int32(lengths) + np.int32(q_len), np.arange(batch + 1, dtype=np.int32) * np.int32(q_len)
+        # invariant: what a prompt gets does not depend on the prompts beside it
+        work = schedule(seqlens, num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim, q_len=q_len,
+                        dtype=self.dtype, kv_format=self._format, invariant=True, one_list=q_len > 1)
         to = self._xp.asarray
-        return Step(to(positions.ravel()), to(slots.ravel()), to(table), to(np.int32(lengths) + np.int32(q_len)), q_len)
+        return Step(to(positions.ravel()), to(slots.ravel()), to(table), to(seqlens), to(starts), q_len, work)
+
+
+def _layer_cache(shape, format, dtype, scale, xp):
+    """Keys or values of one layer, empty."""
+    if format in FLOATS:
+        return xp.empty(shape, _dtype(format))
+    granularity = STATIC_SCALES.get(format) or ("token" if format.startswith("fp8") else None)
+    return QuantizedKV.empty(*shape, format=format, dtype=dtype, granularity=granularity, scale=scale, xp=xp)
 
 
 class Llama:
@@ -172,8 +230,12 @@ class Llama:
         an error, so no bias or scale is silently dropped.
     tokenizer : Tokenizer, optional
         Needed only for prompts given as text, and to give texts back.
-    dtype, kv_dtype : str
-        Of activations and of the KV cache: "float16", "bfloat16" or "float32"; `kv_dtype` defaults to `dtype`.
+    dtype : str
+        Of activations: "float16", "bfloat16" or "float32".
+    kv_dtype : str, optional
+        Of the KV cache: one of these, a format of `QuantizedKV`, or two formats as "hadamard8/hadamard4" for keys and
+        values. Default `dtype`. Formats whose scales must be known in advance take them from a fixed text, run once
+        when a cache is first made.
     xp : numpy or cupy, optional
         Default NumPy.
 
@@ -185,7 +247,8 @@ class Llama:
 
     def __init__(self, config, tensors, tokenizer=None, *, dtype="float16", kv_dtype=None, xp=np):
         self.config, self.tokenizer, self.xp = config, tokenizer, xp
-        self.dtype, self.kv_dtype = _dtype(dtype), _dtype(kv_dtype or dtype)
+        self.dtype, self.kv_formats = _dtype(dtype), kv_formats(kv_dtype or dtype)
+        self._scales = None  # of static KV formats, per layer
         self._warm = set()  # (batch, q_len, page_size) of steps whose kernels are compiled
         weights, c = Weights(tensors, xp), config
         q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
@@ -241,11 +304,35 @@ class Llama:
 
     def new_cache(self, num_pages, page_size):
         """An empty KVCache for this model; ModelError if it does not fit into memory."""
+        if self._scales is None:
+            self._scales = self._calibrate()
+        return self._cache(num_pages, page_size, self.kv_formats, self._scales)
+
+    def _cache(self, num_pages, page_size, formats, scales):
         try:
-            return KVCache(self.config, num_pages, page_size, self.kv_dtype, self.xp)
-        except (MemoryError, OverflowError, ValueError):  # all three mean too many bytes, by how much
+            return KVCache(self.config, num_pages, page_size, formats, self.dtype.name, scales, self.xp)
+        except (MemoryError, OverflowError) as error:
             raise ModelError(f"there is no memory for a KV cache of {num_pages} pages of {page_size} tokens; "
-                             "take a smaller page_size or fewer tokens") from None
+                             "take a smaller page_size or fewer tokens") from error
+        except ValueError as error:
+            if "too big" in str(error) or "dimension" in str(error):
+                raise ModelError(f"there is no memory for a KV cache of {num_pages} pages of {page_size} tokens; "
+                                 "take a smaller page_size or fewer tokens") from None
+            raise ModelError(f"the KV cache cannot be {'/'.join(self.kv_formats)}: {error}") from None
+
+    def _calibrate(self):
+        """(scales of K, scales of V) for the formats in STATIC_SCALES: lists of an array per layer, or None."""
+        if not any(format in STATIC_SCALES for format in self.kv_formats):
+            return None, None
+        text = self.tokenizer.encode(_CALIBRATION) if self.tokenizer else range(3, self.config.vocab_size, 7)
+        ids = np.fromiter(text, np.int32)[:min(PREFILL_CHUNK, self.config.context_length)]
+        cache = self._cache(1, len(ids), ("float32", "float32"), (None, None))
+        step = cache.step([cache.pages.allocate_tokens(len(ids))], [0], len(ids), 1)
+        self.forward(self.xp.asarray(ids), step, cache)
+        axes = {"head": (0, 1, 3), "channel": (0, 1)}
+        return tuple(
+            [_scale(layer, axes[STATIC_SCALES[format]]) for layer in side] if format in STATIC_SCALES else None
+            for format, side in zip(self.kv_formats, (cache.k, cache.v), strict=True))
 
     def forward(self, ids, step, cache):
         """Feed tokens and append their keys and values to the cache.
@@ -263,21 +350,17 @@ class Llama:
             Normalised; `logits` turns rows of it into scores.
         """
         c, xp = self.config, self.xp
-        tokens, batch = len(ids), len(step.cache_seqlens)
-        num_rotated = c.num_heads + c.num_kv_heads
+        tokens, kv_heads = len(ids), c.num_kv_heads
         x = embedding(ids, self._embedding, out_dtype=np.float32)  # [tokens, hidden], the residual stream
         delta = xp.empty_like(x)
+        q = xp.empty((tokens, c.num_heads, c.head_dim), self.dtype)
         h = rms_norm(x, self._layers[0].attn_norm, eps=c.rms_eps, out_dtype=self.dtype)
         for n, layer in enumerate(self._layers):
             heads = self._project(h, layer.qkv).reshape(tokens, -1, c.head_dim)  # [tokens, q | k | v heads, head_dim]
-            rotated = heads[:, :num_rotated]
-            rope(rotated, cos=self._cos, sin=self._sin, positions=step.positions, style=c.rope.style,
-                 rotary_dim=c.rope.rotary_dim, out=rotated)
-            kv_append(heads[:, c.num_heads:num_rotated], heads[:, num_rotated:], cache.k[n], cache.v[n],
-                      slots=step.slots)
-            q = heads[:, :c.num_heads].reshape(batch, step.q_len, c.num_heads, c.head_dim)
-            mixed = paged_decode(q, cache.k[n], cache.v[n], block_table=step.block_table,
-                                 cache_seqlens=step.cache_seqlens)
+            kv_append(heads[:, c.num_heads:-kv_heads], heads[:, -kv_heads:], cache.k[n], cache.v[n], slots=step.slots,
+                      q=heads[:, :c.num_heads], q_out=q, cos=self._cos, sin=self._sin, rope_rows=step.positions,
+                      style=c.rope.style, rotary_dim=c.rope.rotary_dim)
+            mixed = self._attend(q, cache.k[n], cache.v[n], step)
             quant_gemm(mixed.reshape(tokens, -1), layer.attn_output, out=delta)
             h = rms_norm(delta, layer.ffn_norm, eps=c.rms_eps, residual=x, out_dtype=self.dtype)
             gate_up = self._project(h, layer.gate_up)
@@ -286,6 +369,14 @@ class Llama:
             norm = self._layers[n + 1].attn_norm if n + 1 < c.num_layers else self._norm
             h = rms_norm(delta, norm, eps=c.rms_eps, residual=x, out_dtype=self.dtype)
         return h
+
+    def _attend(self, q, k_cache, v_cache, step):
+        """Attention of the queries [tokens, heads, head_dim] of one layer."""
+        keys = dict(block_table=step.block_table, cache_seqlens=step.cache_seqlens, schedule=step.schedule,
+                    invariant=True)
+        if step.q_len == 1:
+            return paged_decode(q, k_cache, v_cache, **keys)
+        return attention(q, k_cache, v_cache, cu_seqlens_q=step.cu_seqlens_q, max_q_len=step.q_len, **keys)
 
     def _project(self, h, matrices):
         """h @ [W0; W1; ...]ᵀ as one array [tokens, sum of rows]."""
@@ -378,6 +469,11 @@ class Llama:
         from .generate import generate
 
         return generate(self, prompts, **options)
+
+
+def _scale(cache, axes):
+    """float32 scales with which int8 holds the values of a calibration text, and more."""
+    return np.float32(_MARGIN / 127) * abs(cache).max(axis=axes)
 
 
 def to_host(array):
