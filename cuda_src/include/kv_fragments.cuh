@@ -314,7 +314,17 @@ struct KvReader {
 
 // ---- scales ----------------------------------------------------------------------------------------------------
 
-// Scales of a token on their way to a tile's scales in shared memory: KvTile::SCALE_BYTES a token,
+template <int BYTES>
+struct SameSize {
+  using Unsigned = uint32_t;
+};
+template <>
+struct SameSize<2> {
+  using Unsigned = uint16_t;
+};
+
+// Scales of a token: loaded into words as they are in the cache, so that nothing waits for them yet, later stored as a
+// tile's scales in shared memory, KvTile::SCALE_BYTES a token:
 //   per token            float [TOKENS][2], scale and zero + CENTRE * scale
 //   per group of keys    float [TOKENS][GROUPS]
 //   per group of values  half [TOKENS / 2][GROUPS][2]
@@ -322,34 +332,42 @@ template <typename F, int HEAD_DIM>
 struct KvScales {
   using Tile = KvTile<F, HEAD_DIM>;
   using S = typename F::Scale;
-  S scale[Tile::GROUP_SCALE ? Tile::GROUPS : 1], zero;
+  using Bits = typename SameSize<sizeof(S)>::Unsigned;
+  static constexpr int SCALES = Tile::GROUP_SCALE ? Tile::GROUPS : Tile::TOKEN_SCALE ? 1 : 0;
+  static constexpr int WORDS = SCALES + (F::HAS_ZERO ? 1 : 0);  // a word each, the zero last
 
   // Zeros for a token in no page and for groups past head_dim.
-  __device__ __forceinline__ void load(const KvScale& view, const PageTable& table, TokenSlot slot, int64_t head,
-                                       int head_dim) {
-    if constexpr (Tile::SCALE_BYTES > 0) {
+  static __device__ __forceinline__ void load(const KvScale& view, const PageTable& table, TokenSlot slot, int64_t head,
+                                              int head_dim, uint32_t* words) {
+    if constexpr (SCALES > 0) {
+      const bool known = slot.page >= 0;
+      const Bits* first = known ? kv_scale<const Bits>(view, table, slot, head, 0) : nullptr;
 #pragma unroll
-      for (int g = 0; g < (Tile::GROUP_SCALE ? Tile::GROUPS : 1); ++g) {
-        const bool exists = slot.page >= 0 && (!Tile::GROUP_SCALE || g * 32 < head_dim);
-        scale[g] = exists ? *kv_scale<const S>(view, table, slot, head, g) : from_float<S>(0.0f);
-      }
-      if constexpr (F::HAS_ZERO)
-        zero = slot.page >= 0 ? *kv_zero<const S>(view, table, slot, head, 0) : from_float<S>(0.0f);
+      for (int g = 0; g < SCALES; ++g)
+        words[g] = known && (g == 0 || g * 32 < head_dim) ? first[g * view.stride_group] : 0;
     }
+    if constexpr (F::HAS_ZERO) words[SCALES] = slot.page >= 0 ? *kv_zero<const Bits>(view, table, slot, head, 0) : 0;
   }
   template <bool VALUES>
-  __device__ __forceinline__ void store(char* scales, int token) const {
+  static __device__ __forceinline__ void store(const uint32_t* words, char* scales, int token) {
     if constexpr (Tile::TOKEN_SCALE) {
-      const float s = to_float(scale[0]);
-      const float centre = fmaf(Tile::Fragments::CENTRE, s, F::HAS_ZERO ? to_float(zero) : 0.0f);
+      const float s = number(words[0]);
+      float centre = Tile::Fragments::CENTRE * s;
+      if constexpr (F::HAS_ZERO) centre += number(words[SCALES]);
       store_vec(reinterpret_cast<float*>(scales) + token * 2, Vec<float, 2>{{s, centre}});
-    } else if constexpr (Tile::GROUP_SCALE) {
+    } else {
 #pragma unroll
-      for (int g = 0; g < Tile::GROUPS; ++g) {
-        if constexpr (VALUES) reinterpret_cast<S*>(scales)[(token / 2 * Tile::GROUPS + g) * 2 + token % 2] = scale[g];
-        else reinterpret_cast<float*>(scales)[token * Tile::GROUPS + g] = to_float(scale[g]);
+      for (int g = 0; g < SCALES; ++g) {
+        if constexpr (VALUES)
+          reinterpret_cast<Bits*>(scales)[(token / 2 * Tile::GROUPS + g) * 2 + token % 2] = static_cast<Bits>(words[g]);
+        else
+          reinterpret_cast<float*>(scales)[token * Tile::GROUPS + g] = number(words[g]);
       }
     }
+  }
+  static __device__ __forceinline__ float number(uint32_t word) {
+    const Bits bits = static_cast<Bits>(word);
+    return to_float(reinterpret_cast<const S&>(bits));
   }
 };
 
