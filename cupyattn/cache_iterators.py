@@ -194,6 +194,11 @@ class BlockIteratorParams:
             object.__setattr__(new, name, value)
         return new
 
+    def host_table(self):
+        """The addresses as a PageTable in host memory, to be compared but not followed."""
+        return PageTable.pointers(self.pointers_host, self.starts_host.astype(np.int32), trusted_pointers=True,
+                                  alignment=self.table.alignment)
+
     def layer(self, num_kv_heads, head_dim, *, dtype="float16", quant_policy=QuantPolicy.NONE, kv_scale=None):
         """How K and V of the layer lie in a block.
 

@@ -7,10 +7,14 @@ import numpy as np
 
 from .attention_args import Partials
 from .attention_plans import sm_count
+from .devices import to_host
 from .ops.attention import attention
 from .ops.kv_append import kv_append
 from .ops.kv_flatten import kv_flatten
+from .ops.schedule import schedule
 from .ops.split_reduce import split_reduce
+from .runtime.arrays import dtype_name
+from .runtime.checks import FLOATS
 
 _TILE = 64        # keys; splits are cut at its multiples
 _UNIT_ROWS = 16   # query rows that one block of the decode kernel takes
@@ -214,23 +218,48 @@ def _attend(op, params, q, linear):
         options |= {"key_offsets": params.cp_offsets, "key_counts": params.cp_counts}
     elif params.cp_size > 1:
         options |= {"cp_rank": params.cp_rank, "cp_size": params.cp_size}
+    if params.is_context_parallel and params.partial_O is None:
+        raise ValueError(f"{op}: partial_O must be given with context parallelism, got None; see "
+                         "AttentionParams.with_partials")
+    if params.partial_O is not None:
+        options |= _partial_options(params)
+    options["schedule"] = _schedule(params, linear, options.get("num_splits"))
     if params.is_context_parallel:
-        if params.partial_O is None:
-            raise ValueError(f"{op}: partial_O must be given with context parallelism, got None; see "
-                             "AttentionParams.with_partials")
-        attention(q, *keys, **options, **_partial_options(params))
+        attention(q, *keys, **options)
         return params.partial_O, params.partial_ML
     out = params.out
     if out is None:
         make = params.xp.empty if params.token_num == len(params.q) else params.xp.zeros
         out = make(params.q.shape, params.q.dtype)
-    rows = out[params.rows]
-    if params.partial_O is None:
-        attention(q, *keys, **options, out=rows)
-        return out
-    attention(q, *keys, **options, **_partial_options(params), out=rows)
-    _reduce(params, rows)
+    attention(q, *keys, **options, out=out[params.rows])
+    if params.partial_O is not None:
+        _reduce(params, out[params.rows])
     return out
+
+
+def _schedule(params, linear, num_splits):
+    """Who attends what: made from the step's lengths on the host for its first layer, and kept for the others.
+
+    Leading blocks that sequences have in common are attended to once for all of them.
+    """
+    step, blocks = params.step, params.block_iter_params
+    format = None if linear or params.block_layer.k.format in FLOATS else params.block_layer.k.format
+    options = {"num_heads": params.num_heads, "num_kv_heads": params.num_kv_heads, "head_dim": params.size_per_head,
+               "causal": params.causal, "window_size": params.window_size, "dtype": dtype_name(params.q),
+               "kv_format": format, "num_splits": num_splits}
+    if params.cp_offsets is None:
+        options |= {"key_stride": params.cp_size, "key_offset": params.cp_rank}
+    shared = None if linear or params.is_context_parallel or num_splits else blocks
+    key = (*options.values(), shared and id(shared.pointers_host))
+    if key not in step.schedules:
+        if shared:
+            options |= {"block_table": shared.host_table(), "page_size": shared.block_len}
+        if params.cp_offsets is not None:
+            options |= {"key_offsets": to_host(params.cp_offsets), "key_counts": to_host(params.cp_counts)}
+        step.schedules[key] = schedule(
+            step.k_lens.astype(np.int32), cu_seqlens_q=np.append(0, np.cumsum(step.q_lens)).astype(np.int32),
+            finished=None if params.finished is None else to_host(params.finished), xp=params.xp, **options)
+    return step.schedules[key]
 
 
 def _partial_options(params):
