@@ -1,54 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keys or values as caches hold them: plain arrays, quantized arrays, and rows inside memory blocks."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from .block_kv import BlockKV, BlockLayer
+from .kv_formats import FLOATS, FORMATS, NO_SCALE, check_format, check_head_dim, dtype_of, scale_shape
 from .runtime.arrays import alignment, array_namespace, dtype_name
 from .runtime.plan import CUDA_TYPES
 
-FLOATS = ("float16", "bfloat16", "float32")
-_FP8_DTYPES = {"fp8_e4m3": ("uint8", "float8_e4m3fn"), "fp8_e5m2": ("uint8", "float8_e5m2")}
-
-
-class Format(NamedTuple):
-    """How a quantized format stores rows; `cupyattn.reference.kv_codec` says what the numbers mean."""
-
-    bits: int              # per element, scales not counted
-    tag: str               # C++ type in kv_format.cuh; {} is the scale's type
-    dtypes: tuple          # of the codes
-    scale_dtypes: tuple
-    granularities: tuple   # what may have a scale of its own, the default first
-    multiple: int = 8      # head_dim is a multiple of it
-    has_zero: bool = False
-    rotated: bool = False
-
-    @property
-    def row_align(self):
-        """ROW_ALIGN of the tag."""
-        return 8 if self.bits == 8 else 4
-
-    def row_codes(self, head_dim):
-        """Elements of the codes of a row."""
-        return head_dim * self.bits // 8
-
-
-_BY_HAND = ("tensor", "head")
-FORMATS = {
-    "int8": Format(8, "KvInt8<{}>", ("uint8",), FLOATS, ("token",), has_zero=True),
-    "int4": Format(4, "KvInt4<{}>", ("uint8",), FLOATS, ("token",), has_zero=True),
-    "int8_symmetric": Format(8, "KvInt8Sym", ("int8",), ("float32",), _BY_HAND),
-    "int8_channel": Format(8, "KvInt8Channel", ("int8",), ("float32",), ("channel",)),
-    "fp8_e4m3": Format(8, "KvE4M3", _FP8_DTYPES["fp8_e4m3"], ("float32",), (*_BY_HAND, "token")),
-    "fp8_e5m2": Format(8, "KvE5M2", _FP8_DTYPES["fp8_e5m2"], ("float32",), (*_BY_HAND, "token")),
-    "hadamard8": Format(8, "KvHadamard8", ("uint8",), ("float16",), ("group",), 32, rotated=True),
-    "hadamard6": Format(6, "KvHadamard6", ("uint8",), ("float16",), ("group",), 32, rotated=True),
-    "hadamard4": Format(4, "KvHadamard4", ("uint8",), ("float16",), ("group",), 32, rotated=True),
-}
-NO_SCALE = {"scale": None, "zero": None, "stride_page": 0, "stride_token": 0, "stride_head": 0, "stride_group": 0,
-            "scale_offset": 0, "zero_offset": 0}
+__all__ = ["FLOATS", "FORMATS", "BlockKV", "BlockLayer", "KvSide", "QuantizedKV", "dtype_of", "kv_side"]
 
 
 class KvSide(NamedTuple):
@@ -62,24 +24,6 @@ class KvSide(NamedTuple):
     alignment: int     # largest power of two ≤ 16 bytes that divides the address of every row
     row_align: int     # what it must be at least for wide accesses
     arrays: dict       # name of the argument or of its part -> array
-
-
-def _shape_of(format, pages, page_size, num_kv_heads, head_dim, granularity):
-    """Shape of the scale."""
-    return {"token": (pages, page_size, num_kv_heads), "head": (num_kv_heads,), "tensor": (1,),
-            "group": (pages, page_size, num_kv_heads, head_dim // 32), "channel": (num_kv_heads, head_dim)}[granularity]
-
-
-def _check_format(format, owner="QuantizedKV"):
-    if format not in FORMATS:
-        raise ValueError(f"{owner}: format must be one of {', '.join(FORMATS)}, got {format!r}")
-    return FORMATS[format]
-
-
-def _check_head_dim(format, head_dim, owner="QuantizedKV"):
-    if head_dim % FORMATS[format].multiple:
-        raise ValueError(f"{owner}: head_dim must be a multiple of {FORMATS[format].multiple} in format {format}, got "
-                         f"{head_dim}")
 
 
 class QuantizedKV:
@@ -138,7 +82,7 @@ class QuantizedKV:
     """
 
     def __init__(self, codes, scale, zero=None, *, format):
-        kind = _check_format(format)
+        kind = check_format(format)
         self.xp = array_namespace("QuantizedKV", codes=codes, scale=scale, zero=zero)
         if codes.ndim != 4:
             raise ValueError("QuantizedKV: codes must be [pages, page_size, num_kv_heads, row], got "
@@ -163,7 +107,7 @@ class QuantizedKV:
         if dtype_name(scale) not in kind.scale_dtypes:
             raise TypeError(f"QuantizedKV: scale must be {' or '.join(kind.scale_dtypes)} in format {self.format}, got "
                             f"{dtype_name(scale)}")
-        shapes = {name: _shape_of(self.format, *self.shape, name) for name in kind.granularities}
+        shapes = {name: scale_shape(*self.shape, name) for name in kind.granularities}
         self.granularity = next((name for name, shape in shapes.items() if scale.shape == shape), None)
         if self.granularity is None:
             raise ValueError(f"QuantizedKV: scale must be {' or '.join(str(list(s)) for s in shapes.values())} in "
@@ -202,12 +146,13 @@ class QuantizedKV:
         -------
         QuantizedKV
         """
-        kind = _check_format(format)
-        _check_head_dim(format, head_dim)
+        kind = check_format(format)
+        check_head_dim(format, head_dim)
         given = scale if hasattr(scale, "shape") else None
+        sizes = num_pages, page_size, num_kv_heads, head_dim
         if granularity is None:   # the shape of the scale tells, where there is one
-            granularity = next((g for g in kind.granularities if given is not None and given.shape == _shape_of(
-                format, num_pages, page_size, num_kv_heads, head_dim, g)), kind.granularities[0])
+            fits = (g for g in kind.granularities if given is not None and given.shape == scale_shape(*sizes, g))
+            granularity = next(fits, kind.granularities[0])
         if granularity not in kind.granularities:
             raise ValueError(f"QuantizedKV: granularity must be {' or '.join(kind.granularities)} in format {format}, "
                              f"got {granularity!r}")
@@ -219,7 +164,7 @@ class QuantizedKV:
                          "int8" if kind.dtypes == ("int8",) else "uint8")
         if given is not None:
             return cls(codes, given, format=format)
-        shape = _shape_of(format, num_pages, page_size, num_kv_heads, head_dim, granularity)
+        shape = scale_shape(*sizes, granularity)
         scale_dtype = dtype_of(dtype if len(kind.scale_dtypes) > 1 else kind.scale_dtypes[0])
         made = xp.zeros(shape, scale_dtype) if by_token else xp.full(shape, 1 if scale is None else scale, scale_dtype)
         return cls(codes, made, xp.zeros(shape, scale_dtype) if kind.has_zero else None, format=format)
@@ -291,201 +236,6 @@ class QuantizedKV:
         bits = f", {8 * self.nbytes / np.prod(self.shape):.4g} bits" if np.prod(self.shape) else ""
         return (f"QuantizedKV({self.format}, pages={pages}, page_size={page_size}, num_kv_heads={num_kv_heads}, "
                 f"head_dim={head_dim}, scale={dtype_name(self.scale)} per {self.granularity}{bits})")
-
-
-def dtype_of(name):
-    """NumPy dtype by name, bfloat16 included."""
-    if isinstance(name, str) and name == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)
-
-
-class BlockLayer(NamedTuple):
-    """K and V of one layer inside memory blocks, and the bytes of a block that the layer takes."""
-
-    k: "BlockKV"
-    v: "BlockKV"
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class BlockKV:
-    """Where the keys or values of one layer lie in memory blocks that are reached by their addresses.
-
-    Array-free: stands where a `k_cache` or `v_cache` may be an array, with a ``PageTable.pointers`` that has the
-    addresses. A block holds `page_size` tokens.
-
-    Parameters
-    ----------
-    format : str
-        Key of ``quantized_kv.FORMATS``, or float16, bfloat16, float32.
-    page_size, num_kv_heads, head_dim : int
-    offset : int
-        Bytes from a block's start to token 0, head 0.
-    stride_token, stride_head : int
-        In elements of the codes (bytes in a quantized format).
-    scale_dtype : str, optional
-        float16, bfloat16 or float32 for int8 and int4; the other formats have one.
-    scale_offset, zero_offset : int
-        Bytes from a block's start to the first scale and zero.
-    scale_stride_token, scale_stride_head, scale_stride_group : int
-        In elements of the scale, for the zero as well.
-    scale : ndarray, optional
-        Scales that do not lie in the blocks: float32 [1], [num_kv_heads], or [num_kv_heads, head_dim] for int8_channel.
-    """
-
-    format: str
-    page_size: int
-    num_kv_heads: int
-    head_dim: int
-    offset: int = 0
-    stride_token: int = 0
-    stride_head: int = 0
-    scale_dtype: str | None = None
-    scale_offset: int = 0
-    zero_offset: int = 0
-    scale_stride_token: int = 0
-    scale_stride_head: int = 0
-    scale_stride_group: int = 0
-    scale: object = None
-
-    def __post_init__(self):
-        if self.format in FLOATS:
-            return
-        if self.format not in FORMATS:
-            raise ValueError(f"BlockKV: format must be one of {', '.join((*FLOATS, *FORMATS))}, got {self.format!r}")
-        kind = FORMATS[self.format]
-        _check_head_dim(self.format, self.head_dim, "BlockKV")
-        if len(kind.scale_dtypes) == 1 and self.scale_dtype is None:
-            object.__setattr__(self, "scale_dtype", kind.scale_dtypes[0])
-        if self.scale_dtype not in kind.scale_dtypes:
-            raise ValueError(f"BlockKV: scale_dtype must be {' or '.join(kind.scale_dtypes)} in format {self.format}, "
-                             f"got {self.scale_dtype!r}")
-        itemsize = 4 if self.scale_dtype == "float32" else 2
-        for name in ("scale_offset", "zero_offset"):
-            if getattr(self, name) % itemsize:
-                raise ValueError(f"BlockKV: {name} must be a multiple of the scale's {itemsize} bytes, got "
-                                 f"{getattr(self, name)}")
-        if self.scale is None:
-            if self.format == "int8_channel":
-                raise ValueError("BlockKV: scale must be given in format int8_channel, got None")
-            return
-        shapes = {name: _shape_of(self.format, 0, 0, self.num_kv_heads, self.head_dim, name)
-                  for name in kind.granularities if name in ("tensor", "head", "channel")}
-        if self.scale.shape not in shapes.values() or dtype_name(self.scale) != "float32":
-            raise ValueError("BlockKV: scale must be "
-                             f"{' or '.join(f'float32 {list(s)}' for s in shapes.values()) or 'in the blocks'} in "
-                             f"format {self.format}, got {dtype_name(self.scale)} {list(self.scale.shape)}")
-
-    @classmethod
-    def turbomind(cls, num_kv_heads, head_dim, page_size, *, quant_policy=0, dtype="float16", layer=0, offset=None,
-                  one_copy=False):
-        """K and V of a layer in LMDeploy TurboMind's blocks.
-
-        A layer is its data, [num_kv_heads][K, V][page_size][head_dim] elements, and with a quant_policy its
-        parameters, [num_kv_heads][K, V][page_size][scale, zero] of `dtype`.
-
-        Parameters
-        ----------
-        num_kv_heads, head_dim, page_size : int
-        quant_policy : int
-            0 none, 8 int8, 4 int4.
-        dtype : str
-            float16, bfloat16 or float32: of plain data, and of the parameters.
-        layer : int
-            Layers before this one in a block, when all are alike.
-        offset : int, optional
-            Bytes from a block's start to the layer, instead of `layer`.
-        one_copy : bool
-            K and V share one copy (multi-head latent attention).
-
-        Returns
-        -------
-        BlockLayer
-            k, v and nbytes, the layer's size in a block.
-        """
-        formats = {0: dtype, 8: "int8", 4: "int4"}
-        if type(quant_policy) is bool or quant_policy not in formats:
-            raise ValueError(f"BlockKV: quant_policy must be 0, 4 or 8, got {quant_policy!r}")
-        if dtype not in FLOATS:
-            raise ValueError(f"BlockKV: dtype must be {' or '.join(FLOATS)}, got {dtype!r}")
-        itemsize, copies = (4 if dtype == "float32" else 2), (1 if one_copy else 2)
-        row = head_dim * (quant_policy or 8 * itemsize) // 8       # bytes of a token and head
-        data = page_size * row                                     # of a head's K
-        parameters = page_size * 2 * itemsize if quant_policy else 0
-        nbytes = num_kv_heads * copies * (data + parameters)
-        start = layer * nbytes if offset is None else offset
-        unit = 1 if quant_policy else itemsize
-        sides = []
-        for copy in range(2):
-            at = copy % copies
-            first = start + num_kv_heads * copies * data + at * parameters
-            places = {"scale_dtype": dtype, "scale_offset": first, "zero_offset": first + itemsize,
-                      "scale_stride_token": 2, "scale_stride_head": copies * 2 * page_size} if quant_policy else {}
-            sides.append(cls(formats[quant_policy], page_size, num_kv_heads, head_dim, offset=start + at * data,
-                             stride_token=row // unit, stride_head=copies * data // unit, **places))
-        return BlockLayer(*sides, nbytes)
-
-    @property
-    def shape(self):
-        """(None, page_size, num_kv_heads, head_dim)."""
-        return (None, self.page_size, self.num_kv_heads, self.head_dim)
-
-    @property
-    def tag(self):
-        """C++ type that reads the rows."""
-        if self.format in FLOATS:
-            return f"KvPlain<{CUDA_TYPES[self.format]}>"
-        return FORMATS[self.format].tag.format(CUDA_TYPES[self.scale_dtype])
-
-    @property
-    def alignment(self):
-        """Largest power of two ≤ 16 (bytes) that divides the place of every row in a block."""
-        itemsize = 1 if self.format in FORMATS else 4 if self.format == "float32" else 2
-        bits = self.offset | self.stride_token * itemsize | self.stride_head * itemsize | 16
-        return bits & -bits
-
-    @property
-    def arrays(self):
-        """The arrays behind the object, by name."""
-        return {} if self.scale is None else {"scale": self.scale}
-
-    def nbytes_needed(self):
-        """Bytes a block must have for this side: one past the last code, scale and zero."""
-        def end(offset, itemsize, count, *strides):
-            steps = zip(strides, (self.page_size, self.num_kv_heads, self.head_dim // 32), strict=False)
-            return offset + itemsize * (sum(s * max(0, n - 1) for s, n in steps) + count)
-
-        if self.format in FLOATS:
-            return end(self.offset, 4 if self.format == "float32" else 2, self.head_dim, self.stride_token,
-                       self.stride_head)
-        kind = FORMATS[self.format]
-        ends = [end(self.offset, 1, kind.row_codes(self.head_dim), self.stride_token, self.stride_head)]
-        if self.scale is None:
-            strides = [self.scale_stride_token, self.scale_stride_head]
-            strides += [self.scale_stride_group] if kind.rotated else []
-            itemsize = 4 if self.scale_dtype == "float32" else 2
-            ends += [end(at, itemsize, 1, *strides) for at in (self.scale_offset, self.zero_offset)[:1 + kind.has_zero]]
-        return max(ends)
-
-    def view(self):
-        """Fields of KvView and of KvScale.
-
-        Returns
-        -------
-        (dict, dict)
-        """
-        view = {"data": None, "stride_page": 0, "stride_token": self.stride_token, "stride_head": self.stride_head,
-                "offset": self.offset}
-        if self.scale is not None:
-            strides = [s // 4 for s in self.scale.strides] if self.scale.size > 1 else []
-            return view, {**NO_SCALE, "scale": self.scale, **dict(zip(("stride_head", "stride_group"), strides,
-                                                                      strict=False))}
-        return view, {**NO_SCALE, "stride_token": self.scale_stride_token, "stride_head": self.scale_stride_head,
-                      "stride_group": self.scale_stride_group, "scale_offset": self.scale_offset,
-                      "zero_offset": self.zero_offset}
 
 
 def kv_side(op, name, cache):

@@ -314,7 +314,7 @@ def test_tokens_without_a_page(xp, ids):
 def test_content_of_device_arrays_is_checked_on_request(xp, monkeypatch):
     monkeypatch.setenv("CUPYATTN_CHECK", "1")
     cache = xp.array(np.ones((3, 4, 1, 8), np.float16))
-    for ids, starts, message in (([[0, 3]], [0, 6], "block_table must hold page ids from 0 to 2"),
+    for ids, starts, message in (([[0, 3]], [0, 6], "block_table must hold page ids"),
                                  ([[0, 1]], [0, 7], "cu_seqlens_k must not decrease")):
         with pytest.raises(ValueError, match=f"kv_flatten: {message}"):
             cupyattn.kv_flatten(cache, cache, block_table=xp.array(np.int32(ids)), num_tokens=6,
