@@ -26,6 +26,10 @@ class Dtype(StrEnum):
     float32 = "float32"
 
 
+KV_HELP = ("Of the KV cache; default: that of --dtype. Also int8, int4, int8_symmetric, int8_channel, fp8_e4m3, fp8_e5m2, "
+           "hadamard8, hadamard6 or hadamard4, or two of these as K/V.")
+
+
 class Device(StrEnum):
     cpu = "cpu"
     gpu = "gpu"
@@ -192,7 +196,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
     page_size: Annotated[int, typer.Option(min=1, help="Tokens per page of the KV cache.")] = 16,
     dtype: Annotated[Dtype, typer.Option(help="Of activations.")] = Dtype.float16,
-    kv_dtype: Annotated[Dtype | None, typer.Option(help="Of the KV cache; default: that of --dtype.")] = None,
+    kv_dtype: Annotated[str | None, typer.Option(help=KV_HELP)] = None,
     device: Annotated[Device, typer.Option(help="auto takes a GPU if CuPy finds one.")] = Device.auto,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt and line on stdout.")] = False,
@@ -206,9 +210,14 @@ def generate(
         from . import runtime
         from .diagnosis import device_name, model_path
         from .models import Llama
+        from .models.llama import kv_formats
 
+        try:
+            kv_formats(kv_dtype or dtype.value)
+        except ValueError as error:
+            _fail(str(error).replace("Llama: kv_dtype", "--kv-dtype"))
         path = model or model_path()
-        llama = Llama.from_gguf(path, dtype=dtype.value, kv_dtype=kv_dtype and kv_dtype.value, xp=xp)
+        llama = Llama.from_gguf(path, dtype=dtype.value, kv_dtype=kv_dtype, xp=xp)
         ids = [llama.tokenizer.encode(prompt) for prompt in prompts]
         with _CompileProgress(console, xp) as progress:
             llama.warm_up(ids, page_size=page_size, progress=progress)

@@ -63,6 +63,12 @@ def test_text_goes_to_stdout_and_the_table_to_stderr():
         assert word in result.stderr, word
 
 
+def test_kv_dtypes():
+    assert "--kv-dtype must be one of float16, " in refused("generate", "x", "--kv-dtype", "int7")
+    result = run("generate", "The capital of France is", "--max-new-tokens", 2, "--device", "cpu", "--kv-dtype", "int8")
+    assert (result.exit_code, result.stdout) == (0, " Paris.\n"), result.output
+
+
 def test_a_fresh_process_streams():
     pieces = []
     with subprocess.Popen([*COMMAND, "generate", "The capital of France is", "--max-new-tokens", "40", "--ignore-eos",

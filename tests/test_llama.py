@@ -48,6 +48,26 @@ def test_logprobs_against_float64(dtype, kv_dtype, max_error, median_error):
     assert np.median(errors) <= median_error
 
 
+@pytest.mark.parametrize(("kv_dtype", "max_error", "median_error"), [
+    ("int8", 0.4, 0.02), ("hadamard8/hadamard4", 1.6, 0.08), ("int8_channel", 0.7, 0.04),
+    *(pytest.param(*case, marks=pytest.mark.full) for case in (
+        ("hadamard8", 0.25, 0.015), ("fp8_e4m3", 1.1, 0.05), ("hadamard6", 1.3, 0.05), ("int8_symmetric", 1.3, 0.08),
+        ("fp8_e5m2", 4.0, 0.11), ("hadamard4", 5.0, 0.22), ("int4", 10.0, 0.34)))])
+def test_quantized_caches(kv_dtype, max_error, median_error):
+    """Distance of the next token's log-probability from the float64 forward: what README says of each format."""
+    errors = [np.abs(smollm2("float16", kv_dtype).logprobs(ids) - expected)[np.arange(63), ids[1:]]
+              for ids, expected in zip(prompt_ids(), truth(), strict=True)]
+    print(f"{kv_dtype}: max {np.max(errors):.2g}, median {np.median(errors):.2g}")
+    assert np.max(errors) <= max_error
+    assert np.median(errors) <= median_error
+
+
+@pytest.mark.parametrize("name", ["int7", "int8/int7", "float16/int8", "float16/float32", "int8/int8/int8", ""])
+def test_kv_dtypes_that_are_refused(name):
+    with pytest.raises(ValueError, match="Llama: kv_dtype must be one of float16, .* as K/V, got '"):
+        random_llama(dataclasses.replace(SMALL, num_layers=1), seed=1, kv_dtype=name or "/")
+
+
 @pytest.mark.parametrize(("dtype", "kv_dtype", "max_error"), [("float16", "float32", 3e-2),
                                                               ("float32", "float16", 3e-2),
                                                               ("float16", "bfloat16", 0.3)])
