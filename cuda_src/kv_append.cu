@@ -193,17 +193,17 @@ __device__ __forceinline__ Row row_of(const KvAppendArgs& args, const HeadView& 
   return row;
 }
 
-__device__ __forceinline__ void append_query(const KvAppendArgs& args, const Token& token, int head) {
+__device__ __forceinline__ void append_query(const KvAppendArgs& args, const Token& token, int head, int lane) {
   const bool live = head < args.num_heads && token.index < args.tokens, turned = token.known && token.rope_row >= 0;
   const Row row = row_of(args, args.q, args.q_bias, args.q_norm, token, head, args.head_dim, args.rotary_dim,
                          live && turned);
   float x[CHUNKS][8];
-  load_row(row, threadIdx.x, args.norm_eps, x);
+  load_row(row, lane, args.norm_eps, x);
   if (!live) return;
   T* out = static_cast<T*>(args.q_out.data) + token.index * args.q_out.stride_token + head * args.q_out.stride_head;
 #pragma unroll UNROLL
   for (int c = 0; c < CHUNKS; ++c) {
-    const int d = (c * LANES + threadIdx.x) * 8;
+    const int d = (c * LANES + lane) * 8;
     if (LANES == 1 && d >= args.head_dim) break;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -216,10 +216,10 @@ __device__ __forceinline__ void append_query(const KvAppendArgs& args, const Tok
 
 // Bits of plain rows, one rounding where the types differ.
 template <typename E>
-__device__ __forceinline__ void copy_row(const T* x, E* out, int dims) {
+__device__ __forceinline__ void copy_row(const T* x, int lane, int lanes, E* out, int dims) {
   constexpr int WIDEST = 16 / static_cast<int>(sizeof(T) > sizeof(E) ? sizeof(T) : sizeof(E));
   constexpr int VEC = WIDE ? WIDEST : 1;
-  for (int d = threadIdx.x * VEC; d < dims; d += blockDim.x * VEC) {
+  for (int d = lane * VEC; d < dims; d += lanes * VEC) {
     const Vec<T, VEC> part = load_vec<T, VEC>(x + d);
     if constexpr (SameType<T, E>::value) {
       store_vec(out + d, part);
@@ -233,43 +233,43 @@ __device__ __forceinline__ void copy_row(const T* x, E* out, int dims) {
 
 template <typename F>
 __device__ __forceinline__ void append_head(const KvAppendArgs& args, const Row& row, const KvPlace& to,
-                                            bool makes_scale) {
+                                            bool makes_scale, int lane, int lanes) {
   if constexpr (!STAGES && !F::HAS_SCALE) {
-    if (to.live) copy_row(row.x, kv_row<typename F::Code>(to.view, to.table, to.at, to.head), to.dims);
+    if (to.live) copy_row(row.x, lane, lanes, kv_row<typename F::Code>(to.view, to.table, to.at, to.head), to.dims);
   } else {
     if (LANES == 1 && !to.live) return;
     float x[CHUNKS][8];
-    load_row(row, threadIdx.x, args.norm_eps, x);
+    load_row(row, lane, args.norm_eps, x);
     if constexpr (STAGES) round_to<T, LANES>(x, row.dims);
-    KvEncoder<F, LANES, CHUNKS, WIDE>::store(x, threadIdx.x, to, makes_scale);
+    KvEncoder<F, LANES, CHUNKS, WIDE>::store(x, lane, to, makes_scale);
   }
 }
 
 CA_KERNEL __launch_bounds__(256) void kv_append(const __grid_constant__ KvAppendArgs args) {
-  const int rows = blockDim.y;
+  const int lane = threadIdx.x, lanes = blockDim.x, y = threadIdx.y, rows = blockDim.y, step_tile = gridDim.y;
   const int kv_tiles = ceil_div(args.num_kv_heads, rows);
   const int tiles = 2 * kv_tiles + (STAGES ? ceil_div(args.num_heads, rows) : 0);
   const int64_t step_token = static_cast<int64_t>(gridDim.x) * blockDim.z;
   // all threads of a block go round together: rows past the end have nothing to do but take part in reductions
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.z; first < args.tokens; first += step_token) {
     const Token token = find(args, first + threadIdx.z, static_cast<int>(blockIdx.y) < 2 * kv_tiles);
-    for (int tile = blockIdx.y; tile < tiles; tile += gridDim.y) {
+    for (int tile = blockIdx.y; tile < tiles; tile += step_tile) {
       if (tile < 2 * kv_tiles) {
         const bool value = tile >= kv_tiles;
-        const int head = (value ? tile - kv_tiles : tile) * rows + threadIdx.y;
+        const int head = (value ? tile - kv_tiles : tile) * rows + y;
         const bool live = token.at.page >= 0 && head < args.num_kv_heads;
         if (value) {
           const Row row = row_of(args, args.v, args.v_bias, nullptr, token, head, args.head_dim_v, 0, live);
           append_head<V>(args, row, {args.v_cache, args.v_scale, args.table, token.at, head, args.head_dim_v, live},
-                         args.v_makes_scale != 0);
+                         args.v_makes_scale != 0, lane, lanes);
         } else {
           const Row row = row_of(args, args.k, args.k_bias, args.k_norm, token, head, args.head_dim, args.rotary_dim,
                                  live);
           append_head<K>(args, row, {args.k_cache, args.k_scale, args.table, token.at, head, args.head_dim, live},
-                         args.k_makes_scale != 0);
+                         args.k_makes_scale != 0, lane, lanes);
         }
       } else if constexpr (STAGES) {
-        append_query(args, token, (tile - 2 * kv_tiles) * rows + threadIdx.y);
+        append_query(args, token, (tile - 2 * kv_tiles) * rows + y, lane);
       }
     }
   }

@@ -29,7 +29,6 @@ MAX_DIM = 1024   # longest row that lanes can hold
 
 
 PLAIN = {name: f"KvPlain<{CUDA_TYPES[name]}>" for name in FLOATS}
-ROW_ALIGN = {name: 8 if kind.bits == 8 else 4 for name, kind in FORMATS.items()}   # bytes, of wide accesses
 COPY = {"STAGES": 0, "INTERLEAVED": 0, "LANES": 1, "CHUNKS": 1}   # constants of the version that moves bits
 
 
@@ -169,7 +168,7 @@ def _makes_scale(cache):
 def _alignment(side, table):
     """Alignment of a side's rows in bytes, 16 where wide accesses to its codes need no more than they have."""
     found = side.alignment if table is None else min(side.alignment, table.alignment)
-    return 16 if found >= ROW_ALIGN.get(side.format, 16) else found
+    return 16 if found >= side.row_align else found
 
 
 def _check_rope(tokens, head_dim, cos, sin, rope_rows, positions, style, rotary_dim):
@@ -310,7 +309,8 @@ def kv_append(k, v, k_cache, v_cache, /, *, slots=None, block_table=None, positi
     dtype of a cache. Without steps a cache of k's dtype receives its bits. Scales of int8, int4, the hadamard formats
     and of fp8 per token are made here and written with the row; all others are known before, and numbers too large
     for them become the largest code. A NaN makes its row's scale NaN (in a hadamard format its 32 dims'), or where the
-    scale is known becomes code 0 itself, in fp8 a NaN. On CuPy arrays asynchronous on the current stream. Kernel: ``cuda_src/kv_append.cu``.
+    scale is known becomes code 0 itself, in fp8 a NaN. On CuPy arrays asynchronous on the current stream.
+    Kernel: ``cuda_src/kv_append.cu``.
 
     Examples
     --------
@@ -382,6 +382,6 @@ def _cache_fields(sides, caches):
     fields = {}
     for i, letter in enumerate("kv"):
         fields[f"{letter}_cache"] = sides[i].view if sides else None
-        fields[f"{letter}_scale"] = sides[i].scale if sides else None
+        fields[f"{letter}_scale"] = sides[i].scale if sides and sides[i].format in FORMATS else None
         fields[f"{letter}_makes_scale"] = int(_makes_scale(caches[i]))
     return fields
