@@ -194,7 +194,7 @@ struct Queries {
       if (r < rows.num_rows) {
         const T* row = static_cast<const T*>(query_pointer(args.q, args, rows.row(args, r), sizeof(T)));
 #pragma unroll
-        for (int n = 0; n < WIDTH / STEP; ++n) x[n] = EightFloats::from(load_step<false>(row + dim + n * STEP));
+        for (int n = 0; n < WIDTH / STEP; ++n) x[n] = EightFloats::from(load_step<ALIGNED>(row + dim + n * STEP));
       } else {
 #pragma unroll
         for (int n = 0; n < WIDTH / STEP; ++n) x[n] = EightFloats::all(0.0f);
@@ -467,7 +467,8 @@ struct WarpTiles {
 
 // ---- the kernel ----------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void attend_to_item(const AttentionArgs& args, const RowTile& rows, char* smem) {
+__device__ __forceinline__ void attend_to_item(const AttentionArgs& args, int item, char* smem) {
+  const RowTile rows(args, item);
   const int warps = blockDim.x / 32;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -560,17 +561,15 @@ __device__ __forceinline__ void attend_to_item(const AttentionArgs& args, const 
   __syncthreads();
 
   // 4. merge and store. The next item writes nothing that is read here before the block has met again.
-  merge_and_store(args, rows, {reinterpret_cast<const float*>(smem + at.state), smem + at.stage, warps, at.warp_bytes, args.head_dim_v, at.groups});
-  finish_item(args, rows, reinterpret_cast<int*>(smem + at.arrived));
+  const RowTile again(args, item);  // worked out anew: in registers it would keep keys out
+  merge_and_store(args, again, {reinterpret_cast<const float*>(smem + at.state), smem + at.stage, warps, at.warp_bytes, args.head_dim_v, at.groups});
+  finish_item(args, again, reinterpret_cast<int*>(smem + at.arrived));
 }
 
 __device__ __forceinline__ void attend_on_cores(const AttentionArgs& args) {
   CA_DYN_SMEM(char, smem);
   const int end = args.work.worker_items[blockIdx.x + 1];
-  for (int item = args.work.worker_items[blockIdx.x]; item < end; ++item) {
-    const RowTile rows(args, item);
-    attend_to_item(args, rows, smem);
-  }
+  for (int item = args.work.worker_items[blockIdx.x]; item < end; ++item) attend_to_item(args, item, smem);
 }
 
 #endif  // CUPYATTN_ATTENTION_CORES_CUH
