@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import bench_attention
 import bench_generate
 import bench_paged_decode
 import numpy as np
@@ -76,27 +77,49 @@ def decode_arguments():
     return q, *cache.astype(np.float16), table, np.full(batch, 2048, np.int32), np.empty_like(q)
 
 
+def beside(numpy, ours):
+    """Median of NumPy's time over ours, the two in turns."""
+    ratios = []
+    for _ in range(5):
+        times = [time.perf_counter()]
+        for call in (numpy, ours):
+            call()
+            times.append(time.perf_counter())
+        ratios.append((times[1] - times[0]) / (times[2] - times[1]))
+    return float(np.median(ratios))
+
+
 def test_paged_decode_beside_numpy(decode_arguments, monkeypatch):
     """Attention over a paged cache: no slower than gathering the pages and multiplying with NumPy."""
     monkeypatch.setattr(bench_paged_decode, "DEVICE", timing.CpuExecutor())
     q, k_cache, v_cache, table, lengths, out = decode_arguments
 
+    def numpy():
+        return bench_paged_decode.gather_and_matmul(*decode_arguments)
+
     def ours():
         cupyattn.paged_decode(q, k_cache, v_cache, block_table=table, cache_seqlens=lengths, out=out)
 
-    def ratio():
-        """Median of NumPy's time over ours, the two in turns."""
-        ratios = []
-        for _ in range(5):
-            times = [time.perf_counter()]
-            for call in (lambda: bench_paged_decode.gather_and_matmul(*decode_arguments), ours):
-                call()
-                times.append(time.perf_counter())
-            ratios.append((times[1] - times[0]) / (times[2] - times[1]))
-        return float(np.median(ratios))
+    with cpu.settings(fused=True, check=False, sanitize=None):
+        ours()
+        np.testing.assert_allclose(out.astype(np.float32), numpy(), atol=1e-3, rtol=2.0**-11)
+        assert best(lambda: beside(numpy, ours), 1.0) >= 1.0
+
+
+def test_attention_beside_numpy(monkeypatch):
+    """Causal prefill of 512 tokens, SmolLM2's heads: no slower than matmul, softmax and matmul with NumPy."""
+    monkeypatch.setattr(bench_attention, "DEVICE", timing.CpuExecutor())
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.standard_normal((512, heads, 64), np.float32).astype(np.float16) for heads in (9, 3, 3))
+    starts, out = np.int32([0, 512]), np.empty_like(q)
+
+    def numpy():
+        return bench_attention.matmul_softmax_matmul(q, k, v, starts, starts, out)
+
+    def ours():
+        cupyattn.attention(q, k, v, cu_seqlens_q=starts, cu_seqlens_k=starts, out=out)
 
     with cpu.settings(fused=True, check=False, sanitize=None):
         ours()
-        expected = bench_paged_decode.gather_and_matmul(*decode_arguments)
-        np.testing.assert_allclose(out.astype(np.float32), expected, atol=1e-3, rtol=2.0**-11)
-        assert best(ratio, 1.0) >= 1.0
+        np.testing.assert_allclose(out.astype(np.float32), numpy(), atol=1e-3, rtol=2.0**-11)
+        assert best(lambda: beside(numpy, ours), 1.0) >= 1.0
