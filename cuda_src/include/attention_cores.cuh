@@ -268,15 +268,15 @@ __device__ __forceinline__ RowFloats warp_total(const RowFloats& x) {
   return RowFloats::load(each);
 }
 
-// Dot products of N keys of a lane with all rows. TOGETHER: a vector has a number of every row, else 8 dims of one row.
-template <int N, bool TOGETHER>
+// Dot products of a lane's keys with all rows. TOGETHER: a vector has a number of every row, else 8 dims of one row.
+template <bool TOGETHER>
 struct Dots;
 
-template <int N>
-struct Dots<N, true> {
+template <>
+struct Dots<true> {
   // Sums of every CHAINS-th dim: a vector unit that has one warp to serve must not wait for its last addition.
   static constexpr int CHAINS = CA_CPU ? 4 : 1;
-  RowFloats x[N][CHAINS];
+  RowFloats x[KEYS][CHAINS];
 
   __device__ __forceinline__ Dots() {
 #pragma unroll
@@ -285,7 +285,8 @@ struct Dots<N, true> {
       for (RowFloats& part : of_key) part = RowFloats::all(0.0f);
     }
   }
-  // What dims d to d + 7 contribute.
+  // What dims d to d + 7 of the first N keys contribute.
+  template <int N>
   __device__ __forceinline__ void add(const EightFloats (&key)[N], const float* q, int, int d) {
     const float* dims = q + d * ROWS;
 #pragma unroll
@@ -303,9 +304,9 @@ struct Dots<N, true> {
   }
 };
 
-template <int N>
-struct Dots<N, false> {
-  EightFloats x[N][ROWS];
+template <>
+struct Dots<false> {
+  EightFloats x[KEYS][ROWS];
 
   __device__ __forceinline__ Dots() {
 #pragma unroll
@@ -314,6 +315,7 @@ struct Dots<N, false> {
       for (EightFloats& parts : of_key) parts = EightFloats::all(0.0f);
     }
   }
+  template <int N>
   __device__ __forceinline__ void add(const EightFloats (&key)[N], const float* q, int head_dim, int d) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
@@ -406,7 +408,7 @@ struct WarpTiles {
   // way afterwards.
   template <int N>
   __device__ __forceinline__ void dot_products(const TilePlaces& places, const TilePlaces& next, int& turn,
-                                               RowFloats (&scores)[KEYS]) const {
+                                               Dots<BY_ROWS>& dots) const {
     // a key without a row is read as another one of the lane; if there is none, nothing is read
     int t[N];
     bool any = false;
@@ -416,7 +418,6 @@ struct WarpTiles {
       t[i] = (is_there ? i : N - 1 - i) * 32 + lane;
       any |= is_there;
     }
-    Dots<N, BY_ROWS> dots;
     for (int from = 0; from < args.head_dim; from += SLICE, turn ^= 1) {
       slices.wait();
       const bool more = from + SLICE < args.head_dim;
@@ -436,8 +437,6 @@ struct WarpTiles {
         dots.add(key, queries.q, args.head_dim, from + d);
       }
     }
-#pragma unroll
-    for (int i = 0; i < N; ++i) scores[i] = dots.of(i);
   }
 
   // Makes scores in log2 units of the dot products of the lane's key i, -inf where a row does not see it.
@@ -500,15 +499,15 @@ __device__ __forceinline__ void attend_to_item(const AttentionArgs& args, int it
   warp_tiles.slices.fetch(here.keys, args.head_dim, 0, turn, lane);
   for (; tile * TILE < rows.visible.end; tile += warps) {
     // 2a. scores
+    Dots<BY_ROWS> dots;
+    if (tile * TILE + 32 < rows.visible.end) warp_tiles.dot_products<KEYS>(here, next, turn, dots);
+    else warp_tiles.dot_products<1>(here, next, turn, dots);
     RowFloats score[KEYS];
-    if (tile * TILE + 32 < rows.visible.end) {
-      warp_tiles.dot_products<KEYS>(here, next, turn, score);
-    } else {
-      score[1] = RowFloats::all(0.0f);
-      warp_tiles.dot_products<1>(here, next, turn, score);
-    }
 #pragma unroll
-    for (int i = 0; i < KEYS; ++i) warp_tiles.finish_scores(tile, i, here, score[i]);
+    for (int i = 0; i < KEYS; ++i) {
+      score[i] = dots.of(i);
+      warp_tiles.finish_scores(tile, i, here, score[i]);
+    }
 
     // 2b. probabilities relative to the largest score so far; earlier sums shrink when it grows
     const RowFloats old_top = top;
