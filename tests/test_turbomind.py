@@ -19,19 +19,19 @@ PAIRS = RopeParams(rotary_dim=64, base=1e4, style="interleaved")
 rng = np.random.default_rng(5)
 MROPE = [rng.integers(0, 300, (3, n)) for n in LENGTHS]
 
+# few kernels: six pairs of activations and cache format, four query heads per KV head but in one case
 CASES = {
     "plain": dict(rope=PAIRS),
     "no bias, no rope": dict(bias=False, dtype="float32"),
     "int8": dict(policy=8, rope=PAIRS, sinks=True),
-    "int8 bfloat16": dict(policy=8, dtype="bfloat16", rope=NEOX, window=33),
-    "int4": dict(policy=4, rope=PAIRS, block_len=64, layers=3, layer_id=1),
-    "int4 float32": dict(policy=4, dtype="float32", rope=NEOX, sinks=True, window=70),
-    "fp8 e4m3": dict(policy=16, rope=NEOX, num_heads=6, num_kv_heads=3),
-    "fp8 e5m2": dict(policy=17, dtype="bfloat16", rope=PAIRS, layers=2, layer_id=1),
-    "wide rows": dict(rope=PAIRS, extra=512, dtype="bfloat16"),
+    "int8 and a window": dict(policy=8, rope=NEOX, window=33),
+    "int4": dict(policy=4, dtype="bfloat16", rope=PAIRS, block_len=64, layers=3, layer_id=1, sinks=True, window=70),
+    "fp8 e4m3": dict(policy=16, dtype="float32", rope=NEOX, num_heads=12, num_kv_heads=3),
+    "fp8 e5m2": dict(policy=17, rope=PAIRS, layers=2, layer_id=1),
+    "wide rows": dict(rope=PAIRS, extra=512, dtype="float32"),
     "partial rope": dict(rope=RopeParams(rotary_dim=24, style="interleaved"), dtype="float32"),
     "yarn": dict(rope=RopeParams(rotary_dim=64, base=150000.0, scaling="yarn", factor=32.0, original_max_position=4096,
-                                 truncate=False), sinks=True, window=40, num_kv_heads=1),
+                                 truncate=False), sinks=True, window=40, num_heads=4, num_kv_heads=1),
     "llama3": dict(rope=RopeParams(rotary_dim=64, base=5e5, scaling="llama3", factor=8.0, original_max_position=64)),
     "linear": dict(rope=RopeParams(rotary_dim=64, scaling="linear", factor=4.0), dtype="float32", block_len=5),
     "rope_theta": dict(rope=PAIRS, theta=[1e4, 5e3, 1e6, 3e4], dtype="float32"),
@@ -49,6 +49,14 @@ CASES = {
 }
 
 
+def on_all(name, values, on_standin):
+    """Parameters (xp, name): everything on NumPy and on a GPU, a few on the stand-in, where kernels build slowly."""
+    gpu = pytest.mark.gpu
+    return pytest.mark.parametrize(("xp", name), [
+        *(("numpy", v) for v in values), *(("standin", v) for v in on_standin),
+        *(pytest.param("cupy", v, marks=gpu) for v in values)], indirect=["xp"])
+
+
 def filled(layer, xp, new):
     """An array of the layer's blocks with everything in them but the `new` tokens, stored by process_kv."""
     pool = xp.array(layer.pool)
@@ -63,7 +71,7 @@ def snapshot(xp, params):
     return {name: xp.numpy(getattr(params, name)) for name in names if getattr(params, name) is not None}
 
 
-@pytest.mark.parametrize("name", CASES)
+@on_all("name", CASES, on_standin=("plain", "int8", "rope_theta", "mrope", "log-n"))
 def test_decoding(xp, name):
     """One new token per sequence: what is stored, what is attended to, what is left alone."""
     layer = Layer(LENGTHS, **CASES[name])
@@ -136,7 +144,7 @@ def test_several_new_tokens_per_sequence(xp):
 
 
 def test_not_causal():
-    layer = Layer((40, 17), causal=False, rope=NEOX, dtype="float32")
+    layer = Layer((40, 17), causal=False, rope=PAIRS, dtype="float32")
     pool = filled(layer, NUMPY, (0, 0))
     out = cupyattn.invoke_attention(layer.params(NUMPY, pool, (9, 17)))
     assert_close(out, layer.attended(pool, (9, 17)), *ATTENDED["float32"])
@@ -219,13 +227,11 @@ def test_window_tiles():
     assert params.split_cnt.tolist() == [3]
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3, 5, 8, 13, 16, 31, 32, 33, 48, 64])
+@on_all("splits", (1, 2, 3, 5, 8, 13, 16, 31, 32, 33, 48, 64), on_standin=(3, 33))
 def test_any_number_of_splits(xp, splits):
     """The partial results merge to the output by TurboMind's own rule, groups of 32 and all; sinks count once."""
-    if xp.name != "numpy" and splits not in (3, 33):
-        return
-    layer = Layer((1, 2500, 640), num_heads=4, num_kv_heads=2, head_dim=16, policy=8, dtype="float32", sinks=True,
-                  rope=RopeParams(rotary_dim=16), block_len=64)
+    layer = Layer((1, 2500, 640), num_heads=4, num_kv_heads=1, head_dim=16, dtype="float32", sinks=True,
+                  rope=RopeParams(rotary_dim=16, style="interleaved"), block_len=64)
     new = (1, 1, 1)
     pool = filled(layer, xp, new)
     params = layer.params(xp, pool, new, num_splits=splits, max_split_k=64).with_partials()
@@ -247,7 +253,7 @@ def test_any_number_of_splits(xp, splits):
 
 
 def test_splits_of_its_own_choice():
-    layer = Layer((2000, 3), num_heads=4, num_kv_heads=2, head_dim=16, dtype="float32")
+    layer = Layer((2000, 3), head_dim=16, dtype="float32", bias=False)
     pool = filled(layer, NUMPY, (1, 1))
     for most, counts in ((64, [4, 0]), (3, [3, 0]), (1, [0, 0])):   # 16 units wanted on a CPU, 4 there are
         params = layer.params(NUMPY, pool, (1, 1), max_split_k=most).with_partials()
@@ -266,7 +272,7 @@ def test_extreme_scores_stay_finite():
 
 
 def test_checked_and_in_any_order():
-    layer = Layer((40, 1, 100), policy=4, rope=PAIRS, sinks=True, num_heads=4, finished=[False, False, True])
+    layer = Layer((40, 1, 100), policy=8, rope=PAIRS, sinks=True, finished=[False, False, True])
     new = (1, 1, 1)
     results = []
     for options in ({"check": False}, {"check": True}, {"check": True, "schedule": "reverse"},
