@@ -29,7 +29,7 @@ constexpr int STEP = 8;                // elements a thread handles at a time
 static_assert(sizeof(AttentionArgs) == CA_SIZEOF_ARGS, "paged_decode: Python and CUDA disagree on AttentionArgs");
 
 #if CA_TENSOR_CORES
-#include "paged_decode_items.cuh"
+#include "paged_decode_mma.cuh"
 
 CA_KERNEL __launch_bounds__(32 * WARPS, 2) void paged_decode_mma(const __grid_constant__ AttentionArgs args) {
   decode_on_tensor_cores(args);

@@ -125,10 +125,16 @@ def _mma_spec(stem, q, k, v, rows, head_dim, bias):
         "HEAD_DIM": head_dim}, min_sm=80, expects=("HMMA", "LDSM", "LDGSTS"))
 
 
-def _decode_mma_launch(head_dim):
-    """(threads, dynamic shared memory) of paged_decode_mma.cuh."""
-    warps, stages = {64: (4, 4), 128: (4, 3), 256: (2, 2)}[head_dim]
-    return 32 * warps, warps * (stages * 2 * 16 * head_dim * 2 + 2 * 2 * 16 * 8 + 2 * 16 * 4)
+def _decode_mma_launch(k, v, head_dim):
+    """(threads, dynamic shared memory) of paged_decode_mma.cuh for format tags and a padded head_dim."""
+    warps, ring = (2, 40 * 1024) if head_dim > 128 else (4, 24 * 1024)
+    token = _row_bytes(k, head_dim) + _row_bytes(v, head_dim)
+    tile = 32 if token < 256 else 16
+    stages = min(ring // (tile * token), 1 + -(-96 * 1024 // (2 * warps * tile * token)))
+    scales = sum(0 if "Plain" in tag or "Channel" in tag else head_dim // 8 if "Hadamard" in tag else 8
+                 for tag in (k, v))
+    queries = 32 * head_dim if head_dim > 128 else 0
+    return 32 * warps, warps * (stages * tile * (token + scales) + 32 * tile + 160) + queries + 128
 
 
 def _prefill_mma_launch(rows, head_dim):
@@ -157,7 +163,8 @@ def _plan(stem, facts, rows, workers, name, note):
         head_dim = next(d for d in MMA_HEAD_DIMS if d >= max(facts.head_dim, facts.head_dim_v))
         spec = _mma_spec(stem, facts.q, facts.k, facts.v, rows, head_dim, facts.bias)
         is_decode = stem == "paged_decode"
-        threads, shared = _decode_mma_launch(head_dim) if is_decode else _prefill_mma_launch(rows, head_dim)
+        threads, shared = (_decode_mma_launch(facts.k, facts.v, head_dim) if is_decode else
+                           _prefill_mma_launch(rows, head_dim))
     else:
         spec = _cores_spec(stem, facts.q, facts.k, facts.v, rows, facts.align == 16, facts.bias)
         threads, shared = _cores_launch(facts, rows)
@@ -181,7 +188,19 @@ _SAME = tuple((q, tag, tag) for q in ("float16", "bfloat16", "float32") for tag 
 # (rows, aligned, bias) of the decode kernel
 _DECODE = ((1, True, False), (2, True, True), (4, True, False), (8, True, True), (1, False, True), (4, False, False))
 
-DECODE_CORE = [_cores_spec("paged_decode", *case) for case in (
+# every format on either side, every head dim with both dtypes of q
+_DECODE_MMA_CORE = [_mma_spec("paged_decode", q, k, v, 16, head_dim, bias) for q, k, v, head_dim, bias in (
+    ("float16", _HALF, _HALF, 128, False), ("bfloat16", _BF16, _BF16, 64, True), ("bfloat16", _BF16, _BF16, 256, False),
+    ("float16", "KvInt8<__half>", "KvInt4<__half>", 128, False),
+    ("bfloat16", "KvInt4<__nv_bfloat16>", "KvInt8<__nv_bfloat16>", 64, False),
+    ("bfloat16", "KvInt8Sym", "KvInt8Channel", 128, True), ("float16", "KvInt8Channel", "KvInt8Sym", 256, False),
+    ("float16", "KvE4M3", "KvE5M2", 64, True), ("bfloat16", "KvE5M2", "KvE4M3", 128, False),
+    ("float16", "KvHadamard8", "KvHadamard4", 128, True), ("bfloat16", "KvHadamard4", "KvHadamard8", 256, False),
+    ("float16", "KvHadamard6", "KvHadamard6", 128, False))]
+_DECODE_MMA_ALL = [_mma_spec("paged_decode", *kinds, 16, head_dim, bias)
+                   for kinds in _SAME if kinds[0] != "float32" for head_dim in MMA_HEAD_DIMS for bias in (False, True)]
+
+DECODE_CORE = _DECODE_MMA_CORE + [_cores_spec("paged_decode", *case) for case in (
     ("float16", _HALF, _HALF, 4, True, False), ("bfloat16", _BF16, _BF16, 4, False, True),
     ("float32", _FLOAT, _FLOAT, 4, True, False), ("float16", _BF16, _BF16, 1, False, False),
     ("float32", _HALF, _HALF, 2, True, True), ("float16", "KvInt8<__half>", "KvInt4<__half>", 8, True, True),
@@ -196,6 +215,7 @@ PREFILL_CORE = [_cores_spec("attention", *case) for case in (
     ("float16", "KvInt8<__half>", "KvInt8<__half>", 8, True, False),
     ("bfloat16", "KvInt8Sym", "KvE4M3", 8, False, False), ("float32", "KvHadamard4", "KvHadamard8", 8, True, True),
     ("float16", "KvInt8Channel", "KvInt4<__half>", 8, False, True))]
-DECODE_ALL = [_cores_spec("paged_decode", *kinds, *case) for kinds in _SAME + _MIXED for case in _DECODE]
+DECODE_ALL = list(dict.fromkeys(DECODE_CORE + _DECODE_MMA_ALL + [
+    _cores_spec("paged_decode", *kinds, *case) for kinds in _SAME + _MIXED for case in _DECODE]))
 PREFILL_ALL = [_cores_spec("attention", *kinds, 8, aligned, bias) for kinds in _SAME + _MIXED
                for aligned in (True, False) for bias in (False, True)]

@@ -329,7 +329,7 @@ struct SameSize<2> {
 //   per group of keys    float [TOKENS][GROUPS]
 //   per group of values  half [TOKENS / 2][GROUPS][2]
 template <typename F, int HEAD_DIM>
-struct KvScales {
+struct KvScaleWords {
   using Tile = KvTile<F, HEAD_DIM>;
   using S = typename F::Scale;
   using Bits = typename SameSize<sizeof(S)>::Unsigned;
@@ -368,6 +368,45 @@ struct KvScales {
   static __device__ __forceinline__ float number(uint32_t word) {
     const Bits bits = static_cast<Bits>(word);
     return to_float(reinterpret_cast<const S&>(bits));
+  }
+};
+
+// Scales of a token on their way to a tile's scales in shared memory: KvTile::SCALE_BYTES a token,
+//   per token            float [TOKENS][2], scale and zero + CENTRE * scale
+//   per group of keys    float [TOKENS][GROUPS]
+//   per group of values  half [TOKENS / 2][GROUPS][2]
+template <typename F, int HEAD_DIM>
+struct KvScales {
+  using Tile = KvTile<F, HEAD_DIM>;
+  using S = typename F::Scale;
+  S scale[Tile::GROUP_SCALE ? Tile::GROUPS : 1], zero;
+
+  // Zeros for a token in no page and for groups past head_dim.
+  __device__ __forceinline__ void load(const KvScale& view, const PageTable& table, TokenSlot slot, int64_t head,
+                                       int head_dim) {
+    if constexpr (Tile::SCALE_BYTES > 0) {
+#pragma unroll
+      for (int g = 0; g < (Tile::GROUP_SCALE ? Tile::GROUPS : 1); ++g) {
+        const bool exists = slot.page >= 0 && (!Tile::GROUP_SCALE || g * 32 < head_dim);
+        scale[g] = exists ? *kv_scale<const S>(view, table, slot, head, g) : from_float<S>(0.0f);
+      }
+      if constexpr (F::HAS_ZERO)
+        zero = slot.page >= 0 ? *kv_zero<const S>(view, table, slot, head, 0) : from_float<S>(0.0f);
+    }
+  }
+  template <bool VALUES>
+  __device__ __forceinline__ void store(char* scales, int token) const {
+    if constexpr (Tile::TOKEN_SCALE) {
+      const float s = to_float(scale[0]);
+      const float centre = fmaf(Tile::Fragments::CENTRE, s, F::HAS_ZERO ? to_float(zero) : 0.0f);
+      store_vec(reinterpret_cast<float*>(scales) + token * 2, Vec<float, 2>{{s, centre}});
+    } else if constexpr (Tile::GROUP_SCALE) {
+#pragma unroll
+      for (int g = 0; g < Tile::GROUPS; ++g) {
+        if constexpr (VALUES) reinterpret_cast<S*>(scales)[(token / 2 * Tile::GROUPS + g) * 2 + token % 2] = scale[g];
+        else reinterpret_cast<float*>(scales)[token * Tile::GROUPS + g] = to_float(scale[g]);
+      }
+    }
   }
 };
 

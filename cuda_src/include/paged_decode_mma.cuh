@@ -1,283 +1,577 @@
 // SPDX-License-Identifier: Apache-2.0
-// paged_decode_mma.cuh - the tensor-core version of paged_decode: mma.m16n8k16 on 16 packed query rows.
+// paged_decode_mma.cuh - attention of 16 packed query rows over cached keys on tensor cores: mma.m16n8k16 on K and V of
+// any cache format, converted in registers (kv_fragments.cuh).
 //
-// Each warp works alone on every WARPS-th tile of 16 tokens, through its own ring of STAGES tiles filled by cp.async:
-// scores = Q.K^T (K by ldmatrix), softmax in registers, probabilities rounded to T as the A operand of P.V (V by
-// transposed ldmatrix). Row pointers are worked out a step before the copies that need them, page ids one step before
-// that. A row of 16-byte pieces is stored with piece p at p ^ (row % 8), so that the 8 rows of an ldmatrix matrix
-// lie in different banks. Rows of invisible tokens and dims past head_dim are zeros.
+// For every item of the block:
+//   1. each warp starts the copies of its first tiles; the queries, in the order of k slots, go through shared memory
+//      into A fragments (HEAD_DIM 256: stay in shared memory)
+//   2. each warp works alone on every WARPS-th tile of TILE keys, counted from local key 0, through its own ring of
+//      STAGES tiles filled by cp.async. While tile i is worked on, tiles i + 1 to i + STAGES - 1 are on their way, the
+//      row addresses of tile i + STAGES are published, its scales and the page entries of the tile after it are loaded
+//      2a. scores = Q.K^T in float32, scales of K, softmax_scale, biases; hidden keys -inf, where there are any
+//      2b. probabilities relative to `origin`, which follows the largest score only when that is 2^8 times ahead;
+//          times V's scales, rounded to V's operand type as the A operand of P.V
+//      2c. sums += P.V
+//   3. outputs and state go to shared memory in place of the ring, are merged in the order of the warps and stored; the
+//      last block to bring a piece of a unit merges it
+// A hidden key adds exactly nothing, so a row's bits depend on its own keys and on where its items are cut, nothing else.
 //
-// launch     block (32 * WARPS), at most two block barriers, dynamic shared memory WARPS * (RING_BYTES + POINTER_BYTES + 128)
-//            + Q_BYTES: rings, row pointers, state, queries; mirrored by _plan_paged_decode in ops/paged_decode.py
+// Scales of V per token: probabilities are p * s * norm in half, with norm the power of two that brings the largest s
+// so far to [1, 64), in each quad of lanes alike; sums are divided by it in the end.
+//
+// legal      T in {__half, __nv_bfloat16}; KF and VF any tags but KvPlain of another type than T; HEAD_DIM 64, 128, 256
+//            (both head dims padded to it); ROWS 16; ALIGNED 1 (rows of k, v and out at multiples of 16 bytes); BIAS 0, 1
+// launch     block (32 * WARPS), any grid, 2 blocks per multiprocessor fill it; 4 block barriers per item, two more when
+//            a unit is merged; dynamic shared memory SHARED_BYTES, at most 99 KiB, see the constants below
 #ifndef CUPYATTN_PAGED_DECODE_MMA_CUH
 #define CUPYATTN_PAGED_DECODE_MMA_CUH
 
+#include "attention_store.cuh"
 #include "cp_async.cuh"
+#include "hadamard.cuh"
+#include "kv_fragments.cuh"
 #include "mma.cuh"
-#include "paged_decode_rows.cuh"
+#include "warp.cuh"
 
-constexpr int TILE = 16;                                 // tokens of a warp's step
-constexpr int WARPS = HEAD_DIM > 128 ? 2 : 4;            // all shared memory fits in 99 KiB
-constexpr int STAGES = HEAD_DIM > 128 ? 2 : HEAD_DIM > 64 ? 3 : 4;  // tiles of a ring
-constexpr int PIECES = HEAD_DIM / 8;                     // 16-byte pieces of a row
-constexpr int TILE_BYTES = TILE * HEAD_DIM * 2;          // of K or V
-constexpr int RING_BYTES = STAGES * 2 * TILE_BYTES;      // of a warp: [STAGES][K, V][TILE][HEAD_DIM]
-constexpr int OUT_STRIDE = HEAD_DIM + 8;                 // floats between rows of a warp's result, against conflicts
+using KTile = KvTile<KF, HEAD_DIM>;
+using VTile = KvTile<VF, HEAD_DIM>;
+using KOperand = typename KTile::Operand;
+using VOperand = typename VTile::Operand;
+
+constexpr int WARPS = HEAD_DIM > 128 ? 2 : 4;
+constexpr int TOKEN_BYTES = KTile::ROW_BYTES + VTile::ROW_BYTES;  // of codes
+constexpr int TILE = TOKEN_BYTES < 256 ? 32 : 16;                 // tokens of a warp's step
+constexpr int STAGE_BYTES = TILE * TOKEN_BYTES;                   // [K, V][TILE] rows
+constexpr int IN_FLIGHT = 96 * 1024 / (2 * WARPS);                // bytes of a warp on their way: 96 KiB with 2 blocks
+constexpr int MAX_STAGES = (HEAD_DIM > 128 ? 40 : 24) * 1024 / STAGE_BYTES;
+constexpr int WANTED_STAGES = 1 + ceil_div(IN_FLIGHT, STAGE_BYTES);
+constexpr int STAGES = WANTED_STAGES < MAX_STAGES ? WANTED_STAGES : MAX_STAGES;
+constexpr int RING_BYTES = STAGES * STAGE_BYTES;
+constexpr int SCALE_BYTES = TILE * (KTile::SCALE_BYTES + VTile::SCALE_BYTES);  // of a stage: [K, V][TILE]
+constexpr int POINTER_BYTES = 2 * 2 * TILE * 8;                                // [2][K, V][TILE]
+constexpr int MAX_RING_STAGES = 8;
+constexpr bool Q_IN_SHARED = HEAD_DIM > 128;  // else in registers, and staged in the ring's last stage
+constexpr int Q_BYTES = ROWS * HEAD_DIM * 2;
+// Blocks' shared memory: [WARPS] rings, queries if they stay, [WARPS] scales, [WARPS] pointers, state, factors
+constexpr int Q_AT = Q_IN_SHARED ? WARPS * RING_BYTES : RING_BYTES - STAGE_BYTES;
+constexpr int SCALES_AT = WARPS * RING_BYTES + (Q_IN_SHARED ? Q_BYTES : 0);
+constexpr int POINTERS_AT = SCALES_AT + WARPS * STAGES * SCALE_BYTES;
+constexpr int KNOWN_AT = POINTERS_AT + WARPS * POINTER_BYTES;            // uint32 [WARPS][8], of the stages
+constexpr int STATE_AT = KNOWN_AT + WARPS * MAX_RING_STAGES * 4;         // float [WARPS][2][ROWS]; then int [ROWS]
+constexpr int FACTORS_AT = STATE_AT + WARPS * 2 * ROWS * 4;              // float [2][ROWS]
+constexpr int SHARED_BYTES = FACTORS_AT + 2 * ROWS * 4;
+constexpr int OUT_STRIDE = HEAD_DIM + (VTile::E == 2 ? 8 : VTile::E == 4 ? 16 : 4);  // floats, against conflicts
 constexpr int K_STEPS = HEAD_DIM / 16;
-constexpr bool Q_IN_SHARED = HEAD_DIM > 128;             // registers hold the query fragments of smaller heads
-constexpr int Q_BYTES = Q_IN_SHARED ? ROWS * HEAD_DIM * 2 : 0;
-constexpr int POINTER_BYTES = 2 * 2 * TILE * 8;          // of a warp: [2][K, V][TILE]
-static_assert(ROWS == 16 && HEAD_DIM % 64 == 0 && ALIGNED, "paged_decode_mma: one m16 tile of 16-byte aligned rows");
+constexpr int COLUMNS = HEAD_DIM / 8;  // n-tiles of the sums
+constexpr int SCALE_BATCH = HEAD_DIM > 128 ? 1 : STAGES;  // tiles whose scales are loaded at once in the beginning
+constexpr float MAX_GROWTH = 8.0f;     // log2 of the largest probability relative to the origin
+constexpr float MAX_SCALE = 64.0f;     // of V's scales times norm; probabilities stay far below half's largest number
+static_assert(ROWS == 16 && (HEAD_DIM == 64 || HEAD_DIM == 128 || HEAD_DIM == 256) && ALIGNED, "paged_decode_mma");
+static_assert(STAGES >= 2 && STAGES <= MAX_RING_STAGES && SHARED_BYTES <= 99 * 1024, "paged_decode_mma: shared memory");
 static_assert(ROWS * OUT_STRIDE * 4 <= RING_BYTES, "paged_decode_mma: a warp's result must fit in its ring");
+static_assert(Q_IN_SHARED || Q_BYTES <= STAGE_BYTES, "paged_decode_mma: queries must fit in a stage");
+static_assert(sizeof(T) == 2, "paged_decode_mma: 16-bit queries");
 
-// Address of piece `piece` of row `row` in a swizzled tile.
-__device__ __forceinline__ char* swizzled(char* tile, int row, int piece) {
-  return tile + row * (HEAD_DIM * 2) + (piece ^ (row & 7)) * 16;
-}
+// ---- queries -------------------------------------------------------------------------------------------
 
-// The pieces even + odd of one row, `even` known at compile time: few registers hold the addresses of all.
-struct SwizzledRow {
-  const char* start;
-  int flip;
-
-  __device__ __forceinline__ SwizzledRow(const char* tile, int row, int odd)
-      : start(tile + row * (HEAD_DIM * 2)), flip(((row & 7) ^ odd) * 16) {}
-  __device__ __forceinline__ const char* piece(int even) const {
-    return start + even / 8 * 128 + (even % 8 * 16 ^ flip);
+// Power of two 2^e with 2^e <= x < 2^(e + 1), and its inverse; x >= 0, e from -126 to 126.
+struct PowerOfTwo {
+  float value, inverse;
+  __device__ __forceinline__ explicit PowerOfTwo(float x) {
+    const uint32_t exponent = min(max(__float_as_uint(x) >> 23, 1u), 253u);
+    value = __uint_as_float(exponent << 23);
+    inverse = __uint_as_float((254u - exponent) << 23);
   }
 };
 
-__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-  const float both[2] = {low, high};
-  const Vec<T, 2> rounded = from_float<T, 2>(both);
-  return *reinterpret_cast<const uint32_t*>(&rounded);
+// Address of 16-byte piece `piece` of row r of the staged queries.
+__device__ __forceinline__ char* query_piece(char* queries, int r, int piece) {
+  return queries + r * (HEAD_DIM * 2) + (piece ^ (r & 7)) * 16;
 }
 
-// A fragments of the block's query rows, zeros past num_rows and head_dim: in registers, or in shared memory as every
-// warp's lanes want them, [K_STEPS][32] of 16 bytes.
-struct Queries {
-  uint32_t held[Q_IN_SHARED ? 1 : K_STEPS][4];
-  Vec<uint32_t, 4>* shared;
-
-  // With Q_IN_SHARED the warps fill `to` in turns; a block barrier must follow before get().
-  __device__ __forceinline__ Queries(const PagedDecodeArgs& args, const RowTile& rows, char* to)
-      : shared(reinterpret_cast<Vec<uint32_t, 4>*>(to)) {
-    const int lane = threadIdx.x % 32;
-    const T* row[2];  // of rows g and g + 8, null past num_rows
+// Block: the item's queries as K's format wants them, zeros past num_rows and head_dim. factors[r] times a staged row
+// is the row; factors[ROWS + r] is the sum of the staged row, where K's format has an offset.
+__device__ __forceinline__ void stage_queries(const AttentionArgs& args, const RowTile& rows, char* queries,
+                                              float* factors) {
+  constexpr int LANES = HEAD_DIM / STEP;  // of a row
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int r = lane / 4 + half * 8;
-      row[half] = nullptr;
-      if (r < rows.num_rows) {
-        row[half] = static_cast<const T*>(args.q.data) + rows.seq * args.q.stride_seq +
-                    rows.query(args, r) * args.q.stride_token + rows.head(args, r) * args.q.stride_head;
+  for (int first = 0; first < ROWS * LANES; first += 32 * WARPS) {
+    const int r = (first + threadIdx.x) / LANES, dim = (first + threadIdx.x) % LANES * STEP;
+    EightFloats q = EightFloats::all(0.0f);
+    if (r < rows.num_rows && dim < args.head_dim) {
+      const T* from = static_cast<const T*>(query_pointer(args.q, args, rows.row(args, r), sizeof(T)));
+      q = EightFloats::from(load_step<false>(from + dim));
+      if constexpr (KF::CHANNEL) {
+        EightFloats scaled = EightFloats::all(0.0f);
+        scaled.add_product(q, channel_scales(args.k_scale, rows.item.kv_head, dim));
+        q = scaled;
       }
     }
+    if constexpr (KF::ROTATED) hadamard32(q);
+    float factor = 1.0f;
+    if constexpr (KTile::E > 2) {
+      float largest = 0.0f;
 #pragma unroll
-    for (int k = 0; k < K_STEPS; ++k) {
-      if (Q_IN_SHARED && k % WARPS != threadIdx.x / 32) continue;
-      Vec<uint32_t, 4> fragment;
+      for (int j = 0; j < STEP; ++j) largest = fmaxf(largest, fabsf(q.x[j]));
+      const PowerOfTwo power(group_max<LANES>(largest));
+      factor = power.value;
+      q *= power.inverse;
+    }
+    const Vec<KOperand, STEP> rounded = q.to<KOperand>();
+    if constexpr (KTile::TOKEN_SCALE) {
+      const float sum = group_sum<LANES>(EightFloats::from(rounded).sum());
+      if (dim == 0) factors[ROWS + r] = sum;
+    }
+    if (dim == 0) factors[r] = factor;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {  // rows g and g + 8 (i % 2), dims 2t and 2t + 8 (i / 2)
-        const int dim = 16 * k + i / 2 * 8 + lane % 4 * 2;
-        Vec<T, 2> pair = from_float<T, 2>({0.0f, 0.0f});
-        if (row[i % 2] != nullptr && dim < args.head_dim) pair = {{row[i % 2][dim], row[i % 2][dim + 1]}};
-        fragment.v[i] = *reinterpret_cast<const uint32_t*>(&pair);
-        if constexpr (!Q_IN_SHARED) held[k][i] = fragment.v[i];
-      }
-      if constexpr (Q_IN_SHARED) store_vec(shared[k * 32 + lane].v, fragment);
+    for (int j = 0; j < STEP; j += 2) {
+      const int slot = query_slot<KF>(dim + j);
+      store_vec(reinterpret_cast<KOperand*>(query_piece(queries, r, slot / 8)) + slot % 8,
+                Vec<KOperand, 2>{{rounded.v[j], rounded.v[j + 1]}});
+    }
+  }
+}
+
+// A fragments of the staged queries.
+struct Queries {
+  uint32_t held[Q_IN_SHARED ? 1 : K_STEPS][4];
+  char* staged;
+
+  __device__ __forceinline__ void load(int k, uint32_t (&fragment)[4]) const {
+    const int lane = threadIdx.x % 32;
+    ldmatrix_x4(fragment, query_piece(staged, lane % 16, 2 * k + lane / 16));
+  }
+  __device__ __forceinline__ explicit Queries(char* queries) : staged(queries) {
+    if constexpr (!Q_IN_SHARED) {
+#pragma unroll
+      for (int k = 0; k < K_STEPS; ++k) load(k, held[k]);
     }
   }
   __device__ __forceinline__ void get(int k, uint32_t (&fragment)[4]) const {
-    Vec<uint32_t, 4> stored;
-    if constexpr (Q_IN_SHARED) stored = load_vec<uint32_t, 4>(shared[k * 32 + threadIdx.x % 32].v);
+    if constexpr (Q_IN_SHARED) {
+      load(k, fragment);
+    } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) fragment[i] = Q_IN_SHARED ? stored.v[i] : held[Q_IN_SHARED ? 0 : k][i];
+      for (int i = 0; i < 4; ++i) fragment[i] = held[k][i];
+    }
   }
 };
 
-// Starts the copies of one tile; lane l of the warp copies the pieces l, l + 32, ... `somewhere` is a valid address.
-__device__ __forceinline__ void copy_tile(char* tile, const T* const* pointers, int pieces, const void* somewhere) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll 4
-  for (int i = 0; i < TILE * PIECES / 32; ++i) {
-    const int row = (i * 32 + lane) / PIECES, piece = (i * 32 + lane) % PIECES;
-    const T* from = pointers[row];
-    const bool valid = from != nullptr && piece < pieces;
-    cp_async16(swizzled(tile, row, piece), valid ? from + piece * 8 : somewhere, valid);
+// ---- a warp's tiles ------------------------------------------------------------------------------------
+
+// What lanes do for a tile that is not in shared memory yet: a lane stands for one of its tokens, or with 16 tokens
+// lanes 0 to 15 for their keys, the others for their values.
+struct TileAhead {
+  static constexpr bool BOTH = TILE == 32;
+  const AttentionArgs& args;
+  const RowTile& rows;
+  SequencePages pages;
+
+  __device__ __forceinline__ TileAhead(const AttentionArgs& a, const RowTile& r)
+      : args(a), rows(r), pages(a.table, r.item.seq) {}
+  static __device__ __forceinline__ bool for_keys() { return BOTH || threadIdx.x % 32 < TILE; }
+  static __device__ __forceinline__ bool for_values() { return BOTH || threadIdx.x % 32 >= TILE; }
+
+  // Page entry of the lane's token of the tile from `key` on.
+  __device__ __forceinline__ TokenRequest ask(int key) const {
+    const int own = key + threadIdx.x % TILE;
+    return pages.ask(args.table, own, own >= rows.visible.begin && own < rows.visible.end);
   }
-}
-
-// scores[n] of rows g, g + 8 against tokens 8n + 2t, 8n + 2t + 1 (g = lane / 4, t = lane % 4).
-__device__ __forceinline__ void multiply_keys(const char* tile, const Queries& q, float (&scores)[2][4]) {
-  const int lane = threadIdx.x % 32;
-  const int token = lane % 8 + lane / 16 * 8;
-  const SwizzledRow row(tile, token, lane / 8 % 2);
-#pragma unroll
-  for (int k = 0; k < K_STEPS; ++k) {
-    uint32_t queries[4], keys[4];
-    q.get(k, queries);
-    ldmatrix_x4(keys, row.piece(2 * k));
-    mma_m16n8k16<T>(scores[0], queries, {keys[0], keys[1]});
-    mma_m16n8k16<T>(scores[1], queries, {keys[2], keys[3]});
+  __device__ __forceinline__ TokenSlot answer(const TokenRequest& found) const {
+    return pages.answer(args.table, found);
   }
-}
-
-__device__ __forceinline__ void add_values(const char* tile, const uint32_t (&probs)[4], float (&acc)[PIECES][4]) {
-  const int lane = threadIdx.x % 32;
-  const SwizzledRow row(tile, lane % 16, lane / 16);
-#pragma unroll
-  for (int n = 0; n < PIECES; n += 2) {
-    uint32_t values[4];
-    ldmatrix_x4_trans(values, row.piece(n));
-    mma_m16n8k16<T>(acc[n], probs, {values[0], values[1]});
-    mma_m16n8k16<T>(acc[n + 1], probs, {values[2], values[3]});
-  }
-}
-
-__device__ __forceinline__ void decode_on_tensor_cores(const PagedDecodeArgs& args) {
-  CA_DYN_SMEM(char, smem);
-  const RowTile rows(args);
-  const int warp = threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
-
-  // 1. tokens of this chunk that any row sees
-  const TokenRange chunk = visible_tokens(args, rows);
-  const int chunk_begin = chunk.start, begin = chunk.begin, end = chunk.end;
-  if (args.num_chunks > 1 && begin >= end) {
-    store_empty(args, rows);
-    return;
-  }
-  char* ring = smem + warp * RING_BYTES;
-  const T** pointers = reinterpret_cast<const T**>(smem + WARPS * RING_BYTES + warp * POINTER_BYTES);
-  float* state = reinterpret_cast<float*>(smem + WARPS * (RING_BYTES + POINTER_BYTES));  // [WARPS][2][ROWS]
-
-  const Queries q(args, rows, smem + WARPS * (RING_BYTES + POINTER_BYTES + 2 * ROWS * 4));
-  if constexpr (Q_IN_SHARED) __syncthreads();
-  int first_key[2], last_key[2];
-  float top[2] = {NEG_INF, NEG_INF}, sum[2] = {0.0f, 0.0f}, acc[PIECES][4];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    first_key[half] = rows.first_key(args, lane / 4 + 8 * half);
-    last_key[half] = rows.last_key(args, lane / 4 + 8 * half);
-  }
-#pragma unroll
-  for (int n = 0; n < PIECES; ++n)
-#pragma unroll
-    for (int j = 0; j < 4; ++j) acc[n][j] = 0.0f;
-
-  // 2. fill the pipeline. Tiles are counted from the chunk's start: warp w takes w, w + WARPS, ...
-  constexpr int STRIDE = WARPS * TILE;
-  int token = chunk_begin + (warp + (begin - chunk_begin) / TILE / WARPS * WARPS) * TILE;
-  if (token + TILE <= begin) token += STRIDE;
-  // The lane's row of a tile: lanes 0 to 15 keys, 16 to 31 values.
-  const auto find = [&](int tile_token) {
-    const int t = tile_token + lane % TILE;
-    return t >= begin && t < end ? find_token(args.table, rows.seq, t) : TokenSlot{-1, 0};
-  };
-  // Makes the row known to the warp; returns the tokens of the tile that are in a page, one bit each.
-  const auto publish = [&](TokenSlot slot, int parity) {
-    pointers[parity * 2 * TILE + lane] = kv_row<T>(lane < TILE ? args.k : args.v, args.table, slot, rows.kv_head);
+  // Makes the rows known to the warp; returns the tokens of the tile that are in a page, one bit each.
+  __device__ __forceinline__ uint32_t publish(TokenSlot slot, const char** pointers) const {
+    const int lane = threadIdx.x % 32;
+    const char* key = nullptr;
+    const char* value = nullptr;
+    if (for_keys()) key = reinterpret_cast<const char*>(
+        kv_row<const typename KF::Code>(args.k, args.table, slot, rows.item.kv_head));
+    if (for_values()) value = reinterpret_cast<const char*>(
+        kv_row<const typename VF::Code>(args.v, args.table, slot, rows.item.kv_head));
+    pointers[lane] = lane < TILE ? key : value;
+    if constexpr (BOTH) pointers[TILE + lane] = value;
     return __ballot_sync(FULL_MASK, slot.page >= 0);
-  };
-  const auto copy = [&](int stage, int parity) {
-    char* to = ring + stage * 2 * TILE_BYTES;
-    copy_tile(to, pointers + parity * 2 * TILE, args.head_dim / 8, args.k.data);
-    copy_tile(to + TILE_BYTES, pointers + parity * 2 * TILE + TILE, args.head_dim / 8, args.v.data);
-    cp_async_commit();
-  };
-  uint32_t known[STAGES];
-#pragma unroll
-  for (int stage = 0; stage < STAGES - 1; ++stage) {
-    known[stage] = publish(find(token + stage * STRIDE), stage % 2);
-    __syncwarp();
-    copy(stage, stage % 2);
   }
-  known[STAGES - 1] = publish(find(token + (STAGES - 1) * STRIDE), (STAGES - 1) % 2);
-  TokenSlot next = find(token + STAGES * STRIDE);
+  // Starts the copies of the tile.
+  __device__ __forceinline__ void copy(char* tile, const char* const* pointers) const {
+    const int lane = threadIdx.x % 32;
+    KTile::template copy<TILE, 32>(tile, pointers, args.head_dim, args.q.data, lane);
+    VTile::template copy<TILE, 32>(tile + TILE * KTile::ROW_BYTES, pointers + TILE, args.head_dim_v, args.q.data, lane);
+    cp_async_commit();
+  }
+};
 
-  // 3. one tile per step
-  int stage = 0, parity = (STAGES - 1) % 2;  // of the tile worked on; of the pointers of the tile to be copied
-  for (; token < end; token += STRIDE) {
-    cp_async_wait<STAGES - 2>();
-    __syncwarp();  // the tile is there for all lanes, and nobody still reads the one before
-    copy(stage == 0 ? STAGES - 1 : stage - 1, parity);
-    parity ^= 1;
-    const uint32_t newest = publish(next, parity);
-    next = find(token + (STAGES + 1) * STRIDE);
+// Scales of the lane's token, on their way to shared memory.
+struct ScalesAhead {
+  using K = KvScaleWords<KF, HEAD_DIM>;
+  using V = KvScaleWords<VF, HEAD_DIM>;
+  static constexpr int V_AT = TileAhead::BOTH ? K::WORDS : 0;  // a lane that has one of them needs no room for two
+  uint32_t words[K::WORDS + V::WORDS + 1];
 
-    // 3a. scores, and their largest per row
-    char* keys = ring + stage * 2 * TILE_BYTES;
-    float scores[2][4] = {};
-    multiply_keys(keys, q, scores);
-    float tile_top[2] = {NEG_INF, NEG_INF};
+  __device__ __forceinline__ void load(const TileAhead& ahead, TokenSlot slot) {
+    const AttentionArgs& args = ahead.args;
+    const int head = ahead.rows.item.kv_head;
+    if (ahead.for_keys()) K::load(args.k_scale, args.table, slot, head, args.head_dim, words);
+    if (ahead.for_values()) V::load(args.v_scale, args.table, slot, head, args.head_dim_v, words + V_AT);
+  }
+  __device__ __forceinline__ void store(char* scales) const {
+    const int token = threadIdx.x % TILE;
+    if (TileAhead::for_keys()) K::template store<false>(words, scales, token);
+    if (TileAhead::for_values()) V::template store<true>(words + V_AT, scales + TILE * KTile::SCALE_BYTES, token);
+  }
+};
+
+// scores[n] of rows g, g + 8 against tokens 8n + 2t, 8n + 2t + 1 (g = lane / 4, t = lane % 4), in units of the rows'
+// factors; row_sums as staged.
+__device__ __forceinline__ void multiply_keys(const char* tile, const char* scales, const Queries& q,
+                                              const float (&row_sums)[2], float (&scores)[TILE / 8][4]) {
+  const float* own = reinterpret_cast<const float*>(scales);
+  const int t = threadIdx.x % 4;
+#pragma unroll(Q_IN_SHARED ? 1 : KTile::CHUNKS)
+  for (int chunk = 0; chunk < KTile::CHUNKS; ++chunk) {
+    uint32_t queries[KTile::K_STEPS][4];
 #pragma unroll
-    for (int n = 0; n < 2; ++n)
+    for (int k = 0; k < KTile::K_STEPS; ++k) q.get(chunk * KTile::K_STEPS + k, queries[k]);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int column = n * 8 + lane % 4 * 2 + j % 2;
-        const bool visible = token + column >= first_key[j / 2] && token + column <= last_key[j / 2] &&
-                             (known[0] >> column & 1) != 0;
-        scores[n][j] = visible ? scaled_score(scores[n][j], args.softmax_scale, args.softcap) : NEG_INF;
-        tile_top[j / 2] = fmaxf(tile_top[j / 2], scores[n][j]);
+    for (int n = 0; n < TILE / 8; n += 2) {
+      uint32_t keys[KTile::K_STEPS][2][2];
+      KvReader<KF, HEAD_DIM, false>(tile, 8 * n)(chunk, keys);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if constexpr (KTile::GROUP_SCALE) {
+          constexpr int N = KTile::CHUNK_GROUPS;
+          const float* at = own + (8 * (n + i) + 2 * t) * KTile::GROUPS + chunk * N;
+          const Vec<float, N> even = load_vec<float, N>(at), odd = load_vec<float, N>(at + KTile::GROUPS);
+#pragma unroll
+          for (int g = 0; g < N; ++g) {
+            float part[4] = {};
+            mma_m16n8k16<KOperand>(part, queries[2 * g], keys[2 * g][i]);
+            mma_m16n8k16<KOperand>(part, queries[2 * g + 1], keys[2 * g + 1][i]);
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+              scores[n + i][j] = fmaf(j % 2 ? odd.v[g] : even.v[g], part[j], scores[n + i][j]);
+          }
+        } else {
+#pragma unroll
+          for (int k = 0; k < KTile::K_STEPS; ++k) mma_m16n8k16<KOperand>(scores[n + i], queries[k], keys[k][i]);
+        }
       }
-    group_max<4>(tile_top);
+    }
+  }
+  if constexpr (KTile::TOKEN_SCALE) {
+#pragma unroll
+    for (int n = 0; n < TILE / 8; ++n) {
+      const Vec<float, 4> both = load_vec<float, 4>(own + (8 * n + 2 * t) * 2);  // scale and centre of two tokens
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        scores[n][j] = fmaf(both.v[j % 2 * 2], scores[n][j], both.v[j % 2 * 2 + 1] * row_sums[j / 2]);
+    }
+  }
+}
 
-    // 3b. probabilities relative to the largest score so far; earlier sums shrink when it grows
-    float origin[2], shrink[2];
+// sums[index][part] (see value_at) += 16 probabilities . tokens 16 * step and on of the tile.
+__device__ __forceinline__ void add_values(const char* tile, const char* scales, int step, const uint32_t (&probs)[4],
+                                           float (&sums)[COLUMNS][4]) {
+  const KvReader<VF, HEAD_DIM, true> reader(tile, 16 * step);
+#pragma unroll
+  for (int chunk = 0; chunk < VTile::CHUNKS; ++chunk) {
+    uint32_t values[VTile::COLUMNS][2];
+    reader(chunk, values);
+    if constexpr (VTile::GROUP_SCALE) {
+      constexpr int N = VTile::CHUNK_GROUPS;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t* at = reinterpret_cast<const uint32_t*>(scales);
+        at += (8 * step + 4 * half + threadIdx.x % 4) * VTile::GROUPS + chunk * N;
+        const Vec<uint32_t, N> pair = load_vec<uint32_t, N>(at);
+#pragma unroll
+        for (int n = 0; n < VTile::COLUMNS; ++n)
+          values[n][half] = multiply_pair(values[n][half], pair.v[n * N / VTile::COLUMNS]);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < VTile::COLUMNS; ++n)
+      mma_m16n8k16<VOperand>(sums[chunk * VTile::COLUMNS + n], probs, values[n]);
+  }
+}
+
+__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
+  const float both[2] = {low, high};
+  const Vec<VOperand, 2> rounded = from_float<VOperand, 2>(both);
+  return reinterpret_cast<const uint32_t&>(rounded);
+}
+
+// ---- rows ----------------------------------------------------------------------------------------------
+
+// The two query rows of a lane, g and g + 8, and what the warp has found for them.
+struct LaneRows {
+  KeyRange keys[2];        // visible ones; of rows past num_rows all of the item
+  float factor[2];         // of the dot products
+  float log2_scale[2];     // the same for scores in log2 units, without softcap and biases
+  float row_sum[2];        // of the staged queries
+  RowBias bias[BIAS ? 2 : 1];
+  float origin[2];         // what probabilities are relative to, log2
+  float sum[2];            // of this lane's probabilities
+  float offset[2];         // sum of probability * centre of this lane's tokens
+  float norm;              // of V's scales
+
+  __device__ __forceinline__ LaneRows(const AttentionArgs& args, const RowTile& rows) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float old_top = top[half];
-      top[half] = fmaxf(old_top, tile_top[half]);
-      origin[half] = softmax_origin(top[half]);
-      shrink[half] = exp2f(old_top - origin[half]);
-      sum[half] *= shrink[half];
+      const int r = threadIdx.x % 32 / 4 + 8 * half;
+      keys[half] = r < rows.num_rows ? rows.keys(args, r) : rows.visible;
+      if constexpr (BIAS)
+        if (r < rows.num_rows) bias[half] = RowBias(args, rows.row(args, r));
+      origin[half] = NEG_INF;
+      sum[half] = offset[half] = 0.0f;
+    }
+    norm = PowerOfTwo(0.0f).inverse;  // any scale is larger
+  }
+  __device__ __forceinline__ void read_factors(const AttentionArgs& args, const float* factors) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = threadIdx.x % 32 / 4 + 8 * half;
+      factor[half] = factors[r];
+      log2_scale[half] = factor[half] * args.softmax_scale * LOG2_E;
+      row_sum[half] = KTile::TOKEN_SCALE ? factors[ROWS + r] : 0.0f;
+    }
+  }
+
+  // Dot products to scores in log2 units; known: tokens of the tile that are in a page.
+  __device__ __forceinline__ void finish_scores(const AttentionArgs& args, const RowTile& rows, int key, uint32_t known,
+                                                float (&scores)[TILE / 8][4]) const {
+    constexpr uint32_t ALL = TILE == 32 ? 0xffffffffu : 0xffffu;
+    const int begin = max(keys[0].begin, keys[1].begin), end = min(keys[0].end, keys[1].end);
+    const bool some_hidden = BIAS || (known & ALL) != ALL || key < begin || key + TILE > end;
+    if (!BIAS && args.softcap == 0.0f) {
+#pragma unroll
+      for (int n = 0; n < TILE / 8; ++n)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) scores[n][j] *= log2_scale[j / 2];
+    } else if (!BIAS) {
+      const float inverse = 1.0f / args.softcap;
+#pragma unroll
+      for (int n = 0; n < TILE / 8; ++n)
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          scores[n][j] = args.softcap * LOG2_E * tanhf(scores[n][j] * factor[j / 2] * args.softmax_scale * inverse);
+    }
+    if (!some_hidden) return;
+    const int stride = args.key_stride;
+    const int first = BIAS ? Visibility(args, rows.item.seq).token(key) : 0;
+#pragma unroll
+    for (int n = 0; n < TILE / 8; ++n)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int column = n * 8 + threadIdx.x % 4 * 2 + j % 2;
+        const bool visible = key + column >= keys[j / 2].begin && key + column < keys[j / 2].end &&
+                             (known >> column & 1) != 0;
+        if (!visible) scores[n][j] = NEG_INF;
+        else if constexpr (BIAS)
+          scores[n][j] = masked_score(args, scores[n][j] * factor[j / 2], bias[j / 2], first + column * stride);
+      }
+  }
+
+  // Moves the origins if scores ask for it, and norm if V's scales do.
+  __device__ __forceinline__ void follow(const float (&scores)[TILE / 8][4], const char* scales,
+                                         float (&sums)[COLUMNS][4]) {
+    float top[VTile::TOKEN_SCALE ? 3 : 2] = {NEG_INF, NEG_INF};
+#pragma unroll
+    for (int n = 0; n < TILE / 8; ++n) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) top[j / 2] = fmaxf(top[j / 2], scores[n][j]);
+      if constexpr (VTile::TOKEN_SCALE) {
+        const float* own = reinterpret_cast<const float*>(scales) + (8 * n + threadIdx.x % 4 * 2) * 2;
+        top[2] = fmaxf(fmaxf(top[2], fabsf(own[0])), fabsf(own[2]));
+      }
+    }
+    group_max<4>(top);
+    float shrink[2] = {1.0f, 1.0f};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (top[half] > origin[half] + MAX_GROWTH) {
+        shrink[half] = exp2f(origin[half] - top[half]);
+        origin[half] = top[half];
+        sum[half] *= shrink[half];
+        offset[half] *= shrink[half];
+      }
+    }
+    if constexpr (VTile::TOKEN_SCALE) {
+      if (top[2] * norm > MAX_SCALE) {
+        const float wanted = PowerOfTwo(top[2]).inverse, change = wanted / norm;
+        norm = wanted;
+        shrink[0] *= change;
+        shrink[1] *= change;
+      }
     }
     if (shrink[0] != 1.0f || shrink[1] != 1.0f) {
 #pragma unroll
-      for (int n = 0; n < PIECES; ++n)
+      for (int n = 0; n < COLUMNS; ++n)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) acc[n][j] *= shrink[j / 2];
+        for (int j = 0; j < 4; ++j) sums[n][j] *= shrink[j / 2];
     }
-    uint32_t probs[4];
+  }
+
+  // Probabilities of 16 tokens as the A operand of P.V, from their scores and V's scales.
+  __device__ __forceinline__ void make_probs(const float (&scores)[TILE / 8][4], const char* scales, int step,
+                                             uint32_t (&probs)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // tokens 8 * (i / 2) + 2t and the next, row half i % 2
-      const int half = i % 2;
-      const float low = exp2f(scores[i / 2][2 * half] - origin[half]);
-      const float high = exp2f(scores[i / 2][2 * half + 1] - origin[half]);
+      const int half = i % 2, n = 2 * step + i / 2;
+      const float from = softmax_origin(origin[half]);
+      float low = exp2f(scores[n][2 * half] - from), high = exp2f(scores[n][2 * half + 1] - from);
       sum[half] += low + high;
+      if constexpr (VTile::TOKEN_SCALE) {
+        const Vec<float, 4> both =
+            load_vec<float, 4>(reinterpret_cast<const float*>(scales) + (8 * n + threadIdx.x % 4 * 2) * 2);
+        if constexpr (VTile::Fragments::CENTRE != 0.0f)
+          offset[half] = fmaf(low, both.v[1], fmaf(high, both.v[3], offset[half]));
+        low *= both.v[0] * norm;
+        high *= both.v[2] * norm;
+      }
       probs[i] = pack_pair(low, high);
     }
-
-    // 3c. outputs
-    add_values(keys + TILE_BYTES, probs, acc);
-    stage = stage == STAGES - 1 ? 0 : stage + 1;
-#pragma unroll
-    for (int i = 0; i < STAGES - 1; ++i) known[i] = known[i + 1];
-    known[STAGES - 1] = newest;
   }
 
-  // 4. put down what each warp has, in place of its ring
-  cp_async_wait<0>();
-  group_sum<4>(sum);
-  __syncwarp();
-  float* outputs = reinterpret_cast<float*>(ring);
+  // Leaves the warp's result: state [2][ROWS], outputs [ROWS][OUT_STRIDE].
+  __device__ __forceinline__ void put_down(const float (&sums)[COLUMNS][4], float* state, float* outputs) {
+    constexpr int E = VTile::E, WIDTH = E < 4 ? E : 4;
+    const int t = threadIdx.x % 4;
+    float totals[4] = {sum[0], sum[1], offset[0], offset[1]};
+    group_sum<4>(totals);
+    const float scale = VTile::TOKEN_SCALE ? 1.0f / norm : 1.0f;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int r = lane / 4 + 8 * half;
-    if (lane % 4 == 0) {
-      state[(warp * 2 + 0) * ROWS + r] = top[half];
-      state[(warp * 2 + 1) * ROWS + r] = sum[half];
+    for (int half = 0; half < 2; ++half) {
+      const int r = threadIdx.x % 32 / 4 + 8 * half;
+      if (t == 0) {
+        state[r] = origin[half];
+        state[ROWS + r] = totals[half];
+      }
+#pragma unroll
+      for (int piece = 0; piece < VTile::LOW_PIECES; ++piece)
+#pragma unroll
+        for (int m = 0; m < E; m += WIDTH) {
+          Vec<float, WIDTH> run;
+#pragma unroll
+          for (int i = 0; i < WIDTH; ++i) {
+            const ValueAt at = value_at<VF>(piece, m + i);
+            run.v[i] = VTile::TOKEN_SCALE ? fmaf(sums[at.index][at.part + 2 * half], scale, totals[2 + half])
+                                          : sums[at.index][at.part + 2 * half];
+          }
+          store_vec(outputs + r * OUT_STRIDE + piece * 4 * E + t * E + m, run);
+        }
     }
-#pragma unroll
-    for (int n = 0; n < PIECES; ++n)
-      store_vec(outputs + r * OUT_STRIDE + n * 8 + lane % 4 * 2,
-                Vec<float, 2>{{acc[n][2 * half], acc[n][2 * half + 1]}});
   }
-  __syncthreads();
+};
 
-  // 5. merge and store
-  merge_and_store(args, rows, {state, smem, RING_BYTES, OUT_STRIDE, 1});
+// ---- items ---------------------------------------------------------------------------------------------
+
+// One item up to the results of each warp in shared memory.
+__device__ __forceinline__ void attend_item(const AttentionArgs& args, int index, char* smem) {
+  constexpr int STRIDE = WARPS * TILE;
+  const RowTile rows(args, index);
+  const int warp = threadIdx.x / 32;
+  char* ring = smem + warp * RING_BYTES;
+  char* scales = smem + SCALES_AT + warp * STAGES * SCALE_BYTES;
+  const char** pointers = reinterpret_cast<const char**>(smem + POINTERS_AT + warp * POINTER_BYTES);
+
+  uint32_t* known = reinterpret_cast<uint32_t*>(smem + KNOWN_AT) + warp * MAX_RING_STAGES;
+
+  // 1. start copying. Tiles are counted from local key 0: warp w takes w, w + WARPS, ...
+  const TileAhead ahead(args, rows);
+  const int first_tile = rows.visible.begin / TILE;
+  int key = (first_tile + (warp - first_tile % WARPS + WARPS) % WARPS) * TILE;
+  TokenRequest asked[STAGES + 1];
+#pragma unroll
+  for (int s = 0; s <= STAGES; ++s) asked[s] = ahead.ask(key + s * STRIDE);
+  uint32_t newest;
+#pragma unroll
+  for (int s = 0; s < STAGES; ++s) {
+    newest = ahead.publish(ahead.answer(asked[s]), pointers + s % 2 * 2 * TILE);
+    if (s == STAGES - 1) break;
+    if (threadIdx.x % 32 == 0) known[s] = newest;
+    __syncwarp();
+    ahead.copy(ring + s * STAGE_BYTES, pointers + s % 2 * 2 * TILE);
+  }
+  ScalesAhead next_scales;
+#pragma unroll
+  for (int first = 0; first < STAGES; first += SCALE_BATCH) {
+    ScalesAhead batch[SCALE_BATCH];
+#pragma unroll
+    for (int i = 0; i < SCALE_BATCH; ++i)
+      if (first + i < STAGES) batch[i].load(ahead, ahead.answer(asked[first + i]));
+#pragma unroll
+    for (int i = 0; i < SCALE_BATCH; ++i) {
+      if (first + i < STAGES - 1) batch[i].store(scales + (first + i) * SCALE_BYTES);
+      if (first + i == STAGES - 1) next_scales = batch[i];  // their stage is not free yet
+    }
+  }
+  TokenRequest next = asked[STAGES];
+  LaneRows lane_rows(args, rows);
+  float* factors = reinterpret_cast<float*>(smem + FACTORS_AT);
+  stage_queries(args, rows, smem + Q_AT, factors);
+  __syncthreads();
+  const Queries q(smem + Q_AT);
+  lane_rows.read_factors(args, factors);
+  if constexpr (!Q_IN_SHARED) __syncthreads();  // the last stage of the first ring is free
+
+  // 2. one tile per step
+  float sums[COLUMNS][4];
+#pragma unroll
+  for (int n = 0; n < COLUMNS; ++n)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sums[n][j] = 0.0f;
+  int stage = 0, parity = (STAGES - 1) % 2;  // of the tile worked on; of the pointers of the tile to be copied
+  for (; key < rows.visible.end; key += STRIDE) {
+    cp_async_wait<STAGES - 2>();
+    __syncwarp();  // the tile is there for all lanes, and nobody still reads the one before
+    const int filled = stage == 0 ? STAGES - 1 : stage - 1;
+    ahead.copy(ring + filled * STAGE_BYTES, pointers + parity * 2 * TILE);
+    next_scales.store(scales + filled * SCALE_BYTES);
+    if (threadIdx.x % 32 == 0) known[filled] = newest;
+
+    const char* keys = ring + stage * STAGE_BYTES;
+    const char* key_scales = scales + stage * SCALE_BYTES;
+    const char* value_scales = key_scales + TILE * KTile::SCALE_BYTES;
+    float scores[TILE / 8][4] = {};
+    multiply_keys(keys, key_scales, q, lane_rows.row_sum, scores);
+
+    parity ^= 1;
+    const TokenSlot slot = ahead.answer(next);
+    newest = ahead.publish(slot, pointers + parity * 2 * TILE);
+    next_scales.load(ahead, slot);
+    next = ahead.ask(key + (STAGES + 1) * STRIDE);
+
+    lane_rows.finish_scores(args, rows, key, known[stage], scores);
+    lane_rows.follow(scores, value_scales, sums);
+#pragma unroll
+    for (int step = 0; step < TILE / 16; ++step) {
+      uint32_t probs[4];
+      lane_rows.make_probs(scores, value_scales, step, probs);
+      add_values(keys + TILE * KTile::ROW_BYTES, value_scales, step, probs, sums);
+    }
+    stage = stage == STAGES - 1 ? 0 : stage + 1;
+  }
+
+  // 3. put down what the warp has, in place of its ring
+  cp_async_wait<0>();
+  __syncwarp();
+  float* state = reinterpret_cast<float*>(smem + STATE_AT);
+  lane_rows.put_down(sums, state + warp * 2 * ROWS, reinterpret_cast<float*>(ring));
+}
+
+__device__ __forceinline__ void decode_on_tensor_cores(const AttentionArgs& args) {
+  CA_DYN_SMEM(char, smem);
+  const int last = args.work.worker_items[blockIdx.x + 1];
+  for (int index = args.work.worker_items[blockIdx.x]; index < last; ++index) {
+    attend_item(args, index, smem);
+    __syncthreads();
+    const RowTile rows(args, index);  // again: registers are better spent on sums meanwhile
+    merge_and_store(args, rows, {reinterpret_cast<const float*>(smem + STATE_AT), smem, WARPS, RING_BYTES, OUT_STRIDE, 1});
+    __syncthreads();  // state and outputs have been read
+    finish_item(args, rows, reinterpret_cast<int*>(smem + STATE_AT));
+  }
 }
 
 #endif  // CUPYATTN_PAGED_DECODE_MMA_CUH
