@@ -53,11 +53,35 @@ def _kv_flatten(xp):
 
 
 def _paged_decode(xp):
+    """With the planner's launch: both read lengths on the device."""
     k_cache, v_cache, table, lengths = _paged(xp)
     q, out = _normal(xp, 2, 6, 64), xp.module.zeros((2, 6, 64), np.float16)
     lse = xp.module.zeros((2, 6), np.float32)
-    return lambda: cupyattn.paged_decode(q, k_cache, v_cache, block_table=table, cache_seqlens=lengths,
-                                         out=(out, lse), return_lse=True), [out, lse]
+    options = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 64}
+    made = cupyattn.schedule(lengths, max_k_len=1600, **options)
+
+    def call():
+        work = cupyattn.schedule(lengths, out=made, **options)
+        cupyattn.paged_decode(q, k_cache, v_cache, block_table=table, cache_seqlens=lengths, schedule=work,
+                              out=(out, lse), return_lse=True)
+
+    return call, [out, lse]
+
+
+def _attention(xp):
+    """Prefill of 30 tokens beside one that decodes."""
+    k_cache, v_cache, table, lengths = _paged(xp)
+    q, out = _normal(xp, 31, 6, 64), xp.module.zeros((31, 6, 64), np.float16)
+    starts = xp.array(np.int32([0, 30, 31]))
+    options = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 64, "cu_seqlens_q": starts, "max_q_len": 30}
+    made = cupyattn.schedule(lengths, max_k_len=1600, **options)
+
+    def call():
+        work = cupyattn.schedule(lengths, out=made, **options)
+        cupyattn.attention(q, k_cache, v_cache, cu_seqlens_q=starts, block_table=table, cache_seqlens=lengths,
+                           max_q_len=30, schedule=work, out=out)
+
+    return call, [out]
 
 
 def _split_reduce(xp):
@@ -97,8 +121,8 @@ def _schedule(xp):
 
 
 CASES = {"rms_norm": _rms_norm, "layer_norm": _layer_norm, "rope": _rope, "kv_append": _kv_append,
-         "kv_flatten": _kv_flatten, "paged_decode": _paged_decode, "split_reduce": _split_reduce, "silu_mul": _silu_mul,
-         "quant_gemm": _quant_gemm, "embedding": _embedding, "schedule": _schedule}
+         "kv_flatten": _kv_flatten, "paged_decode": _paged_decode, "attention": _attention, "split_reduce": _split_reduce,
+         "silu_mul": _silu_mul, "quant_gemm": _quant_gemm, "embedding": _embedding, "schedule": _schedule}
 
 
 @pytest.mark.parametrize("xp", ["standin", pytest.param("cupy", marks=pytest.mark.gpu)], indirect=True)
