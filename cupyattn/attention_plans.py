@@ -11,6 +11,7 @@ from .runtime import Plan, Specialisation
 from .runtime.plan import CUDA_TYPES
 
 CORES_ROWS = (1, 2, 4, 8)        # query rows of a unit on CUDA cores
+CPU_PREFILL_ROWS = 16            # of a prefill unit on the CPU: one AVX-512 register
 MMA_HEAD_DIMS = (64, 128, 256)   # what tensor cores pad head dims to
 _BITS = {kind.tag.partition("<")[0]: kind.bits for kind in FORMATS.values()}   # of an element in a format
 
@@ -64,14 +65,15 @@ def tiling(facts, max_packed, sm_count):
         prefill_rows = 64 if max_packed <= 64 or padded > 128 else 128
         return Tiling(16, prefill_rows, 2 * sm_count, (2 if padded <= 64 else 1) * sm_count)
     decode_rows = next((rows for rows in CORES_ROWS if rows >= min(max_packed, facts.heads_per_kv)), CORES_ROWS[-1])
-    workers = 16 if facts.arch == "cpu" else 4 * sm_count
-    return Tiling(decode_rows, CORES_ROWS[-1], workers, workers)
+    if facts.arch == "cpu":
+        return Tiling(decode_rows, CPU_PREFILL_ROWS, 16, 16)
+    return Tiling(decode_rows, CORES_ROWS[-1], 4 * sm_count, 4 * sm_count)
 
 
 def legal_rows(facts):
     """(rows a unit may have, why) for work lists made elsewhere."""
     name, note = version(facts)
-    return (16, 64, 128) if name == "mma" else CORES_ROWS, note
+    return (16, 64, 128) if name == "mma" else (*CORES_ROWS, CPU_PREFILL_ROWS), note
 
 
 def sm_count(xp):
@@ -92,7 +94,7 @@ def _sm_count(device):
 def _cores_spec(stem, q, k, v, rows, aligned, bias):
     return Specialisation(stem, stem, "AttentionArgs", {
         "T": q, "KF": k, "VF": v, "ROWS": rows, "ALIGNED": int(aligned), "BIAS": int(bias), "TENSOR_CORES": 0,
-        "HEAD_DIM": 0})
+        "HEAD_DIM": 0}, spill_bytes=8 if rows == CPU_PREFILL_ROWS else 0)   # which no GPU is given
 
 
 def _row_bytes(tag, head_dim):
@@ -210,12 +212,12 @@ DECODE_CORE = _DECODE_MMA_CORE + [_cores_spec("paged_decode", *case) for case in
     ("float16", "KvHadamard6", "KvHadamard6", 2, True, True),
     ("float32", "KvInt8Channel", "KvE4M3", 8, True, False))]
 PREFILL_CORE = [_cores_spec("attention", *case) for case in (
-    ("float16", _HALF, _HALF, 8, True, False), ("bfloat16", _BF16, _BF16, 8, True, True),
-    ("float32", _FLOAT, _FLOAT, 8, True, False), ("float32", _FLOAT, _FLOAT, 8, False, True),
-    ("float16", "KvInt8<__half>", "KvInt8<__half>", 8, True, False),
-    ("bfloat16", "KvInt8Sym", "KvE4M3", 8, False, False), ("float32", "KvHadamard4", "KvHadamard8", 8, True, True),
+    ("float16", _HALF, _HALF, 16, True, False), ("bfloat16", _BF16, _BF16, 16, True, True),
+    ("float32", _FLOAT, _FLOAT, 16, True, False), ("float32", _FLOAT, _FLOAT, 8, False, True),
+    ("float16", "KvInt8<__half>", "KvInt8<__half>", 16, True, False),
+    ("bfloat16", "KvInt8Sym", "KvE4M3", 8, False, False), ("float32", "KvHadamard4", "KvHadamard8", 16, True, True),
     ("float16", "KvInt8Channel", "KvInt4<__half>", 8, False, True))]
 DECODE_ALL = list(dict.fromkeys(DECODE_CORE + _DECODE_MMA_ALL + [
     _cores_spec("paged_decode", *kinds, *case) for kinds in _SAME + _MIXED for case in _DECODE]))
-PREFILL_ALL = [_cores_spec("attention", *kinds, 8, aligned, bias) for kinds in _SAME + _MIXED
-               for aligned in (True, False) for bias in (False, True)]
+PREFILL_ALL = [_cores_spec("attention", *kinds, rows, aligned, bias) for kinds in _SAME + _MIXED
+               for rows in (8, CPU_PREFILL_ROWS) for aligned in (True, False) for bias in (False, True)]
