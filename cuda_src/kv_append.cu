@@ -24,6 +24,7 @@
 #include "params.h"
 #include "kv_encode.cuh"
 #include "page_table.cuh"
+#include "pairs.cuh"
 #include "warp.cuh"
 
 using T = CA_T;                                 // k, v, q, q_out and biases
@@ -49,82 +50,87 @@ struct Row {
   int rotary_dim;
 };
 
-__device__ __forceinline__ void load_biased(const Row& row, int d, float (&x)[8]) {
-  load_chunk<WIDE>(row.x, d, row.dims, x);
-  if (STAGES && row.bias != nullptr) {
-    float bias[8];
-    load_chunk<WIDE>(row.bias, d, row.dims, bias);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] += bias[i];
-  }
+__device__ __forceinline__ EightFloats load_biased(const Row& row, int d) {
+  EightFloats x = load_chunk<WIDE>(row.x, d, row.dims);
+  if (STAGES && row.bias != nullptr) x += load_chunk<WIDE>(row.bias, d, row.dims);
+  return x;
 }
 
-__device__ __forceinline__ void apply_norm(const Row& row, float scale, int d, float (&x)[8]) {
+__device__ __forceinline__ void apply_norm(const Row& row, float scale, int d, EightFloats& x) {
   if (row.gain == nullptr) return;
-  float gain[8];
-  load_chunk<WIDE>(row.gain, d, row.dims, gain);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] *= scale * gain[i];
+  EightFloats gain = load_chunk<WIDE>(row.gain, d, row.dims);
+  gain *= scale;
+  x *= gain;
 }
 
 // RoPE of elements d to d + 7, which are x. The other halves of their pairs are read again.
-__device__ __forceinline__ void rotate(const Row& row, float scale, int d, float (&x)[8]) {
+__device__ __forceinline__ void rotate(const Row& row, float scale, int d, EightFloats& x) {
   const int half = row.rotary_dim / 2;
-  float other[8], c[8], s[8];
   if constexpr (INTERLEAVED) {
+    float both[8], a[4], b[4], c[4], s[4];
 #pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-      other[i] = x[i + 1];
-      other[i + 1] = x[i];
-      const bool inside = WIDE || d + i < row.rotary_dim;
-      c[i] = c[i + 1] = inside ? row.cos[d / 2 + i / 2] : 1.0f;
-      s[i + 1] = inside ? row.sin[d / 2 + i / 2] : 0.0f;
-      s[i] = -s[i + 1];
+    for (int i = 0; i < 8; ++i) both[i] = x.x[i];
+    split_pairs(both, a, b);
+    const int inside = WIDE ? 4 : half - d / 2;  // pairs that turn
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      c[i] = i < inside ? row.cos[d / 2 + i] : 1.0f;
+      s[i] = i < inside ? row.sin[d / 2 + i] : 0.0f;
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float first = a[i];
+      if (WIDE || i < inside) {
+        a[i] = fmaf(first, c[i], -(b[i] * s[i]));
+        b[i] = fmaf(b[i], c[i], first * s[i]);
+      }
+    }
+    merge_pairs(a, b, both);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x.x[i] = both[i];
   } else if constexpr (WIDE) {
     const bool first = d < half;
-    const int pair = first ? d : d - half;
-    load_biased(row, first ? d + half : pair, other);
-    apply_norm(row, scale, first ? d + half : pair, other);
-    load_chunk<WIDE>(row.cos, pair, half, c);
-    load_chunk<WIDE>(row.sin, pair, half, s);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) s[i] = first ? -s[i] : s[i];
+    const int pair = first ? d : d - half, there = first ? d + half : pair;
+    EightFloats other = load_biased(row, there);
+    apply_norm(row, scale, there, other);
+    other *= EightFloats::load(row.sin + pair);
+    other *= first ? -1.0f : 1.0f;
+    other.add_product(x, EightFloats::load(row.cos + pair));
+    x = other;
   } else {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const bool inside = d + i < row.rotary_dim, first = d + i < half;
-      const int pair = first ? d + i : d + i - half, at = first ? pair + half : pair;
-      c[i] = inside ? row.cos[pair] : 1.0f;
-      s[i] = inside ? row.sin[pair] : 0.0f;
-      other[i] = inside ? to_float(row.x[at]) : 0.0f;
-      if (inside && row.bias != nullptr) other[i] += to_float(row.bias[at]);
-      if (inside && row.gain != nullptr) other[i] *= scale * to_float(row.gain[at]);
-      if (first) s[i] = -s[i];
+      if (d + i >= row.rotary_dim) continue;
+      const bool first = d + i < half;
+      const int pair = first ? d + i : d + i - half, there = first ? pair + half : pair;
+      float other = to_float(row.x[there]);
+      if (row.bias != nullptr) other += to_float(row.bias[there]);
+      if (row.gain != nullptr) other *= to_float(row.gain[there]) * scale;
+      x.x[i] = fmaf(x.x[i], row.cos[pair], other * (first ? -row.sin[pair] : row.sin[pair]));
     }
-  }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (WIDE || d + i < row.rotary_dim) x[i] = fmaf(x[i], c[i], other[i] * s[i]);
   }
 }
 
 // Steps 1 to 3 in registers: x[c] are elements from (c * LANES + lane) * 8 on, zero past the row.
-__device__ __forceinline__ void load_row(const Row& row, int lane, float eps, float (&x)[CHUNKS][8]) {
-  float squares = 0.0f;
+__device__ __forceinline__ void load_row(const Row& row, int lane, float eps, EightFloats (&x)[CHUNKS]) {
 #pragma unroll UNROLL
   for (int c = 0; c < CHUNKS; ++c) {
     const int d = (c * LANES + lane) * 8;
     if (LANES == 1 && d >= row.dims) break;
-    load_biased(row, d, x[c]);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) squares += x[c][i] * x[c][i];
+    x[c] = load_biased(row, d);
   }
-  if constexpr (!STAGES) return;
+  if (!STAGES || (row.gain == nullptr && row.rotary_dim == 0)) return;
   float scale = 1.0f;
-  if (row.gain != nullptr) {   // the same in all rows of a block
-    if constexpr (LANES > 1) squares = group_sum<LANES>(squares);
-    scale = rsqrtf(squares / static_cast<float>(row.dims) + eps);
+  if (row.gain != nullptr) {  // the same in all rows of a block
+    EightFloats squares = EightFloats::all(0.0f);
+#pragma unroll UNROLL
+    for (int c = 0; c < CHUNKS; ++c) {
+      if (LANES == 1 && c * 8 >= row.dims) break;
+      squares.add_product(x[c], x[c]);
+    }
+    float sum = squares.sum();
+    if constexpr (LANES > 1) sum = group_sum<LANES>(sum);
+    scale = rsqrtf(sum / static_cast<float>(row.dims) + eps);
   }
 #pragma unroll UNROLL
   for (int c = 0; c < CHUNKS; ++c) {
@@ -197,7 +203,7 @@ __device__ __forceinline__ void append_query(const KvAppendArgs& args, const Tok
   const bool live = head < args.num_heads && token.index < args.tokens, turned = token.known && token.rope_row >= 0;
   const Row row = row_of(args, args.q, args.q_bias, args.q_norm, token, head, args.head_dim, args.rotary_dim,
                          live && turned);
-  float x[CHUNKS][8];
+  EightFloats x[CHUNKS];
   load_row(row, lane, args.norm_eps, x);
   if (!live) return;
   T* out = static_cast<T*>(args.q_out.data) + token.index * args.q_out.stride_token + head * args.q_out.stride_head;
@@ -205,11 +211,8 @@ __device__ __forceinline__ void append_query(const KvAppendArgs& args, const Tok
   for (int c = 0; c < CHUNKS; ++c) {
     const int d = (c * LANES + lane) * 8;
     if (LANES == 1 && d >= args.head_dim) break;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      x[c][i] *= token.factor;
-      if (!turned) x[c][i] = token.known ? 0.0f : __int_as_float(0x7fffffff);
-    }
+    if (turned) x[c] *= token.factor;
+    else x[c] = EightFloats::all(token.known ? 0.0f : __int_as_float(0x7fffffff));
     store_chunk<WIDE>(out, d, args.head_dim, x[c]);
   }
 }
@@ -238,7 +241,7 @@ __device__ __forceinline__ void append_head(const KvAppendArgs& args, const Row&
     if (to.live) copy_row(row.x, lane, lanes, kv_row<typename F::Code>(to.view, to.table, to.at, to.head), to.dims);
   } else {
     if (LANES == 1 && !to.live) return;
-    float x[CHUNKS][8];
+    EightFloats x[CHUNKS];
     load_row(row, lane, args.norm_eps, x);
     if constexpr (STAGES) round_to<T, LANES>(x, row.dims);
     KvEncoder<F, LANES, CHUNKS, WIDE>::store(x, lane, to, makes_scale);

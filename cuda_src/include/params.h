@@ -55,7 +55,7 @@ struct PageTable {
   const int64_t* block_ptrs;   // uint64 addresses of blocks in place of page ids, with indptr; null for ids
   const int32_t* row_starts;   // int32 [batch + 1] no pages: token t of sequence b is slot row_starts[b] + t; or null
   int64_t stride_seq;          // elements between rows of block_table
-  int32_t max_pages;           // columns of block_table, with indptr its length
+  int32_t max_pages;           // columns of block_table, with indptr its length, with row_starts the rows
   int32_t page_size;           // tokens per page
   int32_t num_pages;           // pages in the cache; an id outside [0, num_pages) makes its tokens invisible
   int32_t reserved;            // zero
@@ -130,7 +130,7 @@ struct AttentionArgs {
   int64_t stride_seqlens;        // elements between entries of cache_seqlens
   int64_t stride_starts;         // elements between entries of cache_starts
   int64_t stride_tree;           // elements between rows of tree_mask
-  int32_t batch;                 // number of sequences
+  int32_t tokens;                // query tokens; what cu_seqlens_q says beyond them is cut
   int32_t q_len;                 // query tokens per sequence without cu_seqlens_q
   int32_t num_kv_heads;          // KV heads
   int32_t heads_per_kv;          // query heads per KV head
