@@ -23,7 +23,7 @@ def prepare_keys(op, xp, num_heads, head_dim, k, v, block_table, cu_seqlens_k, b
         check_last_axis(op, "cu_seqlens_k", cu_seqlens_k)
         pages, fields = None, {
             "block_table": None, "indptr": None, "block_ptrs": None, "row_starts": cu_seqlens_k, "stride_seq": 0,
-            "max_pages": 0, "page_size": 1, "num_pages": 0, "reserved": 0}
+            "max_pages": k.shape[0], "page_size": 1, "num_pages": 0, "reserved": 0}
         capacity = k.shape[0]
     else:
         sides = [kv_side(op, name, array) for name, array in zip(names, (k, v), strict=True)]
@@ -76,8 +76,8 @@ def attend(op, xp, q, keys, *, cache_seqlens, max_q_len, softmax_scale, window_s
         max_q_len if uniform else 0, cache_starts, finished, key_offsets, key_counts, key_stride, key_offset,
         causal and tree_mask is None, window_size)
     policy = _policy(op, num_splits, invariant, one_list)
+    tokens = batch * max_q_len if uniform else len(q)
     if schedule is None:
-        tokens = batch * max_q_len if uniform else len(q)
         total = keys.capacity if keys.pages is None or keys.pages.form != "dense" else None   # of all sequences
         lists = _make_lists(xp, facts, lengths, policy, q_lens, Limits(max_q_len, keys.capacity, tokens, total))
     else:
@@ -90,7 +90,7 @@ def attend(op, xp, q, keys, *, cache_seqlens, max_q_len, softmax_scale, window_s
         alibi_slopes=alibi_slopes, sinks=sinks if partials is None or partials.count_sinks else None, lse=lse,
         stride_seqlens=0 if cache_seqlens is None else strides(cache_seqlens)[0],
         stride_starts=0 if cache_starts is None else strides(cache_starts)[0],
-        stride_tree=0 if tree_mask is None else strides(tree_mask)[0], batch=batch, q_len=q.shape[1] if uniform else 0,
+        stride_tree=0 if tree_mask is None else strides(tree_mask)[0], tokens=tokens, q_len=q.shape[1] if uniform else 0,
         num_kv_heads=num_kv_heads, heads_per_kv=facts.heads_per_kv, head_dim=head_dim, head_dim_v=head_dim_v,
         causal=int(causal), window_size=window_size, key_stride=key_stride, key_offset=key_offset,
         num_splits=0 if partials is None else num_splits,

@@ -127,23 +127,33 @@ def _mma_spec(stem, q, k, v, rows, head_dim, bias):
         "HEAD_DIM": head_dim}, min_sm=80, expects=("HMMA", "LDSM", "LDGSTS"))
 
 
+def _scale_bytes(tag, head_dim):
+    """Bytes of a token's scales in shared memory: SCALE_BYTES of KvTile."""
+    return 0 if "Plain" in tag or "Channel" in tag else head_dim // 8 if "Hadamard" in tag else 8
+
+
 def _decode_mma_launch(k, v, head_dim):
     """(threads, dynamic shared memory) of paged_decode_mma.cuh for format tags and a padded head_dim."""
     warps, ring = (2, 40 * 1024) if head_dim > 128 else (4, 24 * 1024)
     token = _row_bytes(k, head_dim) + _row_bytes(v, head_dim)
     tile = 32 if token < 256 else 16
     stages = min(ring // (tile * token), 1 + -(-96 * 1024 // (2 * warps * tile * token)))
-    scales = sum(0 if "Plain" in tag or "Channel" in tag else head_dim // 8 if "Hadamard" in tag else 8
-                 for tag in (k, v))
+    scales = _scale_bytes(k, head_dim) + _scale_bytes(v, head_dim)
     queries = 32 * head_dim if head_dim > 128 else 0
     return 32 * warps, warps * (stages * tile * (token + scales) + 32 * tile + 160) + queries + 128
 
 
-def _prefill_mma_launch(rows, head_dim):
-    """(threads, dynamic shared memory) of attention_mma.cuh."""
-    keys = 32 if head_dim == 256 else 64
-    queries = 2 * rows * head_dim if head_dim == 256 else 0
-    return 2 * rows, 8 * keys * head_dim + queries + 32 * keys + 8 * rows + 32
+def _prefill_mma_launch(k, v, rows, head_dim):
+    """(threads, dynamic shared memory) of attention_mma.cuh for format tags and a padded head_dim."""
+    keys = 32 if head_dim > 128 else 64
+    stage = keys * (_row_bytes(k, head_dim) + _row_bytes(v, head_dim))
+    ring, queries = 2 * stage, 2 * rows * head_dim
+    padding = 8 if "Plain" in v else 16 if _row_bytes(v, 64) == 64 else 4
+    outputs = 4 * rows * (head_dim + padding)
+    in_ring = head_dim == 128 and ring + queries > outputs and queries <= stage
+    scales = 2 * keys * (_scale_bytes(k, head_dim) + _scale_bytes(v, head_dim))
+    factors = 0 if "Plain" in k else 8 * rows
+    return 2 * rows, (max(ring + (0 if in_ring else queries), outputs) + scales + 32 * keys + 8 * rows + 64 + factors)
 
 
 # ---- plans -----------------------------------------------------------------------------------------------
@@ -166,7 +176,7 @@ def _plan(stem, facts, rows, workers, name, note):
         spec = _mma_spec(stem, facts.q, facts.k, facts.v, rows, head_dim, facts.bias)
         is_decode = stem == "paged_decode"
         threads, shared = (_decode_mma_launch(facts.k, facts.v, head_dim) if is_decode else
-                           _prefill_mma_launch(rows, head_dim))
+                           _prefill_mma_launch(facts.k, facts.v, rows, head_dim))
     else:
         spec = _cores_spec(stem, facts.q, facts.k, facts.v, rows, facts.align == 16, facts.bias)
         threads, shared = _cores_launch(facts, rows)
@@ -211,7 +221,20 @@ DECODE_CORE = _DECODE_MMA_CORE + [_cores_spec("paged_decode", *case) for case in
     ("bfloat16", "KvHadamard8", "KvHadamard4", 8, False, False),
     ("float16", "KvHadamard6", "KvHadamard6", 2, True, True),
     ("float32", "KvInt8Channel", "KvE4M3", 8, True, False))]
-PREFILL_CORE = [_cores_spec("attention", *case) for case in (
+_PREFILL_MMA_CORE = [_mma_spec("attention", q, k, v, rows, head_dim, bias) for q, k, v, rows, head_dim, bias in (
+    ("float16", _HALF, _HALF, 128, 128, False), ("bfloat16", _BF16, _BF16, 128, 64, False),
+    ("bfloat16", _BF16, _BF16, 64, 256, True), ("float16", "KvInt8<__half>", "KvInt4<__half>", 128, 64, False),
+    ("bfloat16", "KvInt4<__nv_bfloat16>", "KvInt8<__nv_bfloat16>", 64, 128, False),
+    ("bfloat16", "KvInt8Sym", "KvInt8Channel", 128, 128, True),
+    ("float16", "KvInt8Channel", "KvInt8Sym", 64, 256, False), ("float16", "KvE4M3", "KvE5M2", 64, 64, False),
+    ("bfloat16", "KvE5M2", "KvE4M3", 128, 128, False), ("float16", "KvHadamard8", "KvHadamard4", 128, 64, True),
+    ("bfloat16", "KvHadamard4", "KvHadamard8", 64, 256, False),
+    ("float16", "KvHadamard6", "KvHadamard6", 64, 128, False))]
+_PREFILL_MMA_ALL = [_mma_spec("attention", *kinds, rows, head_dim, bias)
+                    for kinds in _SAME if kinds[0] != "float32" for head_dim in MMA_HEAD_DIMS
+                    for rows in ((64,) if head_dim > 128 else (64, 128)) for bias in (False, True)]
+
+PREFILL_CORE = _PREFILL_MMA_CORE + [_cores_spec("attention", *case) for case in (
     ("float16", _HALF, _HALF, 16, True, False), ("bfloat16", _BF16, _BF16, 16, True, True),
     ("float32", _FLOAT, _FLOAT, 16, True, False), ("float32", _FLOAT, _FLOAT, 8, False, True),
     ("float16", "KvInt8<__half>", "KvInt8<__half>", 16, True, False),
@@ -219,5 +242,6 @@ PREFILL_CORE = [_cores_spec("attention", *case) for case in (
     ("float16", "KvInt8Channel", "KvInt4<__half>", 8, False, True))]
 DECODE_ALL = list(dict.fromkeys(DECODE_CORE + _DECODE_MMA_ALL + [
     _cores_spec("paged_decode", *kinds, *case) for kinds in _SAME + _MIXED for case in _DECODE]))
-PREFILL_ALL = [_cores_spec("attention", *kinds, rows, aligned, bias) for kinds in _SAME + _MIXED
-               for rows in (8, CPU_PREFILL_ROWS) for aligned in (True, False) for bias in (False, True)]
+PREFILL_ALL = list(dict.fromkeys(PREFILL_CORE + _PREFILL_MMA_ALL + [
+    _cores_spec("attention", *kinds, rows, aligned, bias) for kinds in _SAME + _MIXED
+    for rows in (8, CPU_PREFILL_ROWS) for aligned in (True, False) for bias in (False, True)]))

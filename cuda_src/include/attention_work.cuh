@@ -18,14 +18,27 @@ constexpr int KEY_TILE = 64;  // keys; work is cut at multiples of it
 
 // ---- sequences: Args is AttentionArgs or ScheduleArgs --------------------------------------------------
 
+// Query tokens of a sequence are [begin, end) among all.
+struct QueryRange {
+  int64_t begin, end;
+};
+
+// A kernel that reads queries leaves out what offsets say past the last of them; the planner has no queries.
+__device__ __forceinline__ int last_token(const AttentionArgs& args) { return args.tokens; }
 template <typename Args>
-__device__ __forceinline__ int64_t first_query(const Args& args, int64_t seq) {  // among all query tokens
-  return args.cu_seqlens_q == nullptr ? seq * args.q_len : args.cu_seqlens_q[seq];
+__device__ __forceinline__ int last_token(const Args&) { return 0x7fffffff; }
+
+template <typename Args>
+__device__ __forceinline__ QueryRange queries_of(const Args& args, int64_t seq) {
+  if (args.cu_seqlens_q == nullptr) return {seq * args.q_len, (seq + 1) * args.q_len};
+  const int begin = args.cu_seqlens_q[seq], end = min(args.cu_seqlens_q[seq + 1], last_token(args));
+  return {begin, begin < 0 || end < begin ? begin : end};
 }
 
 template <typename Args>
 __device__ __forceinline__ int num_queries(const Args& args, int64_t seq) {
-  return args.cu_seqlens_q == nullptr ? args.q_len : args.cu_seqlens_q[seq + 1] - args.cu_seqlens_q[seq];
+  const QueryRange range = queries_of(args, seq);
+  return static_cast<int>(range.end - range.begin);
 }
 
 // Tokens to attend to, 0 when finished.
@@ -147,7 +160,7 @@ struct RowTile {
       packed = r - member * rows_each;
     }
     const int query = packed / args.heads_per_kv;
-    return {seq, first_query(args, seq) + query, query,
+    return {seq, queries_of(args, seq).begin + query, query,
             item.kv_head * args.heads_per_kv + packed - query * args.heads_per_kv};
   }
   // Local keys row r may see, inside the item; empty for rows past num_rows. The mask and the tree mask come on top.

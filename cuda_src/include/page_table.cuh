@@ -31,7 +31,7 @@ struct SequencePages {
     const int32_t* starts = table.row_starts != nullptr ? table.row_starts : table.indptr;
     if (starts == nullptr) return;
     first = starts[seq];
-    columns = starts[seq + 1] - starts[seq];
+    columns = first < 0 ? 0 : min(starts[seq + 1], table.max_pages) - starts[seq];  // never past the last entry
   }
   // Nothing is read unless `wanted`.
   __device__ __forceinline__ TokenRequest ask(const PageTable& table, int32_t token, bool wanted) const {
