@@ -46,6 +46,9 @@ class AttentionParams:
         New tokens' keys and values; ``invoke_attention`` does without.
     out : ndarray [tokens, num_heads, size_per_head], dtype of q, optional
         Row t belongs to token t of q. Default: a new array.
+    q_out : ndarray [tokens, num_heads, size_per_head], dtype of q, optional
+        Scratch for queries after bias and RoPE. Default: a new array. With `out` and `q_out` a call that was made once
+        can be captured in a CUDA graph, for which these parameters must be kept alive.
     stride : int, optional
         Elements between tokens of q, k and v. It follows from the arrays; given, it must agree.
     q_bias, k_bias, v_bias : ndarray [heads, size_per_head], dtype of q, optional
@@ -135,6 +138,7 @@ class AttentionParams:
     k: object = _array()
     v: object = _array()
     out: object = _array()
+    q_out: object = _array()
     stride: int | None = None
     q_bias: object = _array()
     k_bias: object = _array()
@@ -277,18 +281,18 @@ class AttentionParams:
         if (self.k is None) != (self.v is None):
             raise ValueError(f"{OP}: k and v must be given together, got one of them")
         heads = None if self.k is None or self.k.ndim != 3 else self.k.shape[1]
-        for name, count in (("k", heads), ("v", heads), ("out", num_heads)):
+        for name, count in (("k", heads), ("v", heads), ("out", num_heads), ("q_out", num_heads)):
             array = getattr(self, name)
             if array is not None:
                 check_dtype(OP, name, array, dtype_name(q))
                 check_shape(OP, name, array, (tokens, count, head_dim), "[tokens, heads, size_per_head]")
-        for name in ("q", "k", "v", "out"):
+        for name in ("q", "k", "v", "out", "q_out"):
             array = getattr(self, name)
             if array is not None:
                 check_element_strides(OP, name, array)
                 check_last_axis(OP, name, array)
-        if self.out is not None:
-            check_writeable(OP, "out", self.out)
+                if name.endswith("out"):
+                    check_writeable(OP, name, array)
         given = self.stride
         for name in ("q", "k", "v"):
             array = getattr(self, name)

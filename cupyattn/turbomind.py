@@ -177,8 +177,12 @@ def _finish_queries(params):
     q = params.q[params.rows]
     if params.q_bias is None and params.rope_param is None and not params.use_logn_attn:
         return q
-    return kv_append(None, None, None, None, q=q, q_bias=params.q_bias, positions=params.step.positions,
-                     **_rope_options(params))
+    return kv_append(None, None, None, None, q=q, q_bias=params.q_bias, q_out=_scratch(params),
+                     positions=params.step.positions, **_rope_options(params))
+
+
+def _scratch(params):
+    return None if params.q_out is None else params.q_out[params.rows]
 
 
 def _append(params, with_queries):
@@ -194,7 +198,7 @@ def _append(params, with_queries):
         positions=step.positions if params.cp_offsets is None else step.slots,
         key_stride=params.cp_size if params.cp_offsets is None else 1,
         key_offset=params.cp_rank if params.cp_offsets is None else 0,
-        **({"q": params.q[rows], "q_bias": params.q_bias} if together else {}), **options)
+        **({"q": params.q[rows], "q_bias": params.q_bias, "q_out": _scratch(params)} if together else {}), **options)
     return _finish_queries(params) if with_queries and not together else q
 
 

@@ -342,3 +342,35 @@ def test_stream_is_entered(xp):
     out = cupyattn.invoke_decoding(layer.params(xp, pool, (1,), stream=stream))
     stream.synchronize()
     assert_close(xp.numpy(out), layer.attended(xp.numpy(pool), (1,)), *ATTENDED["float16"])
+
+
+@pytest.mark.parametrize("xp", ["standin", pytest.param("cupy", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize("partials", [False, True])
+def test_captured_step(xp, partials):
+    """With its outputs given a call that was made once only launches; the graph reads the inputs anew."""
+    layer = Layer((300, 97), rope=PAIRS, policy=8, sinks=True)
+    new = (1, 1)
+    pool = filled(layer, xp, new)
+    out, q_out = (xp.array(np.zeros((2, 8, 64), np.float16)) for _ in range(2))
+    params = layer.params(xp, pool, new, out=out, q_out=q_out)
+    params = params.with_partials(3) if partials else params
+    stream = xp.module.cuda.Stream(non_blocking=True)
+    xp.module.cuda.runtime.deviceSynchronize()
+    with stream:
+        cupyattn.invoke_decoding(params)   # compiles, plans, and makes this stream's workspace
+        stream.synchronize()
+        expected, filled_pool = xp.numpy(out), xp.numpy(pool)
+        assert_close(expected, layer.attended(filled_pool, new), *ATTENDED["float16"])
+        if xp.name == "standin":
+            xp.events.clear()
+        stream.begin_capture()
+        cupyattn.invoke_decoding(params)
+        graph = stream.end_capture()
+        if xp.name == "standin":
+            assert set(xp.events) == {"launches"}, "no allocation, copy or waiting"
+        out.set(np.zeros_like(expected))
+        pool.set(filled(layer, NUMPY, new))   # without the new tokens
+        graph.launch(stream)
+        stream.synchronize()
+        assert_same_bits(xp.numpy(out), expected)
+        assert_same_bits(xp.numpy(pool), filled_pool)
