@@ -249,6 +249,9 @@ class AttentionParams:
         self._check_tokens()
         if self.step is None:
             object.__setattr__(self, "step", Step(xp, len(self.q), **{n: getattr(self, n) for n in Step.FIELDS}))
+        elif self.step.first + self.step.token_num > len(self.q):
+            raise ValueError(f"{OP}: q must have the {self.step.first + self.step.token_num} tokens of cu_q_len, got "
+                             f"{len(self.q)}")
         self._check_numbers()
         found = {name: getattr(self.step, name) for name in _DERIVED[:4]}
         found |= {"num_heads": self.q.shape[1], "size_per_head": self.q.shape[2]}

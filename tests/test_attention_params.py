@@ -78,6 +78,8 @@ def test_replace_keeps_the_lengths():
     assert other.step is params.step and other.block_iter_params.table is params.block_iter_params.table
     assert other.block_layer.k.offset == params.block_layer.nbytes
     assert params.replace(finished=np.zeros(3, bool)).step is not params.step
+    with pytest.raises(ValueError, match="q must have the 3 tokens of cu_q_len, got 2"):
+        params.replace(q=params.q[:2], k=params.k[:2], v=params.v[:2])
     with pytest.raises(ValueError, match="cu_q_len must lie within the 2 tokens of q"):
         params.replace(q=params.q[:2], k=params.k[:2], v=params.v[:2], cu_q_len=params.cu_q_len)
 

@@ -5,6 +5,9 @@ import numpy as np
 import pytest
 from compare import assert_close, assert_same_bits
 from conftest import NumpyArrays
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from test_split_reduce import turbomind_merge
 from turbomind_float64 import ATTENDED, Layer
 
@@ -184,6 +187,24 @@ def test_next_layer_reuses_the_step():
     assert_same_bits(first, second)
     for layer in layers:
         layer.check_stored(pool)
+
+
+@hypothesis_settings(max_examples=25, deadline=None, derandomize=True)
+@given(lengths=st.lists(st.tuples(st.integers(0, 200), st.integers(0, 9)), min_size=1, max_size=5),
+       block_len=st.integers(1, 70), window=st.sampled_from([0, 0, 1, 17, 64]), splits=st.integers(0, 4),
+       finished=st.lists(st.booleans(), min_size=5, max_size=5), seed=st.integers(0, 99))
+def test_ragged_batches(lengths, block_len, window, splits, finished, seed):
+    """Contexts and numbers of new tokens of any size, nothing at all among them."""
+    k_lens, new = [n for n, _ in lengths], [min(n, m) for n, m in lengths]
+    layer = Layer(k_lens, dtype="float32", head_dim=32, rope=RopeParams(rotary_dim=32, style="interleaved"), sinks=True,
+                  window=window, block_len=block_len, finished=finished[:len(k_lens)], seed=seed)
+    pool = filled(layer, NUMPY, new)
+    params = layer.params(NUMPY, pool, new)
+    if splits:
+        params = params.replace(num_splits=splits, max_split_k=4).with_partials()
+    out = cupyattn.invoke_decoding(params)
+    if sum(new):
+        assert_close(out, layer.attended(pool, new), *ATTENDED["float32"])
 
 
 def test_blocks_that_sequences_share(xp):
