@@ -379,9 +379,11 @@ class AttentionParams:
                 b = int(np.argmax(counts < needed))
                 raise ValueError(f"{OP}: block_iter_params.cu_block_nums must give sequence {b} the {needed[b]} blocks "
                                  f"its {self.step.local_lens[b]} tokens need, got {counts[b]}")
-            object.__setattr__(self, "block_layer", blocks.layer(
-                self.num_kv_heads, self.size_per_head, dtype=dtype_name(self.q), quant_policy=self.quant_policy,
-                kv_scale=self.kv_scale))
+            layer = blocks.layer(self.num_kv_heads, self.size_per_head, dtype=dtype_name(self.q),
+                                 quant_policy=self.quant_policy, kv_scale=self.kv_scale)
+            object.__setattr__(self, "block_layer", layer)
+            used = np.repeat(blocks.starts_host[:-1] - np.cumsum(needed) + needed, needed) + np.arange(needed.sum())
+            blocks.table.check_addresses(OP, blocks.pointers_host[used], max(s.nbytes_needed() for s in layer[:2]))
 
     def _check_partials(self):
         check_number(OP, "max_split_k", self.max_split_k, least=1, integer=True)

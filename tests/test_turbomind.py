@@ -125,15 +125,20 @@ def test_prefill(name):
     assert_same_bits(pool, before)
 
 
-def test_flattened_rows():
+def test_linear_buffer(xp):
+    """flatten_kv writes every token's row, and attention reads them where they are."""
     layer = Layer((5, 0, 70), policy=8, rope=PAIRS)
-    pool = filled(layer, NUMPY, (0, 0, 0))
-    linear = LinearIteratorParams.empty(2, 75, 64, dtype=np.float16)
-    params = layer.params(NUMPY, pool, (0, 0, 0), linear_iter_params=linear)
+    new = (2, 0, 40)
+    pool = filled(layer, xp, (0, 0, 0))
+    linear = LinearIteratorParams.from_array(xp.array(np.full((2, 2, 75, 64), np.nan, np.float16)))
+    params = layer.params(xp, pool, new, linear_iter_params=linear)
     cupyattn.flatten_kv(params)
+    rows, host = xp.numpy(linear.kv_cache), xp.numpy(pool)
     for value in (0, 1):
-        want = np.concatenate([layer.stored(pool, b, value)[0] for b in range(3)])
-        assert_close(linear.kv_cache[:, value].transpose(1, 0, 2), want, 1e-6, 2.0**-11 * 1.01)
+        want = np.concatenate([layer.stored(host, b, value)[0] for b in range(3)])
+        assert_close(rows[:, value].transpose(1, 0, 2), want, 1e-6, 2.0**-11 * 1.01)
+    out = cupyattn.invoke_attention(params.replace(k=None, v=None, block_iter_params=None))
+    assert_close(xp.numpy(out), layer.attended(host, new), 2e-3, 2.0**-10)
 
 
 def test_several_new_tokens_per_sequence(xp):
@@ -324,8 +329,15 @@ def test_trusted_pointers():
 def test_blocks_too_small_for_the_layer():
     layer = Layer((40,), policy=8)
     pool = layer.pool[:, :layer.layer_bytes - 8].copy()
-    with pytest.raises(ValueError, match="block_ptrs must lie in the buffers"):
-        cupyattn.process_kv(layer.params(NUMPY, pool, (40,)))
+    with pytest.raises(ValueError, match="^AttentionParams: block_ptrs must lie in the buffers with 4352 bytes each"):
+        layer.params(NUMPY, pool, (40,))
+
+
+def test_logn_factors():
+    """From 0-based position max_position + 1 on."""
+    q = cupyattn.kv_append(None, None, None, None, q=np.ones((4, 1, 8), np.float32), logn_max_position=2048,
+                           positions=np.int32([2048, 2049, 4096, 8192]))
+    np.testing.assert_allclose(q[:, 0, 0], [1, 1.0000640, 1.0909091, 1.1818182], atol=1.3e-7)
 
 
 @pytest.mark.parametrize(("call", "field"), [
