@@ -14,10 +14,10 @@
 //   q_out is zero for a negative position or rope row and NaN for a rope row past the tables.
 //   Without steps 1 to 4 a plain cache of type T receives the bits of x.
 //
-// launch     block (LANES, rows, tokens), a multiple of 32 threads if LANES > 1; rows and tokens may be any. Every axis
-//            of the grid strides: tokens in x, and in y tiles of `rows` heads, first those of keys, then of values, then
-//            of queries, so that a block works on one kind. No shared memory, no barriers; with LANES > 1 reductions
-//            over the lanes of a row. Without steps and with plain caches block.x may be any.
+// launch     block (LANES, rows, tokens) of at most 128 threads, a multiple of 32 if LANES > 1. Every axis of the grid
+//            strides: tokens in x, and in y tiles of `rows` heads, first those of keys, then of values, then of
+//            queries, so that a block works on one kind. No shared memory, no barriers; with LANES > 1 reductions over
+//            the lanes of a row. Without steps and with plain caches block.x may be any.
 // aliasing   none; two tokens with one place race
 // traffic    tokens * num_kv_heads * (head_dim + head_dim_v) * (sizeof(T) + bytes of a code), scales, queries twice
 #include "prelude.cuh"
@@ -248,7 +248,7 @@ __device__ __forceinline__ void append_head(const KvAppendArgs& args, const Row&
   }
 }
 
-CA_KERNEL __launch_bounds__(256) void kv_append(const __grid_constant__ KvAppendArgs args) {
+CA_KERNEL __launch_bounds__(128, 6) void kv_append(const __grid_constant__ KvAppendArgs args) {
   const int lane = threadIdx.x, lanes = blockDim.x, y = threadIdx.y, rows = blockDim.y, step_tile = gridDim.y;
   const int kv_tiles = ceil_div(args.num_kv_heads, rows);
   const int tiles = 2 * kv_tiles + (STAGES ? ceil_div(args.num_heads, rows) : 0);
