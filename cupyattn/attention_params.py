@@ -77,7 +77,8 @@ class AttentionParams:
     causal : bool
         A query sees no later token. Default True.
     rope_param : RopeParams, optional
-        Rotary embedding of q and k. Default: none.
+        Rotary embedding of q and k. Default: none. TurboMind's own is of style "interleaved", for which it permutes
+        the columns of Hugging Face weights; unpermuted ones need "neox".
     rope_positions : int ndarray [tokens] or [3, tokens], optional
         Where the tokens stand for RoPE, if not in the order of the sequence; three positions with ``mrope_section``.
     prompt_len : int ndarray [batch], optional
