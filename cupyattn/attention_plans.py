@@ -94,7 +94,8 @@ def _sm_count(device):
 def _cores_spec(stem, q, k, v, rows, aligned, bias):
     return Specialisation(stem, stem, "AttentionArgs", {
         "T": q, "KF": k, "VF": v, "ROWS": rows, "ALIGNED": int(aligned), "BIAS": int(bias), "TENSOR_CORES": 0,
-        "HEAD_DIM": 0}, spill_bytes=8 if rows == CPU_PREFILL_ROWS else 0)   # which no GPU is given
+        "HEAD_DIM": 0},
+        spill_bytes=128 if rows == CPU_PREFILL_ROWS else 0)   # no GPU is given these
 
 
 def _row_bytes(tag, head_dim):

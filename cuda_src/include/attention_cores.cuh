@@ -490,7 +490,8 @@ __device__ __forceinline__ void attend_to_item(const AttentionArgs& args, int it
   __syncthreads();
 
   // 2. tiles
-  RowFloats top = RowFloats::all(NEG_INF);
+  float* state = reinterpret_cast<float*>(smem + at.state) + warp * 2 * ROWS;  // tops here: registers are short
+  if (lane == 0) RowFloats::all(NEG_INF).store(state);
   RowFloats sum = RowFloats::all(0.0f);  // of this lane's keys alone
   Outputs<BY_ROWS> outputs;
   const int group = lane / at.lanes;  // lanes past groups * lanes have no part in P.V
@@ -510,8 +511,9 @@ __device__ __forceinline__ void attend_to_item(const AttentionArgs& args, int it
     }
 
     // 2b. probabilities relative to the largest score so far; earlier sums shrink when it grows
-    const RowFloats old_top = top;
-    top = maximum(top, warp_maximum(maximum(score[0], score[1])));
+    const RowFloats found = warp_maximum(maximum(score[0], score[1]));
+    const RowFloats old_top = RowFloats::load(state);
+    const RowFloats top = maximum(old_top, found);
     const RowFloats origin = softmax_origin(top);
     const RowFloats shrink = exp2(old_top - origin);
     sum *= shrink;
@@ -525,6 +527,7 @@ __device__ __forceinline__ void attend_to_item(const AttentionArgs& args, int it
     }
     warp_tiles.look_up(tile + 2 * warps, after);
     __syncwarp();
+    if (lane == 0) top.store(state);
 
     // 2c. the lane's 8 output dims over the group's keys, BATCH rows on their way at a time
     const int live = min(TILE, rows.visible.end - tile * TILE);
@@ -547,11 +550,7 @@ __device__ __forceinline__ void attend_to_item(const AttentionArgs& args, int it
 
   // 3. put down what each warp has
   sum = warp_total(sum);
-  if (lane == 0) {
-    float* state = reinterpret_cast<float*>(smem + at.state) + warp * 2 * ROWS;
-    top.store(state);
-    sum.store(state + ROWS);
-  }
+  if (lane == 0) sum.store(state + ROWS);
   if (group < at.groups) {
     float* to = reinterpret_cast<float*>(stage) + group * ROWS * args.head_dim_v + dim;
 #pragma unroll
