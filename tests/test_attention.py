@@ -408,6 +408,112 @@ def test_formats(dtype, k_format, v_format):
     assert_close(lse, want_lse, 2e-6, 1e-6)
 
 
+# ---- onnxruntime -----------------------------------------------------------------------------------------
+
+
+def onnx_run(node, feeds, outputs):
+    """Results of one node on onnxruntime's CPU provider; `outputs` are names and dtypes, feeds of None are left out."""
+    import onnxruntime
+    from onnx import helper
+
+    feeds = {name: np.ascontiguousarray(a) for name, a in feeds.items() if a is not None}
+    inputs = [helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
+              for name, a in feeds.items()]
+    outputs = [helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), None)
+               for name, dtype in outputs.items()]
+    model = helper.make_model(helper.make_graph([node], "attention", inputs, outputs), ir_version=10, opset_imports=[
+        helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, feeds)
+
+
+def grouped_query_attention(q, k_new, v_new, k_past, v_past, lengths, *, window=0, softcap=0.0, sinks=None, scales=None,
+                            kind="NONE"):
+    """GroupQueryAttention: q [batch, q_len, heads, dim] and the newest keys after k_past [batch, past, kv_heads, dim].
+
+    `scales` of K and V belong to int8 caches, `kind` says what has one. Returns the output and the caches, as
+    [batch, tokens, kv_heads, dim].
+    """
+    from onnx import helper
+
+    batch, q_len, heads, _ = q.shape
+    feeds = {"query": q.reshape(batch, q_len, -1), "key": k_new.reshape(batch, q_len, -1),
+             "value": v_new.reshape(batch, q_len, -1), "past_key": k_past.transpose(0, 2, 1, 3),
+             "past_value": v_past.transpose(0, 2, 1, 3), "seqlens_k": lengths - 1,
+             "total": np.int32([lengths.max()]), "cos": None, "sin": None, "positions": None, "bias": None,
+             "head_sink": None if sinks is None else sinks.astype(q.dtype),
+             **({} if scales is None else {"k_scale": scales[0], "v_scale": scales[1]})}
+    quantized = {} if scales is None else {"kv_cache_bit_width": 8, "k_quant_type": kind, "v_quant_type": kind}
+    node = helper.make_node("GroupQueryAttention", ["" if a is None else name for name, a in feeds.items()],
+                            ["out", "present_key", "present_value"], domain="com.microsoft", num_heads=heads,
+                            kv_num_heads=k_new.shape[2], softcap=softcap, local_window_size=window or -1, **quantized)
+    out, k, v = onnx_run(node, feeds, {"out": q.dtype, "present_key": k_past.dtype, "present_value": v_past.dtype})
+    return out.reshape(q.shape), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+
+
+def paged_like(case, q_len):
+    """(q, new k, new v, past k, past v) of a batch whose sequences all have q_len queries, for the function above."""
+    batch, longest = len(case.lengths), int(case.lengths.max())
+    k, v = (np.zeros((batch, longest, *cache.shape[2:]), cache.dtype) for cache in (case.k, case.v))
+    for b, length in enumerate(case.lengths):
+        k[b, :length], v[b, :length] = case.k[case.tokens(b)], case.v[case.tokens(b)]
+    rows, new = np.arange(batch)[:, None], case.lengths[:, None] - q_len + np.arange(q_len)
+    past = longest - q_len if batch == 1 else longest   # a ragged batch is padded
+    return case.q.reshape(batch, q_len, *case.q.shape[1:]), k[rows, new], v[rows, new], k[:, :past], v[:, :past]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("lengths, q_len", [([37, 1, 128, 300], 1), ([200], 70), ([70], 70)])
+@pytest.mark.parametrize("options", [{}, {"window_size": 33}, {"softcap": 2.0}, {"sinks": SINKS[:3].repeat(2)},
+                                     {"window_size": 20, "softcap": 5.0}], ids=str)
+def test_onnxruntime(dtype, lengths, q_len, options):
+    case = make(lengths, [q_len] * len(lengths), heads=6, dtype=dtype)
+    theirs = {"window" if name == "window_size" else name: value for name, value in options.items()}
+    want = grouped_query_attention(*paged_like(case, q_len), case.lengths, **theirs)[0]
+    assert_close(attend(case, **options)[0], want.reshape(case.q.shape), *TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("lengths, q_len", [([37, 1, 128], 1), ([200], 70)])
+@pytest.mark.parametrize("kind, format", [("PER_TENSOR", "int8_symmetric"), ("PER_CHANNEL", "int8_channel")])
+def test_onnxruntime_int8(kind, format, lengths, q_len):
+    """Its int8 caches, read as they are."""
+    case = make(lengths, [q_len] * len(lengths), heads=6)
+    scales = [np.float32(rng.random(1 if kind == "PER_TENSOR" else (2, 64)) * 0.01 + 0.02) for _ in "kv"]
+    q, k_new, v_new, *past = paged_like(case, q_len)
+    past = [np.clip(np.rint(a / s), -127, 127).astype(np.int8) for a, s in zip(past, scales, strict=True)]
+    want, k, v = grouped_query_attention(q, k_new, v_new, *past, case.lengths, scales=scales, kind=kind)
+    k, v = (QuantizedKV(codes, scale, format=format) for codes, scale in zip((k, v), scales, strict=True))
+    got = cupyattn.attention(case.q, k, v, cu_seqlens_q=case.cu, cache_seqlens=case.lengths,
+                             block_table=np.arange(len(lengths), dtype=np.int32)[:, None])
+    assert_close(got, want.reshape(case.q.shape), *TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"softcap": 2.0, "softmax_scale": 0.2}, {"mask": "bool"},
+                                     {"mask": "float32", "causal": False}], ids=str)
+def test_onnxruntime_attention(dtype, options):
+    """Attention of opset 23, head dims that differ."""
+    from onnx import helper
+
+    tokens = 70
+    case = make([tokens], [tokens], heads=6, head_dim_v=48, dtype=dtype)
+    k, v, where = case.keys(NUMPY, "ragged")
+    feeds = {name: a.transpose(1, 0, 2)[None] for name, a in (("q", case.q), ("k", k), ("v", v))}
+    options = dict(options)
+    if "mask" in options:
+        mask = rng.standard_normal((1, 6, tokens, tokens)).astype(np.float32)
+        options["mask"] = np.maximum(mask, 0) + np.eye(tokens) > 0.5 if options["mask"] == "bool" else mask
+        feeds["mask"] = options["mask"] if options["mask"].dtype == bool else mask.astype(dtype)
+    node = helper.make_node("Attention", list(feeds), ["out"], is_causal=int(options.get("causal", True)),
+                            softcap=options.get("softcap", 0.0), scale=options.get("softmax_scale", 0.125))
+    want = onnx_run(node, feeds, {"out": case.q.dtype})[0][0].transpose(1, 0, 2)
+    got = cupyattn.attention(case.q, k, v, cu_seqlens_q=case.cu, **where, **options)
+    bounds = TOLERANCE[dtype] if dtype == "float32" else (3e-3, 2.0**-9)   # it computes in float16
+    assert_close(got, want, *bounds)
+
+
 # ---- independence ----------------------------------------------------------------------------------------
 
 
