@@ -261,9 +261,8 @@ def test_options(options):
     check(several(), **options)
 
 
-@pytest.mark.parametrize("options", [OPTIONS["all"], OPTIONS["window both ways"]], ids=["all", "both ways"])
-def test_options_elsewhere(xp, options):
-    check(several("float16"), xp, **options)
+def test_options_elsewhere(xp):
+    check(several("float16"), xp, **OPTIONS["all"])
 
 
 def test_starts_and_finished():
@@ -307,8 +306,8 @@ def test_mask(kind, shape):
 
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16"])
-def test_mask_of_16_bits(xp, kind):
-    check(several("bfloat16"), xp, mask=rng.standard_normal((4, 1, 60)).astype(dtype_of(kind)))
+def test_mask_of_16_bits(kind):
+    check(several("bfloat16"), mask=rng.standard_normal((4, 1, 60)).astype(dtype_of(kind)))
 
 
 def test_mask_views():
@@ -402,8 +401,8 @@ def test_formats(dtype, k_format, v_format):
                       for cache, format in ((case.k, k_format), (case.v, v_format)))
     k, v = case.k, case.v
     want, want_lse = case.expected(window_size=1000)
-    out, lse = cupyattn.attention(case.q, k, v, cu_seqlens_q=case.cu, block_table=case.table,
-                                  cache_seqlens=case.lengths, window_size=1000, return_lse=True)
+    out, lse = cupyattn.attention(case.q, k, v, cu_seqlens_q=case.cu, block_table=case.table, window_size=1000,
+                                  cache_seqlens=case.lengths, invariant=True, return_lse=True)   # one kernel to build
     assert_close(out, want, *TOLERANCE[dtype])
     assert_close(lse, want_lse, 2e-6, 1e-6)
 
