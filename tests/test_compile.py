@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every CORE specialisation compiles for every GPU generation, within its registers and with the meant instructions."""
+"""Every CORE specialisation compiles, within its registers and with the meant instructions: for sm_90a and, in turns,
+for every other GPU generation; `-m full` takes all of them."""
 
 import importlib
 import os
@@ -31,6 +32,13 @@ def _every_arch(specs):
     return [pytest.param(spec, arch, id=f"{spec}-{arch}") for spec in specs for arch in _archs(spec)]
 
 
+def _two_archs(specs):
+    """sm_90a and one of the others, by turns."""
+    chosen = ((spec, arch) for i, spec in enumerate(specs) for others in [[a for a in _archs(spec) if a != "sm_90a"]]
+              for arch in ("sm_90a", others[i % len(others)]))
+    return [pytest.param(spec, arch, id=f"{spec}-{arch}") for spec, arch in chosen]
+
+
 def _one_arch_each(specs):
     chosen = ((spec, _archs(spec)[i % len(_archs(spec))]) for i, spec in enumerate(specs))
     return [pytest.param(spec, arch, id=f"{spec}-{arch}") for spec, arch in chosen]
@@ -60,8 +68,14 @@ def _check(spec, arch, compiled):
     assert not set(spec.expects) - found, f"{set(spec.expects) - found} not in {sorted(found)}"
 
 
-@pytest.mark.parametrize("spec, arch", _every_arch(_listed("CORE")))
+@pytest.mark.parametrize("spec, arch", _two_archs(_listed("CORE")))
 def test_core(spec, arch, compiled):
+    _check(spec, arch, compiled)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("spec, arch", _every_arch(_listed("CORE")))
+def test_core_everywhere(spec, arch, compiled):
     _check(spec, arch, compiled)
 
 
