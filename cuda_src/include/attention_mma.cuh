@@ -171,7 +171,8 @@ __device__ __forceinline__ void multiply_keys(const char* tile, const char* scal
                                               const float* factors, float (&scores)[KEYS / 8][4]) {
   const float* own = reinterpret_cast<const float*>(scales);
   const int t = threadIdx.x % 4;
-  constexpr int UNROLLED = KTile::GROUP_SCALE && HEAD_DIM == 256 ? 1 : KTile::CHUNKS;  // else addresses spill
+  // of HEAD_DIM 256 all at once would spill addresses
+  constexpr int UNROLLED = HEAD_DIM < 256 ? KTile::CHUNKS : KTile::GROUP_SCALE ? 1 : 4;
 #pragma unroll UNROLLED
   for (int chunk = 0; chunk < KTile::CHUNKS; ++chunk) {
     uint32_t queries[KTile::K_STEPS][4];
@@ -412,6 +413,26 @@ struct ItemKeys {
       : pages(args.table, rows.item.seq), visible(rows.visible), kv_head(rows.item.kv_head) {}
 };
 
+// Starts the block's copies of a tile whose rows are all in pages: few instructions, since it is done for nearly every
+// tile.
+template <typename Tile>
+__device__ __forceinline__ void copy_whole(char* tile, const char* const* rows, int head_dim) {
+  if constexpr (THREADS % Tile::PIECES != 0) {
+    Tile::template copy<KEYS, THREADS>(tile, rows, head_dim, rows[0], threadIdx.x);
+  } else {
+    constexpr int EACH = THREADS / Tile::PIECES;  // rows at once
+    const int row = threadIdx.x / Tile::PIECES, piece = threadIdx.x % Tile::PIECES;
+    const auto part = Tile::source(piece, head_dim);
+#pragma unroll
+    for (int first = 0; first < KEYS; first += EACH) {
+      if (EACH > KEYS && row >= KEYS) break;
+      const int swizzle = EACH % 8 == 0 ? Tile::offset(row, piece) + first * Tile::ROW_BYTES
+                                        : Tile::offset(row + first, piece);
+      cp_async16_part(tile + swizzle, rows[row + first] + part.at, part.bytes);
+    }
+  }
+}
+
 // The tiles on their way. The threads 0 to KEYS - 1 look after the keys of a tile, the next KEYS ones after the values.
 struct KeyTiles {
   const AttentionArgs& args;
@@ -435,20 +456,32 @@ struct KeyTiles {
     const uint32_t in_page = __ballot_sync(FULL_MASK, slot.page >= 0);
     if (is_key && threadIdx.x % 32 == 0) known(tile)[threadIdx.x / 32] = in_page;
   }
+  __device__ __forceinline__ bool all_known(int tile) const {
+    bool all = true;
+#pragma unroll
+    for (int i = 0; i < KEYS / 32; ++i) all = all && known(tile)[i] == 0xffffffffu;
+    return all;
+  }
   __device__ __forceinline__ void copy(int tile) const {
-    KTile::template copy<KEYS, THREADS>(keys(tile), pointers(tile), args.head_dim, args.q.data, threadIdx.x);
-    VTile::template copy<KEYS, THREADS>(values(tile), pointers(tile) + KEYS, args.head_dim_v, args.q.data, threadIdx.x);
+    if (all_known(tile)) {
+      copy_whole<KTile>(keys(tile), pointers(tile), args.head_dim);
+      copy_whole<VTile>(values(tile), pointers(tile) + KEYS, args.head_dim_v);
+    } else {
+      KTile::template copy<KEYS, THREADS>(keys(tile), pointers(tile), args.head_dim, args.q.data, threadIdx.x);
+      VTile::template copy<KEYS, THREADS>(values(tile), pointers(tile) + KEYS, args.head_dim_v, args.q.data,
+                                          threadIdx.x);
+    }
     cp_async_commit();
   }
-  __device__ __forceinline__ char* keys(int tile) const { return smem + tile % 2 * STAGE_BYTES; }
+  __device__ __forceinline__ char* keys(int tile) const { return smem + (tile & 1) * STAGE_BYTES; }
   __device__ __forceinline__ char* values(int tile) const { return keys(tile) + KEYS * KTile::ROW_BYTES; }
-  __device__ __forceinline__ char* key_scales(int tile) const { return smem + SCALES_AT + tile % 2 * SCALE_BYTES; }
+  __device__ __forceinline__ char* key_scales(int tile) const { return smem + SCALES_AT + (tile & 1) * SCALE_BYTES; }
   __device__ __forceinline__ char* value_scales(int tile) const { return key_scales(tile) + KEYS * KTile::SCALE_BYTES; }
   __device__ __forceinline__ const char** pointers(int tile) const {
-    return reinterpret_cast<const char**>(smem + POINTERS_AT) + tile % 2 * (2 * KEYS);
+    return reinterpret_cast<const char**>(smem + POINTERS_AT) + (tile & 1) * (2 * KEYS);
   }
   __device__ __forceinline__ uint32_t* known(int tile) const {
-    return reinterpret_cast<uint32_t*>(smem + KNOWN_AT) + tile % 4 * (KEYS / 32);
+    return reinterpret_cast<uint32_t*>(smem + KNOWN_AT) + (tile & 3) * (KEYS / 32);
   }
 };
 
@@ -505,13 +538,20 @@ __device__ __forceinline__ void finish_scores(const AttentionArgs& args, const R
 #pragma unroll
   for (int n = 0; n < KEYS / 8; ++n)
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      float& score = scores[n][j];
-      score *= unit[j / 2] * scale;
-      if (capped) score = args.softcap * quick_tanh(score);
-      if constexpr (BIAS)
-        score = bias[j / 2].apply(args, score, rule.token(key + n * 8 + threadIdx.x % 4 * 2 + j % 2));
-    }
+    for (int j = 0; j < 4; ++j) scores[n][j] *= unit[j / 2] * scale;
+  if (capped) {
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; ++n)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) scores[n][j] = args.softcap * quick_tanh(scores[n][j]);
+  }
+  if constexpr (BIAS) {
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; ++n)
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        scores[n][j] = bias[j / 2].apply(args, scores[n][j], rule.token(key + n * 8 + threadIdx.x % 4 * 2 + j % 2));
+  }
 }
 
 __device__ __forceinline__ void hide_keys(const VisibleKeys& seen, const uint32_t* known, int key,
@@ -587,10 +627,8 @@ __device__ __forceinline__ void attend_keys(const AttentionArgs& args, int index
     float scores[KEYS / 8][4] = {};
     multiply_keys(tiles.keys(tile), tiles.key_scales(tile), q, factors, scores);
     if (!plain) finish_scores(args, bias, rule, tile * KEYS, unit, scores);
-    bool whole = seen.all_seen(tile * KEYS);
-#pragma unroll
-    for (int i = 0; i < KEYS / 32; ++i) whole = whole && tiles.known(tile)[i] == 0xffffffffu;
-    if (!whole) hide_keys(seen, tiles.known(tile), tile * KEYS, scores);
+    if (!seen.all_seen(tile * KEYS) || !tiles.all_known(tile))
+      hide_keys(seen, tiles.known(tile), tile * KEYS, scores);
     state.follow(scores, factor, tiles.value_scales(tile));
 #pragma unroll
     for (int step = 0; step < KEYS / 16; ++step) {
