@@ -36,6 +36,7 @@ constexpr bool INTERLEAVED = CA_INTERLEAVED;    // RoPE pairs are elements (2j, 
 constexpr bool WIDE = CA_WIDE;                  // 16-byte accesses: rows and rotary_dim / 2 are multiples of 8 elements
 constexpr int LANES = CA_LANES;                 // lanes of a row, a power of two
 constexpr int CHUNKS = CA_CHUNKS;               // pieces of 8 elements a lane holds: row <= LANES * CHUNKS * 8 elements
+constexpr bool WHOLE_PAIRS = LANES == 1 && WIDE && !INTERLEAVED;  // a lane holds both halves of its pairs
 constexpr int UNROLL = LANES == 1 ? 1 : CHUNKS; // a lane alone is the CPU's: its chunks are memory
 static_assert(sizeof(KvAppendArgs) == CA_SIZEOF_ARGS, "kv_append: Python and CUDA disagree on KvAppendArgs");
 
@@ -137,7 +138,22 @@ __device__ __forceinline__ void load_row(const Row& row, int lane, float eps, Ei
     const int d = (c * LANES + lane) * 8;
     if (LANES == 1 && d >= row.dims) break;
     apply_norm(row, scale, d, x[c]);
-    if (d < row.rotary_dim) rotate(row, scale, d, x[c]);
+    if (!WHOLE_PAIRS && d < row.rotary_dim) rotate(row, scale, d, x[c]);
+  }
+  if constexpr (WHOLE_PAIRS) {
+    const int half = row.rotary_dim / 2;
+    for (int pair = 0; pair < half; pair += 8) {
+      EightFloats &first = x[pair / 8], &second = x[(pair + half) / 8];
+      const EightFloats c = EightFloats::load(row.cos + pair), s = EightFloats::load(row.sin + pair);
+      EightFloats a = second, b = first;
+      a *= s;
+      b *= s;
+      a *= -1.0f;
+      a.add_product(first, c);
+      b.add_product(second, c);
+      first = a;
+      second = b;
+    }
   }
 }
 
