@@ -8,6 +8,8 @@ import pytest
 from compare import assert_same_bits, dtype_of, poison, sparse_array
 
 import cupyattn
+from cupyattn import attention_plans
+from cupyattn.reference.kv_codec import quantize
 from cupyattn.runtime.cpu import settings
 
 PAGE_SIZE, HEADS, HEAD_DIM = 4, 2, 64
@@ -75,6 +77,129 @@ def test_kv_append(dtype, check):
         assert_same_bits(huge[pages], small)
         for page in _wrapped(pages, len(huge)):
             assert np.isnan(huge[page]).all(), f"page {page} was written"
+
+
+# ---- reading -------------------------------------------------------------------------------------------------
+
+MODES = [pytest.param((kernels, check), id=f"{kernels}-{'checked' if check else 'plain'}")
+         for kernels in ("cores", "mma") for check in (False, True)]
+
+
+@pytest.fixture
+def mode(request, monkeypatch):
+    """Kernels on CUDA cores or on tensor cores, with or without the executor's checks."""
+    kernels, check = request.param
+    monkeypatch.setattr(attention_plans, "version", lambda facts: (kernels, "chosen by the test"))
+    with settings(check=check):
+        yield
+
+
+def _batch(pages):
+    """(q, lists) of a chunk of prefill over all pages and of one decoded token: two kernels on tensor cores."""
+    q_lens, lengths = np.int32([30, 1]), np.int32([pages.size * PAGE_SIZE - 1, 9])
+    q = np.random.default_rng(8).standard_normal((31, 3 * HEADS, HEAD_DIM)).astype("float16")
+    return q, {"cu_seqlens_q": np.int32([0, *np.cumsum(q_lens)]), "cache_seqlens": lengths}
+
+
+@pytest.mark.parametrize("mode", MODES, indirect=True)
+def test_attention_over_pages(mode):
+    """Rows of a table, CSR lists, and addresses of blocks in which V lies more than 8 GiB behind K."""
+    pages = _far_pages("float16")
+    num_pages = int(pages.max()) + 1
+    far = sparse_array((2, num_pages, PAGE_SIZE, HEADS, HEAD_DIM))
+    near = np.random.default_rng(7).standard_normal((2, pages.size, PAGE_SIZE, HEADS, HEAD_DIM)).astype("float16")
+    for cache, values in zip(far, near, strict=True):
+        for page in _wrapped(pages, num_pages):
+            poison(cache[page])
+        cache[pages] = values
+    q, lists = _batch(pages)
+    table = np.stack([np.arange(pages.size, dtype=np.int32)] * 2)
+    want = cupyattn.attention(q, *near, block_table=table, **lists)
+    got = cupyattn.attention(q, *far, block_table=pages[table], **lists)
+    assert_same_bits(got, want)
+
+    ids, starts = pages[table].reshape(-1), np.int32([0, pages.size, 2 * pages.size])
+    csr = cupyattn.PageTable.csr(ids, starts)
+    assert_same_bits(cupyattn.attention(q, *far, block_table=csr, **lists), want)
+
+    k, v = (cupyattn.BlockKV("float16", PAGE_SIZE, HEADS, HEAD_DIM, offset=i * far[0].nbytes,
+                             stride_token=HEADS * HEAD_DIM, stride_head=HEAD_DIM) for i in range(2))
+    addresses = far.ctypes.data + ids.astype(np.uint64) * np.uint64(far[0, 0].nbytes)
+    blocks = cupyattn.PageTable.pointers(addresses, starts, buffers=(far,))
+    assert_same_bits(cupyattn.attention(q, k, v, block_table=blocks, **lists), want)
+
+
+@pytest.mark.parametrize("mode", MODES, indirect=True)
+def test_attention_over_ragged_arrays(mode):
+    """Tokens of q, k, v and out that lie past 2**32 elements, of which nothing before them is touched."""
+    q, lists = _batch(_far_pages("float16"))
+    q_starts, k_starts = lists["cu_seqlens_q"], np.int32([0, 50, 59])
+    k, v = np.random.default_rng(7).standard_normal((2, 59, HEADS, HEAD_DIM)).astype("float16")
+    want, want_lse = cupyattn.attention(q, k, v, cu_seqlens_q=q_starts, cu_seqlens_k=k_starts, return_lse=True)
+
+    def far(near):
+        per_token = near[0].size
+        first = 2**32 // per_token + 3
+        array = sparse_array((first + len(near), *near.shape[1:]))
+        for limit in (2**30, 2**31, 3 * 2**30, 2**32):
+            at = first - limit // per_token
+            poison(array[at:at + len(near)])
+        array[first:] = near
+        return array, np.int32(first)
+
+    (q, first), (k, first_key), (v, _), (out, _) = map(far, (q, k, v, poison(np.empty_like(want))))
+    before = out[3:3 + len(want)].copy()
+    _, lse = cupyattn.attention(q, k, v, cu_seqlens_q=q_starts + first, cu_seqlens_k=k_starts + first_key, out=(
+        out, np.empty(q.shape[:2], np.float32)), return_lse=True)
+    assert_same_bits(out[first:], want)
+    assert_same_bits(lse[first:], want_lse)
+    assert_same_bits(out[3:3 + len(want)], before)
+
+
+def _spread(near, pages):
+    """`near` [pages, PAGE_SIZE, HEADS, ...] as pages of an array with HEAD_DIM elements for each token and head."""
+    num_pages = int(pages.max()) + 1
+    far = sparse_array((num_pages, PAGE_SIZE, HEADS, HEAD_DIM), near.dtype)
+    for page in _wrapped(pages, num_pages):
+        poison(far[page])
+    view = far[..., 0] if near.ndim == 3 else far[..., :near.shape[3]]
+    view[pages] = near
+    return view
+
+
+def _quantized(formats, pages):
+    """(far, near): K and V in `formats`; codes, scales and zeros each past 4 GiB and 2**32 elements."""
+    values = np.random.default_rng(7).standard_normal((2, pages.size, PAGE_SIZE, HEADS, HEAD_DIM)).astype(np.float32)
+    near = [quantize(x, format) for x, format in zip(values, formats, strict=True)]
+    far = [[part if part is None else _spread(part, pages) for part in parts] for parts in near]
+    return [[cupyattn.QuantizedKV(*parts, format=format) for parts, format in zip(side, formats, strict=True)]
+            for side in (far, near)]
+
+
+@pytest.mark.parametrize("mode", MODES, indirect=True)
+def test_quantized_caches(mode):
+    pages = _far_pages("float16")
+    far, near = _quantized(("int8", "int4"), pages)
+    q, lists = _batch(pages)
+    table = np.stack([np.arange(pages.size, dtype=np.int32)] * 2)
+    want = cupyattn.attention(q, *near, block_table=table, **lists)
+    assert_same_bits(cupyattn.attention(q, *far, block_table=pages[table], **lists), want)
+
+
+@pytest.mark.parametrize("check", [False, True], ids=["plain", "checked"])
+def test_kv_flatten(check):
+    """Out of far pages, into rows that are 256 MiB apart."""
+    pages = _far_pages("float16")
+    starts = np.int32([0, pages.size * PAGE_SIZE - 1])
+    table = np.arange(pages.size, dtype=np.int32)[None]
+    plain = _caches("float16", pages)
+    for far, near in (plain, _quantized(("int8", "int8"), pages)):
+        out = [sparse_array((int(starts[-1]), HEADS, 2**26))[..., :HEAD_DIM] for _ in "kv"]
+        with settings(check=check):
+            want = cupyattn.kv_flatten(*near, block_table=table, cu_seqlens_k=starts)
+            cupyattn.kv_flatten(*far, block_table=pages[table], cu_seqlens_k=starts, out=tuple(out))
+        for found, right in zip(out, want, strict=True):
+            assert_same_bits(found, right)
 
 
 def test_sparse_arrays_and_their_shadow_take_no_memory():
