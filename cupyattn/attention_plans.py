@@ -141,7 +141,7 @@ def _decode_mma_launch(k, v, head_dim):
     stages = min(ring // (tile * token), 1 + -(-96 * 1024 // (2 * warps * tile * token)))
     scales = _scale_bytes(k, head_dim) + _scale_bytes(v, head_dim)
     queries = 32 * head_dim if head_dim > 128 else 0
-    return 32 * warps, warps * (stages * tile * (token + scales) + 32 * tile + 160) + queries + 128
+    return 32 * warps, warps * (stages * tile * (token + scales) + 32 * tile + 192) + queries + 128
 
 
 def _prefill_mma_launch(k, v, rows, head_dim):

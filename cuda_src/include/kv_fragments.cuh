@@ -227,15 +227,39 @@ struct KvTile {
   template <int TOKENS, int THREADS>
   static __device__ __forceinline__ void copy(char* tile, const char* const* rows, int head_dim, const void* somewhere,
                                               int thread) {
-#pragma unroll
-    for (int first = 0; first < TOKENS * PIECES; first += THREADS) {
-      const int index = first + thread, row = index / PIECES, piece = index - row * PIECES;
-      if (TOKENS * PIECES % THREADS != 0 && index >= TOKENS * PIECES) break;
-      const char* from = rows[row];
+    if (head_dim * F::BITS % 128 == 0 && head_dim * F::HIGH_BITS % 128 == 0)
+      copy_pieces<true, TOKENS, THREADS>(tile, rows, head_dim, thread);
+    else
+      copy_pieces<false, TOKENS, THREADS>(tile, rows, head_dim, thread);
+  }
+  // WHOLE: rows end with a piece.
+  template <bool WHOLE, int TOKENS, int THREADS>
+  static __device__ __forceinline__ void copy_pieces(char* tile, const char* const* rows, int head_dim, int thread) {
+    if constexpr ((PIECES & (PIECES - 1)) == 0) {  // a thread copies the same piece of rows that are ROWS apart
+      constexpr int ROWS = THREADS / PIECES;
+      const int piece = thread % PIECES, first = thread / PIECES;
       const Source part = source(piece, head_dim);
-      const int bytes = from == nullptr ? 0 : part.bytes;
-      cp_async16_part(tile + offset(row, piece), bytes > 0 ? from + part.at : somewhere, bytes);
+      char* const to = tile + first * ROW_BYTES;
+      const int swizzled = (piece ^ flip(first)) * 16;
+#pragma unroll
+      for (int row = 0; row < TOKENS; row += ROWS) {
+        if (TOKENS % ROWS != 0 && row + first >= TOKENS) break;
+        copy_piece<WHOLE>(to + row * ROW_BYTES + (swizzled ^ flip(row) * 16), rows[row + first], part);
+      }
+    } else {
+#pragma unroll
+      for (int start = 0; start < TOKENS * PIECES; start += THREADS) {
+        const int index = start + thread, row = index / PIECES, piece = index - row * PIECES;
+        if (TOKENS * PIECES % THREADS != 0 && index >= TOKENS * PIECES) break;
+        copy_piece<WHOLE>(tile + offset(row, piece), rows[row], source(piece, head_dim));
+      }
     }
+  }
+  template <bool WHOLE>
+  static __device__ __forceinline__ void copy_piece(char* to, const char* row, Source part) {
+    const void* from = reinterpret_cast<const void*>(reinterpret_cast<int64_t>(row) + part.at);
+    if constexpr (WHOLE) cp_async16(to, from, row != nullptr && part.bytes > 0);
+    else cp_async16_part(to, from, row == nullptr ? 0 : part.bytes);
   }
 };
 
@@ -314,6 +338,26 @@ struct KvReader {
 
 // ---- scales ----------------------------------------------------------------------------------------------------
 
+// The views of one head: what is left to multiply for a token is its page and slot.
+template <typename F>
+__device__ __forceinline__ KvView head_view(KvView view, int64_t head) {
+  using Code = typename F::Code;
+  const int64_t inside = head * view.stride_head;
+  if (view.data != nullptr) view.data = static_cast<Code*>(view.data) + inside;
+  view.offset += inside * static_cast<int64_t>(sizeof(Code));
+  return view;
+}
+template <typename F>
+__device__ __forceinline__ KvScale head_view(KvScale view, int64_t head) {
+  using S = typename F::Scale;
+  const int64_t inside = head * view.stride_head, bytes = inside * static_cast<int64_t>(sizeof(S));
+  if (view.scale != nullptr) view.scale = static_cast<S*>(view.scale) + inside;
+  if (view.zero != nullptr) view.zero = static_cast<S*>(view.zero) + inside;
+  view.scale_offset += bytes;
+  view.zero_offset += bytes;
+  return view;
+}
+
 template <int BYTES>
 struct SameSize {
   using Unsigned = uint32_t;
@@ -328,6 +372,7 @@ struct SameSize<2> {
 //   per token            float [TOKENS][2], scale and zero + CENTRE * scale
 //   per group of keys    float [TOKENS][GROUPS]
 //   per group of values  half [TOKENS / 2][GROUPS][2]
+// The view is of one head.
 template <typename F, int HEAD_DIM>
 struct KvScaleWords {
   using Tile = KvTile<F, HEAD_DIM>;
@@ -335,18 +380,19 @@ struct KvScaleWords {
   using Bits = typename SameSize<sizeof(S)>::Unsigned;
   static constexpr int SCALES = Tile::GROUP_SCALE ? Tile::GROUPS : Tile::TOKEN_SCALE ? 1 : 0;
   static constexpr int WORDS = SCALES + (F::HAS_ZERO ? 1 : 0);  // a word each, the zero last
+  static constexpr int WIDTH = SCALES < 4 ? (SCALES < 1 ? 1 : SCALES) : 4;
 
   // Zeros for a token in no page and for groups past head_dim.
-  static __device__ __forceinline__ void load(const KvScale& view, const PageTable& table, TokenSlot slot, int64_t head,
-                                              int head_dim, uint32_t* words) {
+  static __device__ __forceinline__ void load(const KvScale& view, const PageTable& table, TokenSlot slot, int head_dim,
+                                              uint32_t* words) {
     if constexpr (SCALES > 0) {
       const bool known = slot.page >= 0;
-      const Bits* first = known ? kv_scale<const Bits>(view, table, slot, head, 0) : nullptr;
+      const Bits* first = known ? kv_scale<const Bits>(view, table, slot, 0, 0) : nullptr;
 #pragma unroll
       for (int g = 0; g < SCALES; ++g)
         words[g] = known && (g == 0 || g * 32 < head_dim) ? first[g * view.stride_group] : 0;
     }
-    if constexpr (F::HAS_ZERO) words[SCALES] = slot.page >= 0 ? *kv_zero<const Bits>(view, table, slot, head, 0) : 0;
+    if constexpr (F::HAS_ZERO) words[SCALES] = slot.page >= 0 ? *kv_zero<const Bits>(view, table, slot, 0, 0) : 0;
   }
   template <bool VALUES>
   static __device__ __forceinline__ void store(const uint32_t* words, char* scales, int token) {
@@ -357,11 +403,15 @@ struct KvScaleWords {
       store_vec(reinterpret_cast<float*>(scales) + token * 2, Vec<float, 2>{{s, centre}});
     } else {
 #pragma unroll
-      for (int g = 0; g < SCALES; ++g) {
-        if constexpr (VALUES)
-          reinterpret_cast<Bits*>(scales)[(token / 2 * Tile::GROUPS + g) * 2 + token % 2] = static_cast<Bits>(words[g]);
-        else
-          reinterpret_cast<float*>(scales)[token * Tile::GROUPS + g] = number(words[g]);
+      for (int g = 0; g < SCALES; g += WIDTH) {
+        Vec<float, WIDTH> some;
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) {
+          some.v[i] = number(words[g + i]);
+          if constexpr (VALUES)
+            reinterpret_cast<Bits*>(scales)[(token / 2 * SCALES + g + i) * 2 + token % 2] = static_cast<Bits>(words[g + i]);
+        }
+        if constexpr (!VALUES) store_vec(reinterpret_cast<float*>(scales) + token * SCALES + g, some);
       }
     }
   }

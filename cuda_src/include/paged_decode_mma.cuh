@@ -9,15 +9,15 @@
 //      STAGES tiles filled by cp.async. While tile i is worked on, tiles i + 1 to i + STAGES - 1 are on their way, the
 //      row addresses of tile i + STAGES are published, its scales and the page entries of the tile after it are loaded
 //      2a. scores = Q.K^T in float32, scales of K, softmax_scale, biases; hidden keys -inf, where there are any
-//      2b. probabilities relative to `origin`, which follows the largest score only when that is 2^8 times ahead;
-//          times V's scales, rounded to V's operand type as the A operand of P.V
+//      2b. probabilities relative to `origin`, which follows the largest one only when that is 2^8 times ahead; times
+//          V's scales, rounded to V's operand type as the A operand of P.V
 //      2c. sums += P.V
 //   3. outputs and state go to shared memory in place of the ring, are merged in the order of the warps and stored; the
 //      last block to bring a piece of a unit merges it
 // A hidden key adds exactly nothing, so a row's bits depend on its own keys and on where its items are cut, nothing else.
 //
-// Scales of V per token: probabilities are p * s * norm in half, with norm the power of two that brings the largest s
-// so far to [1, 64), in each quad of lanes alike; sums are divided by it in the end.
+// Scales of V per token: p * s is rounded to half, so the origin follows the largest score times the largest scale of a
+// tile; p alone may then be any float32 number.
 //
 // legal      T in {__half, __nv_bfloat16}; KF and VF any tags but KvPlain of another type than T; HEAD_DIM 64, 128, 256
 //            (both head dims padded to it); ROWS 16; ALIGNED 1 (rows of k, v and out at multiples of 16 bytes); BIAS 0, 1
@@ -56,16 +56,15 @@ constexpr int Q_BYTES = ROWS * HEAD_DIM * 2;
 constexpr int Q_AT = Q_IN_SHARED ? WARPS * RING_BYTES : RING_BYTES - STAGE_BYTES;
 constexpr int SCALES_AT = WARPS * RING_BYTES + (Q_IN_SHARED ? Q_BYTES : 0);
 constexpr int POINTERS_AT = SCALES_AT + WARPS * STAGES * SCALE_BYTES;
-constexpr int KNOWN_AT = POINTERS_AT + WARPS * POINTER_BYTES;            // uint32 [WARPS][8], of the stages
-constexpr int STATE_AT = KNOWN_AT + WARPS * MAX_RING_STAGES * 4;         // float [WARPS][2][ROWS]; then int [ROWS]
+constexpr int FACTS_AT = POINTERS_AT + WARPS * POINTER_BYTES;            // TileFacts [WARPS][8], of the stages
+constexpr int STATE_AT = FACTS_AT + WARPS * MAX_RING_STAGES * 8;         // float [WARPS][2][ROWS]; then int [ROWS]
 constexpr int FACTORS_AT = STATE_AT + WARPS * 2 * ROWS * 4;              // float [2][ROWS]
 constexpr int SHARED_BYTES = FACTORS_AT + 2 * ROWS * 4;
 constexpr int OUT_STRIDE = HEAD_DIM + (VTile::E == 2 ? 8 : VTile::E == 4 ? 16 : 4);  // floats, against conflicts
 constexpr int K_STEPS = HEAD_DIM / 16;
 constexpr int COLUMNS = HEAD_DIM / 8;  // n-tiles of the sums
 constexpr int SCALE_BATCH = HEAD_DIM > 128 ? 1 : STAGES;  // tiles whose scales are loaded at once in the beginning
-constexpr float MAX_GROWTH = 8.0f;     // log2 of the largest probability relative to the origin
-constexpr float MAX_SCALE = 64.0f;     // of V's scales times norm; probabilities stay far below half's largest number
+constexpr float MAX_GROWTH = 8.0f;  // log2 of the largest probability, times V's scale, relative to the origin
 static_assert(ROWS == 16 && (HEAD_DIM == 64 || HEAD_DIM == 128 || HEAD_DIM == 256) && ALIGNED, "paged_decode_mma");
 static_assert(STAGES >= 2 && STAGES <= MAX_RING_STAGES && SHARED_BYTES <= 99 * 1024, "paged_decode_mma: shared memory");
 static_assert(ROWS * OUT_STRIDE * 4 <= RING_BYTES, "paged_decode_mma: a warp's result must fit in its ring");
@@ -74,23 +73,14 @@ static_assert(sizeof(T) == 2, "paged_decode_mma: 16-bit queries");
 
 // ---- queries -------------------------------------------------------------------------------------------
 
-// Power of two 2^e with 2^e <= x < 2^(e + 1), and its inverse; x >= 0, e from -126 to 126.
-struct PowerOfTwo {
-  float value, inverse;
-  __device__ __forceinline__ explicit PowerOfTwo(float x) {
-    const uint32_t exponent = min(max(__float_as_uint(x) >> 23, 1u), 253u);
-    value = __uint_as_float(exponent << 23);
-    inverse = __uint_as_float((254u - exponent) << 23);
-  }
-};
-
 // Address of 16-byte piece `piece` of row r of the staged queries.
 __device__ __forceinline__ char* query_piece(char* queries, int r, int piece) {
   return queries + r * (HEAD_DIM * 2) + (piece ^ (r & 7)) * 16;
 }
 
-// Block: the item's queries as K's format wants them, zeros past num_rows and head_dim. factors[r] times a staged row
-// is the row; factors[ROWS + r] is the sum of the staged row, where K's format has an offset.
+// Block: the item's queries as K's format wants them, zeros past num_rows and head_dim, their sign so that the largest
+// score belongs to the largest dot product. factors[r] times a staged row is the row, factors[r] a power of two;
+// factors[ROWS + r] is the sum of the staged row, where K's format has an offset.
 __device__ __forceinline__ void stage_queries(const AttentionArgs& args, const RowTile& rows, char* queries,
                                               float* factors) {
   constexpr int LANES = HEAD_DIM / STEP;  // of a row
@@ -108,21 +98,21 @@ __device__ __forceinline__ void stage_queries(const AttentionArgs& args, const R
       }
     }
     if constexpr (KF::ROTATED) hadamard32(q);
-    float factor = 1.0f;
+    uint32_t exponent = 127;  // of the row's largest number, so that half holds the staged row
     if constexpr (KTile::E > 2) {
       float largest = 0.0f;
 #pragma unroll
       for (int j = 0; j < STEP; ++j) largest = fmaxf(largest, fabsf(q.x[j]));
-      const PowerOfTwo power(group_max<LANES>(largest));
-      factor = power.value;
-      q *= power.inverse;
+      exponent = min(max(__float_as_uint(group_max<LANES>(largest)) >> 23, 1u), 253u);
     }
+    const uint32_t sign = args.softmax_scale < 0.0f ? 0x80000000u : 0u;
+    q *= __uint_as_float(sign | (254u - exponent) << 23);
     const Vec<KOperand, STEP> rounded = q.to<KOperand>();
     if constexpr (KTile::TOKEN_SCALE) {
       const float sum = group_sum<LANES>(EightFloats::from(rounded).sum());
       if (dim == 0) factors[ROWS + r] = sum;
     }
-    if (dim == 0) factors[r] = factor;
+    if (dim == 0) factors[r] = __uint_as_float(sign | exponent << 23);
 #pragma unroll
     for (int j = 0; j < STEP; j += 2) {
       const int slot = query_slot<KF>(dim + j);
@@ -166,9 +156,13 @@ struct TileAhead {
   const AttentionArgs& args;
   const RowTile& rows;
   SequencePages pages;
+  KvView k, v;  // of the item's head
+  KvScale k_scale, v_scale;
 
   __device__ __forceinline__ TileAhead(const AttentionArgs& a, const RowTile& r)
-      : args(a), rows(r), pages(a.table, r.item.seq) {}
+      : args(a), rows(r), pages(a.table, r.item.seq), k(head_view<KF>(a.k, r.item.kv_head)),
+        v(head_view<VF>(a.v, r.item.kv_head)), k_scale(head_view<KF>(a.k_scale, r.item.kv_head)),
+        v_scale(head_view<VF>(a.v_scale, r.item.kv_head)) {}
   static __device__ __forceinline__ bool for_keys() { return BOTH || threadIdx.x % 32 < TILE; }
   static __device__ __forceinline__ bool for_values() { return BOTH || threadIdx.x % 32 >= TILE; }
 
@@ -185,10 +179,8 @@ struct TileAhead {
     const int lane = threadIdx.x % 32;
     const char* key = nullptr;
     const char* value = nullptr;
-    if (for_keys()) key = reinterpret_cast<const char*>(
-        kv_row<const typename KF::Code>(args.k, args.table, slot, rows.item.kv_head));
-    if (for_values()) value = reinterpret_cast<const char*>(
-        kv_row<const typename VF::Code>(args.v, args.table, slot, rows.item.kv_head));
+    if (for_keys()) key = reinterpret_cast<const char*>(kv_row<const typename KF::Code>(k, args.table, slot, 0));
+    if (for_values()) value = reinterpret_cast<const char*>(kv_row<const typename VF::Code>(v, args.table, slot, 0));
     pointers[lane] = lane < TILE ? key : value;
     if constexpr (BOTH) pointers[TILE + lane] = value;
     return __ballot_sync(FULL_MASK, slot.page >= 0);
@@ -211,15 +203,26 @@ struct ScalesAhead {
 
   __device__ __forceinline__ void load(const TileAhead& ahead, TokenSlot slot) {
     const AttentionArgs& args = ahead.args;
-    const int head = ahead.rows.item.kv_head;
-    if (ahead.for_keys()) K::load(args.k_scale, args.table, slot, head, args.head_dim, words);
-    if (ahead.for_values()) V::load(args.v_scale, args.table, slot, head, args.head_dim_v, words + V_AT);
+    if (ahead.for_keys()) K::load(ahead.k_scale, args.table, slot, args.head_dim, words);
+    if (ahead.for_values()) V::load(ahead.v_scale, args.table, slot, args.head_dim_v, words + V_AT);
   }
   __device__ __forceinline__ void store(char* scales) const {
     const int token = threadIdx.x % TILE;
     if (TileAhead::for_keys()) K::template store<false>(words, scales, token);
     if (TileAhead::for_values()) V::template store<true>(words + V_AT, scales + TILE * KTile::SCALE_BYTES, token);
   }
+  // Whole part of log2 of the tile's largest V scale, at least -40; the whole warp takes part.
+  __device__ __forceinline__ float log2_of_values() const {
+    if constexpr (!VTile::TOKEN_SCALE) return 0.0f;
+    const uint32_t bits = TileAhead::for_values() ? __float_as_uint(fabsf(V::number(words[V_AT]))) : 0;
+    return static_cast<float>(max(static_cast<int>(__reduce_max_sync(FULL_MASK, bits) >> 23) - 127, -40));
+  }
+};
+
+// What the warp knows of a tile in its ring.
+struct TileFacts {
+  uint32_t known;   // tokens that are in a page, one bit each
+  float v_log2;     // ScalesAhead::log2_of_values()
 };
 
 // scores[n] of rows g, g + 8 against tokens 8n + 2t, 8n + 2t + 1 (g = lane / 4, t = lane % 4), in units of the rows'
@@ -308,13 +311,12 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
 struct LaneRows {
   KeyRange keys[2];        // visible ones; of rows past num_rows all of the item
   float factor[2];         // of the dot products
-  float log2_scale[2];     // the same for scores in log2 units, without softcap and biases
+  float unit[2];           // of the scores, > 0: log2 of a probability is score * unit - origin
   float row_sum[2];        // of the staged queries
   RowBias bias[BIAS ? 2 : 1];
   float origin[2];         // what probabilities are relative to, log2
   float sum[2];            // of this lane's probabilities
   float offset[2];         // sum of probability * centre of this lane's tokens
-  float norm;              // of V's scales
 
   __device__ __forceinline__ LaneRows(const AttentionArgs& args, const RowTile& rows) {
 #pragma unroll
@@ -326,30 +328,26 @@ struct LaneRows {
       origin[half] = NEG_INF;
       sum[half] = offset[half] = 0.0f;
     }
-    norm = PowerOfTwo(0.0f).inverse;  // any scale is larger
   }
+  static __device__ __forceinline__ bool is_simple(const AttentionArgs& args) { return !BIAS && args.softcap == 0.0f; }
   __device__ __forceinline__ void read_factors(const AttentionArgs& args, const float* factors) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int r = threadIdx.x % 32 / 4 + 8 * half;
       factor[half] = factors[r];
-      log2_scale[half] = factor[half] * args.softmax_scale * LOG2_E;
+      // a scale of 0 must not make NaN of hidden scores
+      unit[half] = is_simple(args) ? fmaxf(factor[half] * args.softmax_scale * LOG2_E, 1e-30f) : 1.0f;
       row_sum[half] = KTile::TOKEN_SCALE ? factors[ROWS + r] : 0.0f;
     }
   }
 
-  // Dot products to scores in log2 units; known: tokens of the tile that are in a page.
+  // Dot products to scores: -inf where hidden. known: tokens of the tile that are in a page.
   __device__ __forceinline__ void finish_scores(const AttentionArgs& args, const RowTile& rows, int key, uint32_t known,
                                                 float (&scores)[TILE / 8][4]) const {
     constexpr uint32_t ALL = TILE == 32 ? 0xffffffffu : 0xffffu;
     const int begin = max(keys[0].begin, keys[1].begin), end = min(keys[0].end, keys[1].end);
     const bool some_hidden = BIAS || (known & ALL) != ALL || key < begin || key + TILE > end;
-    if (!BIAS && args.softcap == 0.0f) {
-#pragma unroll
-      for (int n = 0; n < TILE / 8; ++n)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) scores[n][j] *= log2_scale[j / 2];
-    } else if (!BIAS) {
+    if (!BIAS && !is_simple(args)) {
       const float inverse = 1.0f / args.softcap;
 #pragma unroll
       for (int n = 0; n < TILE / 8; ++n)
@@ -373,64 +371,59 @@ struct LaneRows {
       }
   }
 
-  // Moves the origins if scores ask for it, and norm if V's scales do.
-  __device__ __forceinline__ void follow(const float (&scores)[TILE / 8][4], const char* scales,
+  // Moves the origins if the tile asks for it.
+  __device__ __forceinline__ void follow(const float (&scores)[TILE / 8][4], float v_log2,
                                          float (&sums)[COLUMNS][4]) {
-    float top[VTile::TOKEN_SCALE ? 3 : 2] = {NEG_INF, NEG_INF};
+    float top[2] = {NEG_INF, NEG_INF};
 #pragma unroll
-    for (int n = 0; n < TILE / 8; ++n) {
+    for (int n = 0; n < TILE / 8; ++n)
 #pragma unroll
       for (int j = 0; j < 4; ++j) top[j / 2] = fmaxf(top[j / 2], scores[n][j]);
-      if constexpr (VTile::TOKEN_SCALE) {
-        const float* own = reinterpret_cast<const float*>(scales) + (8 * n + threadIdx.x % 4 * 2) * 2;
-        top[2] = fmaxf(fmaxf(top[2], fabsf(own[0])), fabsf(own[2]));
-      }
-    }
     group_max<4>(top);
     float shrink[2] = {1.0f, 1.0f};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (top[half] > origin[half] + MAX_GROWTH) {
-        shrink[half] = exp2f(origin[half] - top[half]);
-        origin[half] = top[half];
-        sum[half] *= shrink[half];
-        offset[half] *= shrink[half];
+      const float reach = fmaf(top[half], unit[half], v_log2);
+      if (reach > origin[half] + MAX_GROWTH) {
+        shrink[half] = exp2f(origin[half] - reach);
+        origin[half] = reach;
       }
     }
-    if constexpr (VTile::TOKEN_SCALE) {
-      if (top[2] * norm > MAX_SCALE) {
-        const float wanted = PowerOfTwo(top[2]).inverse, change = wanted / norm;
-        norm = wanted;
-        shrink[0] *= change;
-        shrink[1] *= change;
-      }
-    }
-    if (shrink[0] != 1.0f || shrink[1] != 1.0f) {
+    if (shrink[0] == 1.0f && shrink[1] == 1.0f) return;
 #pragma unroll
-      for (int n = 0; n < COLUMNS; ++n)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sums[n][j] *= shrink[j / 2];
+    for (int half = 0; half < 2; ++half) {
+      sum[half] *= shrink[half];
+      offset[half] *= shrink[half];
     }
+#pragma unroll
+    for (int n = 0; n < COLUMNS; ++n)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums[n][j] *= shrink[j / 2];
   }
 
   // Probabilities of 16 tokens as the A operand of P.V, from their scores and V's scales.
   __device__ __forceinline__ void make_probs(const float (&scores)[TILE / 8][4], const char* scales, int step,
                                              uint32_t (&probs)[4]) {
+    const float from[2] = {softmax_origin(origin[0]), softmax_origin(origin[1])};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {  // tokens 8 * (i / 2) + 2t and the next, row half i % 2
-      const int half = i % 2, n = 2 * step + i / 2;
-      const float from = softmax_origin(origin[half]);
-      float low = exp2f(scores[n][2 * half] - from), high = exp2f(scores[n][2 * half + 1] - from);
-      sum[half] += low + high;
-      if constexpr (VTile::TOKEN_SCALE) {
-        const Vec<float, 4> both =
-            load_vec<float, 4>(reinterpret_cast<const float*>(scales) + (8 * n + threadIdx.x % 4 * 2) * 2);
-        if constexpr (VTile::Fragments::CENTRE != 0.0f)
-          offset[half] = fmaf(low, both.v[1], fmaf(high, both.v[3], offset[half]));
-        low *= both.v[0] * norm;
-        high *= both.v[2] * norm;
+    for (int n = 0; n < 2; ++n) {  // tokens 8n + 2t and the next
+      const float (&own)[4] = scores[2 * step + n];
+      Vec<float, 4> v;  // scale and centre of two tokens
+      if constexpr (VTile::TOKEN_SCALE)
+        v = load_vec<float, 4>(reinterpret_cast<const float*>(scales) + (16 * step + 8 * n + threadIdx.x % 4 * 2) * 2);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float low = exp2f(fmaf(own[2 * half], unit[half], -from[half]));
+        float high = exp2f(fmaf(own[2 * half + 1], unit[half], -from[half]));
+        sum[half] += low + high;
+        if constexpr (VTile::TOKEN_SCALE) {
+          if constexpr (VTile::Fragments::CENTRE != 0.0f)
+            offset[half] = fmaf(low, v.v[1], fmaf(high, v.v[3], offset[half]));
+          low *= v.v[0];
+          high *= v.v[2];
+        }
+        probs[2 * n + half] = pack_pair(low, high);
       }
-      probs[i] = pack_pair(low, high);
     }
   }
 
@@ -440,7 +433,6 @@ struct LaneRows {
     const int t = threadIdx.x % 4;
     float totals[4] = {sum[0], sum[1], offset[0], offset[1]};
     group_sum<4>(totals);
-    const float scale = VTile::TOKEN_SCALE ? 1.0f / norm : 1.0f;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int r = threadIdx.x % 32 / 4 + 8 * half;
@@ -456,8 +448,7 @@ struct LaneRows {
 #pragma unroll
           for (int i = 0; i < WIDTH; ++i) {
             const ValueAt at = value_at<VF>(piece, m + i);
-            run.v[i] = VTile::TOKEN_SCALE ? fmaf(sums[at.index][at.part + 2 * half], scale, totals[2 + half])
-                                          : sums[at.index][at.part + 2 * half];
+            run.v[i] = sums[at.index][at.part + 2 * half] + totals[2 + half];
           }
           store_vec(outputs + r * OUT_STRIDE + piece * 4 * E + t * E + m, run);
         }
@@ -476,7 +467,7 @@ __device__ __forceinline__ void attend_item(const AttentionArgs& args, int index
   char* scales = smem + SCALES_AT + warp * STAGES * SCALE_BYTES;
   const char** pointers = reinterpret_cast<const char**>(smem + POINTERS_AT + warp * POINTER_BYTES);
 
-  uint32_t* known = reinterpret_cast<uint32_t*>(smem + KNOWN_AT) + warp * MAX_RING_STAGES;
+  TileFacts* facts = reinterpret_cast<TileFacts*>(smem + FACTS_AT) + warp * MAX_RING_STAGES;
 
   // 1. start copying. Tiles are counted from local key 0: warp w takes w, w + WARPS, ...
   const TileAhead ahead(args, rows);
@@ -490,7 +481,7 @@ __device__ __forceinline__ void attend_item(const AttentionArgs& args, int index
   for (int s = 0; s < STAGES; ++s) {
     newest = ahead.publish(ahead.answer(asked[s]), pointers + s % 2 * 2 * TILE);
     if (s == STAGES - 1) break;
-    if (threadIdx.x % 32 == 0) known[s] = newest;
+    if (threadIdx.x % 32 == 0) facts[s].known = newest;
     __syncwarp();
     ahead.copy(ring + s * STAGE_BYTES, pointers + s % 2 * 2 * TILE);
   }
@@ -503,7 +494,11 @@ __device__ __forceinline__ void attend_item(const AttentionArgs& args, int index
       if (first + i < STAGES) batch[i].load(ahead, ahead.answer(asked[first + i]));
 #pragma unroll
     for (int i = 0; i < SCALE_BATCH; ++i) {
-      if (first + i < STAGES - 1) batch[i].store(scales + (first + i) * SCALE_BYTES);
+      if (first + i < STAGES - 1) {
+        batch[i].store(scales + (first + i) * SCALE_BYTES);
+        const float v_log2 = batch[i].log2_of_values();
+        if (threadIdx.x % 32 == 0) facts[first + i].v_log2 = v_log2;
+      }
       if (first + i == STAGES - 1) next_scales = batch[i];  // their stage is not free yet
     }
   }
@@ -529,7 +524,8 @@ __device__ __forceinline__ void attend_item(const AttentionArgs& args, int index
     const int filled = stage == 0 ? STAGES - 1 : stage - 1;
     ahead.copy(ring + filled * STAGE_BYTES, pointers + parity * 2 * TILE);
     next_scales.store(scales + filled * SCALE_BYTES);
-    if (threadIdx.x % 32 == 0) known[filled] = newest;
+    const float v_log2 = next_scales.log2_of_values();
+    if (threadIdx.x % 32 == 0) facts[filled] = {newest, v_log2};
 
     const char* keys = ring + stage * STAGE_BYTES;
     const char* key_scales = scales + stage * SCALE_BYTES;
@@ -543,8 +539,8 @@ __device__ __forceinline__ void attend_item(const AttentionArgs& args, int index
     next_scales.load(ahead, slot);
     next = ahead.ask(key + (STAGES + 1) * STRIDE);
 
-    lane_rows.finish_scores(args, rows, key, known[stage], scores);
-    lane_rows.follow(scores, value_scales, sums);
+    lane_rows.finish_scores(args, rows, key, facts[stage].known, scores);
+    lane_rows.follow(scores, facts[stage].v_log2, sums);
 #pragma unroll
     for (int step = 0; step < TILE / 16; ++step) {
       uint32_t probs[4];
