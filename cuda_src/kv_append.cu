@@ -188,7 +188,7 @@ __device__ __forceinline__ Token find(const KvAppendArgs& args, int64_t token, b
   const int32_t position = args.positions == nullptr ? 0 : args.positions[token * args.stride_position];
   found.rope_row = position;
   if constexpr (STAGES) {
-    if (args.rope_rows != nullptr) found.rope_row = args.rope_rows[token * args.stride_rope_row];
+    if (args.rope_rows != nullptr && position >= 0) found.rope_row = args.rope_rows[token * args.stride_rope_row];
     found.known = args.rotary_dim == 0 || found.rope_row < args.table_rows;
     if (position > args.logn_position && args.logn_factor != 0.0f)
       found.factor = logf(static_cast<float>(position)) * args.logn_factor;

@@ -62,6 +62,8 @@ def kv_append(k, v, k_cache, v_cache, /, *, slots=None, block_table=None, positi
     """
     tokens = len(q if k is None else k)
     rows = rope_rows if rope_rows is not None else positions if positions is not None else np.zeros(tokens, np.int32)
+    if positions is not None:
+        rows = np.where(positions < 0, -1, rows)
     turn = (cos, sin, rows, style, rotary_dim)
     if k is not None:
         keys = _finish(k, k_bias, k_norm, norm_eps, *turn).astype(k.dtype)
