@@ -60,23 +60,32 @@ struct Floats {
   // From and to memory aligned to 16 bytes, or to what N numbers take if that is less.
   static __device__ __forceinline__ Floats load(const float* p) {
     Floats out;
-#if CA_CPU
+#if CA_CPU && CA_FUSED
     if (N < 4) out.x = Numbers{};
     __builtin_memcpy(&out.x, p, 4 * N);
 #else
     constexpr int WIDTH = N < 4 ? N : 4;
 #pragma unroll
-    for (int j = 0; j < N; j += WIDTH) store_vec(out.x + j, load_vec<float, WIDTH>(p + j));
+    for (int j = 0; j < N; j += WIDTH) {
+      const Vec<float, WIDTH> piece = load_vec<float, WIDTH>(p + j);
+#pragma unroll
+      for (int i = 0; i < WIDTH; ++i) out.x[j + i] = piece.v[i];
+    }
 #endif
     return out;
   }
   __device__ __forceinline__ void store(float* p) const {
-#if CA_CPU
+#if CA_CPU && CA_FUSED
     __builtin_memcpy(p, &x, 4 * N);
 #else
     constexpr int WIDTH = N < 4 ? N : 4;
 #pragma unroll
-    for (int j = 0; j < N; j += WIDTH) store_vec(p + j, load_vec<float, WIDTH>(x + j));
+    for (int j = 0; j < N; j += WIDTH) {
+      Vec<float, WIDTH> piece;
+#pragma unroll
+      for (int i = 0; i < WIDTH; ++i) piece.v[i] = x[j + i];
+      store_vec(p + j, piece);
+    }
 #endif
   }
 
