@@ -14,7 +14,9 @@ from cupyattn.runtime import compile_all, host_compiler
 from cupyattn.runtime.cpu import settings
 
 STEMS = [m.name for m in pkgutil.iter_modules(ops.__path__)]
-KERNEL_TESTS = [f"tests/test_{name}.py" for name in (*STEMS, "instructions")]
+TESTS = Path(__file__).parent
+KERNEL_TESTS = sorted(f"tests/{file.name}" for stem in (*STEMS, "instructions")   # test_x.py, test_x_formats.py, ...
+                      for file in {*TESTS.glob(f"test_{stem}.py"), *TESTS.glob(f"test_{stem}_*.py")})
 
 
 @pytest.mark.parametrize("check", [False, True], ids=["release", "check"])
@@ -28,7 +30,7 @@ def test_core_builds(stem, check):
 
 def _run(*options):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options, *KERNEL_TESTS]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
 
 
