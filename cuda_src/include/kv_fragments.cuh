@@ -102,28 +102,38 @@ struct KvFragments<KvHadamard8> {
   }
 };
 
-// (nibble - 7.5) / M. A nibble above one free bit counts twos, so that the half is a whole number of the last bit.
-template <int M>
-struct NibbleFragments {
+// Nibbles i and i + 4 of a word make the pair of elements 2i, 2i + 1. nibble - 8
+template <typename S>
+struct KvFragments<KvInt4<S>> {
   using Operand = __half;
   static constexpr int E = 8;
+  static constexpr float CENTRE = 8.0f;
+  template <bool VALUES>
+  static __device__ __forceinline__ void expand(uint32_t word, uint32_t (&out)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const uint32_t moved = i == 0 ? word : word >> 8;
+      out[i] = add_pair(and_or(moved, 0x000f000fu, TWO_TO_10), -1032.0f);
+      out[i + 1] = scaled_pair(and_or(moved, 0x00f000f0u, TWO_TO_10), 1.0f / 16, 72.0f);
+    }
+  }
+};
+
+// (nibble - 7.5) / 8. At least one free bit below a nibble makes the half a whole number of the last bit.
+template <>
+struct KvFragments<KvHadamard4> {
+  using Operand = __half;
+  static constexpr int E = 8;
+  static constexpr float CENTRE = 0.0f;
   template <bool VALUES>
   static __device__ __forceinline__ void expand(uint32_t word, uint32_t (&out)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
       const uint32_t moved = i == 0 ? word << 1 : word >> 7;
-      out[i] = scaled_pair(and_or(moved, 0x001e001eu, TWO_TO_10), 0.5f / M, (512.0f + 7.5f) / M);
-      out[i + 1] = scaled_pair(and_or(moved, 0x01e001e0u, TWO_TO_10), 1.0f / 32 / M, (32.0f + 7.5f) / M);
+      out[i] = scaled_pair(and_or(moved, 0x001e001eu, TWO_TO_10), 1.0f / 16, (512.0f + 7.5f) / 8);
+      out[i + 1] = scaled_pair(and_or(moved, 0x01e001e0u, TWO_TO_10), 1.0f / 256, (32.0f + 7.5f) / 8);
     }
   }
-};
-template <typename S>
-struct KvFragments<KvInt4<S>> : NibbleFragments<1> {
-  static constexpr float CENTRE = 7.5f;
-};
-template <>
-struct KvFragments<KvHadamard4> : NibbleFragments<8> {
-  static constexpr float CENTRE = 0.0f;
 };
 
 // (code - 31.5) / 32: nibbles and, in bits 0 to 7 of each half of `high`, four pairs of high bits.
@@ -134,10 +144,14 @@ struct KvFragments<KvHadamard6> {
   static constexpr float CENTRE = 0.0f;
   static __device__ __forceinline__ void expand(uint32_t word, uint32_t high, uint32_t (&out)[4]) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t low = and_or(i == 0 ? word << 1 : word >> (4 * i - 1), 0x001e001eu, TWO_TO_10);
-      const uint32_t both = and_or(i < 3 ? high << (5 - 2 * i) : high >> 1, 0x00600060u, low);
-      out[i] = scaled_pair(both, 1.0f / 64, 1087.0f / 64);
+    for (int i = 0; i < 4; i += 2) {
+      const uint32_t even = i == 0 ? word << 2 : word >> 6;   // a code in bits 2 to 7
+      const uint32_t odd = i == 0 ? word : word >> 8;         // a code in bits 4 to 9
+      const uint32_t above = high << (i == 0 ? 6 : 2);        // the high bits of both
+      out[i] = scaled_pair(and_or(above, 0x00c000c0u, and_or(even, 0x003c003cu, TWO_TO_10)), 1.0f / 128,
+                           (256.0f + 31.5f) / 32);
+      out[i + 1] = scaled_pair(and_or(above, 0x03000300u, and_or(odd, 0x00f000f0u, TWO_TO_10)), 1.0f / 512,
+                               (64.0f + 31.5f) / 32);
     }
   }
 };

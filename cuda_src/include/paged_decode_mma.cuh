@@ -231,7 +231,7 @@ __device__ __forceinline__ void multiply_keys(const char* tile, const char* scal
                                               const float (&row_sums)[2], float (&scores)[TILE / 8][4]) {
   const float* own = reinterpret_cast<const float*>(scales);
   const int t = threadIdx.x % 4;
-#pragma unroll(Q_IN_SHARED ? 1 : KTile::CHUNKS)
+#pragma unroll(!Q_IN_SHARED ? KTile::CHUNKS : KTile::GROUP_SCALE ? 1 : 4)  // registers for 256 dims are scarce
   for (int chunk = 0; chunk < KTile::CHUNKS; ++chunk) {
     uint32_t queries[KTile::K_STEPS][4];
 #pragma unroll
