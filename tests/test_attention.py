@@ -9,11 +9,10 @@ from compare import assert_close, assert_same_bits, dtype_of, poison
 from conftest import NumpyArrays
 
 import cupyattn
-from cupyattn import attention_plans
 from cupyattn.quantized_kv import FORMATS, BlockKV, QuantizedKV
 from cupyattn.reference import kv_codec
 from cupyattn.reference.attention import attention as expected_attention
-from cupyattn.runtime.cpu import settings
+from cupyattn.runtime.cpu import counters, settings
 
 TOLERANCE = {"float16": (1e-3, 2.0**-11), "bfloat16": (4e-3, 2.0**-8), "float32": (2e-6, 0.0)}
 WILD = 2_147_480_000   # an id that would lead far out of any cache
@@ -389,8 +388,9 @@ def quantized(cache, format, dtype, used, **options):
 
 @pytest.mark.parametrize("dtype, k_format, v_format", [
     ("float16", "int8", "int8"), ("float16", "int8", "int4"), ("bfloat16", "int4", "int8"),
-    ("float32", "hadamard4", "hadamard8"), ("float16", "hadamard6", "hadamard6"), ("bfloat16", "int8_symmetric", "fp8_e4m3"),
-    ("float16", "int8_channel", "int4"), ("float32", "int8_channel", "fp8_e4m3"), ("float32", "fp8_e5m2", "int8_channel")])
+    ("float32", "hadamard4", "hadamard8"), ("float16", "hadamard6", "hadamard6"),
+    ("bfloat16", "int8_symmetric", "fp8_e4m3"), ("float16", "int8_channel", "int4"),
+    ("float32", "int8_channel", "fp8_e4m3"), ("float32", "fp8_e5m2", "int8_channel")])
 def test_formats(dtype, k_format, v_format):
     """Attention over what the codes stand for, at the bounds of the activations."""
     case = make([45, 200, 1060, 0], [1, 70, 9, 1], heads=6, head_dim=96, head_dim_v=64, dtype=dtype, kv_dtype="float32")
@@ -585,16 +585,26 @@ def test_attention_checked(dtype, options):
     assert_all_same(results)
 
 
-@pytest.mark.parametrize("k_format, v_format, dtype", [("int8", "int8", "float16"), ("hadamard4", "hadamard8", "float32")])
+@pytest.mark.parametrize("k_format, v_format, dtype", [
+    ("int8", "int8", "float16"), ("hadamard4", "hadamard8", "float32"), (None, None, "float32")])
 def test_formats_checked(k_format, v_format, dtype):
+    """The checker finds nothing; every row is read once; staged keys do not conflict."""
     case = make([30, 70], [3, 5], head_dim=64, dtype=dtype, kv_dtype="float32")
     used = np.zeros(case.k.shape[:2], bool)
     for b in range(2):
         used[case.tokens(b)] = True
-    k, v = (quantized(a, f, dtype, used) for a, f in ((case.k, k_format), (case.v, v_format)))
+    k, v = (a if f is None else quantized(a, f, dtype, used) for a, f in ((case.k, k_format), (case.v, v_format)))
     results = []
     for schedule in ("forward", "reverse"):
-        with settings(check=True, schedule=schedule):
+        with settings(check=True, schedule=schedule), counters() as launches:
             results.append(cupyattn.attention(case.q, k, v, cu_seqlens_q=case.cu, block_table=case.table,
                                               cache_seqlens=case.lengths, invariant=True, return_lse=True))
+        launch, = launches
+        for name, format in (("k", k_format), ("v", v_format)):
+            row = 64 * 4 if format is None else FORMATS[format].row_codes(64)
+            assert launch.buffers[f"{name}.data"]["bytes_read"] == 100 * 2 * row   # tokens, KV heads
+        assert launch.shared["cp_async"]["requests"] > 0 and launch.shared["cp_async"]["conflicts"] == 0
+        # 16 bytes of a key are read without conflicts, shorter pieces are not; the rest happens once per item
+        reads = [place for place, access in launch.conflicts if access == "read" and "attention_store" not in place]
+        assert not reads or k_format is not None, reads
     assert_all_same(results)

@@ -107,7 +107,12 @@ struct KeySlices {
       const int at_once = 32 / pieces;
       const int group = lane / pieces;
       const int at = (lane - group * pieces) * piece;
-      for (int t = group < at_once ? group : TILE; t < TILE; t += at_once) {
+      int first = group < at_once ? group : TILE;
+      if (pieces == 2 || pieces == 4) {  // 8 lanes then write 4 or 2 rows: those `pieces` apart lie in different banks
+        const int rows = 8 / pieces;
+        first = (group & ~7) + group % rows * pieces + (group & 7) / rows;
+      }
+      for (int t = first; t < TILE; t += at_once) {
         if (keys.row(t) == nullptr) continue;
         const char* row = reinterpret_cast<const char*>(keys.row(t) + from) + at;
         char* copy = to + t * key_bytes + at;
