@@ -125,17 +125,17 @@ def test_splits(blocks):
     assert_close(lse, want_lse, 1e-5, 1e-6)
 
 
-@pytest.mark.parametrize("formats, cuts", [(None, [0, 1, 65, 700, 1299, 1300]),
-                                           (("int8", "int4"), [0, 40, 105, 700, 1250, 1300])], ids=["plain", "quantized"])
+@pytest.mark.parametrize("formats, cuts", [
+    (None, [0, 1, 65, 700, 1299, 1300]), (("int8", "int4"), [0, 40, 105, 700, 1250, 1300])], ids=["plain", "quantized"])
 def test_chunked_prefill_is_whole_prefill(formats, cuts, blocks):
     """With invariant=True: the same bits, whatever the chunks, their tiles of rows and the number of blocks."""
     case = make([1300], [1300], heads=2, kv_heads=1, dtype="float16")
     if formats:
         case = stored(case, *formats)
     results = []
-    for blocks[0], cuts in ((1, [0, 1300]), (5, cuts)):
+    for blocks[0], ends in ((1, [0, 1300]), (5, cuts)):
         parts = []
-        for first, last in itertools.pairwise(cuts):
+        for first, last in itertools.pairwise(ends):
             chunk = replace(case, q=case.q[first:last], q_lens=np.int32([last - first]), lengths=np.int32([last]))
             parts.append(attend_stored(chunk, invariant=True, window_size=600, sinks=SINKS[:2]))
         results.append(tuple(np.concatenate(a) for a in zip(*parts, strict=True)))

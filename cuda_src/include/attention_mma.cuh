@@ -413,23 +413,18 @@ struct ItemKeys {
       : pages(args.table, rows.item.seq), visible(rows.visible), kv_head(rows.item.kv_head) {}
 };
 
-// Starts the block's copies of a tile whose rows are all in pages: few instructions, since it is done for nearly every
-// tile.
+// Starts the block's copies of a tile whose rows are all in pages and HEAD_DIM long: few instructions, since nearly
+// every tile is such.
 template <typename Tile>
-__device__ __forceinline__ void copy_whole(char* tile, const char* const* rows, int head_dim) {
-  if constexpr (THREADS % Tile::PIECES != 0) {
-    Tile::template copy<KEYS, THREADS>(tile, rows, head_dim, rows[0], threadIdx.x);
-  } else {
-    constexpr int EACH = THREADS / Tile::PIECES;  // rows at once
-    const int row = threadIdx.x / Tile::PIECES, piece = threadIdx.x % Tile::PIECES;
-    const auto part = Tile::source(piece, head_dim);
+__device__ __forceinline__ void copy_whole(char* tile, const char* const* rows) {
+  constexpr int PIECES = Tile::PIECES, EACH = THREADS / PIECES;  // of a row; rows at once
+  constexpr bool REGULAR = THREADS % PIECES == 0 && EACH % 8 == 0;  // only the row changes from copy to copy
 #pragma unroll
-    for (int first = 0; first < KEYS; first += EACH) {
-      if (EACH > KEYS && row >= KEYS) break;
-      const int swizzle = EACH % 8 == 0 ? Tile::offset(row, piece) + first * Tile::ROW_BYTES
-                                        : Tile::offset(row + first, piece);
-      cp_async16_part(tile + swizzle, rows[row + first] + part.at, part.bytes);
-    }
+  for (int first = 0; first < KEYS * PIECES; first += THREADS) {
+    const int index = REGULAR ? threadIdx.x : first + threadIdx.x, rows_down = REGULAR ? first / PIECES : 0;
+    if (KEYS * PIECES % THREADS != 0 && first + threadIdx.x >= KEYS * PIECES) break;
+    const int row = index / PIECES, piece = index % PIECES;
+    cp_async16(tile + Tile::offset(row, piece) + rows_down * Tile::ROW_BYTES, rows[row + rows_down] + piece * 16);
   }
 }
 
@@ -463,9 +458,9 @@ struct KeyTiles {
     return all;
   }
   __device__ __forceinline__ void copy(int tile) const {
-    if (all_known(tile)) {
-      copy_whole<KTile>(keys(tile), pointers(tile), args.head_dim);
-      copy_whole<VTile>(values(tile), pointers(tile) + KEYS, args.head_dim_v);
+    if (all_known(tile) && args.head_dim == HEAD_DIM && args.head_dim_v == HEAD_DIM) {
+      copy_whole<KTile>(keys(tile), pointers(tile));
+      copy_whole<VTile>(values(tile), pointers(tile) + KEYS);
     } else {
       KTile::template copy<KEYS, THREADS>(keys(tile), pointers(tile), args.head_dim, args.q.data, threadIdx.x);
       VTile::template copy<KEYS, THREADS>(values(tile), pointers(tile) + KEYS, args.head_dim_v, args.q.data,
