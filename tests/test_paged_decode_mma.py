@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from compare import assert_close, assert_same_bits, dtype_of, poison
 
-from cupyattn import attention_plans
+import cupyattn
+from cupyattn import BlockKV, PageTable, attention_plans
 from cupyattn.attention_plans import Facts
 from cupyattn.quantized_kv import FORMATS, QuantizedKV, kv_side
 from cupyattn.reference.kv_codec import quantize
@@ -331,6 +332,41 @@ def test_shared_prefixes():
         case.table[b, :8] = case.table[0, :8]
     check(case, workers=4, prefixes=[(128, np.array([0, 1]))])
     check(case, workers=3, prefixes=[(128, np.array([0, 1]))], sinks=np.float32([1, 2, 3, 4, 5, 6]))
+
+
+def _blocks(case):
+    """(k, v, blocks uint8 [pages, nbytes]): the same caches inside memory blocks."""
+    parts, sides, at = [], [], 0
+    for cache in (case.k, case.v):
+        pages, page_size, kv_heads, head_dim = cache.shape
+        arrays = [np.ascontiguousarray(a) for a in (cache.codes, cache.scale, cache.zero) if a is not None]
+        places = [at + sum(a[0].nbytes for a in arrays[:i]) for i in range(4)]
+        groups = arrays[1].shape[3] if arrays[1].ndim == 4 else 1
+        sides.append(BlockKV(cache.format, page_size, kv_heads, head_dim, offset=at, scale_offset=places[1],
+                             stride_token=arrays[0].strides[1], stride_head=arrays[0].strides[2],
+                             scale_dtype=arrays[1].dtype.name, zero_offset=places[2] if cache.zero is not None else 0,
+                             scale_stride_token=kv_heads * groups, scale_stride_head=groups, scale_stride_group=1))
+        parts += [a.reshape(pages, -1).view(np.uint8) for a in arrays]
+        at += sum(a[0].nbytes for a in arrays)
+    return *sides, np.concatenate(parts, 1)
+
+
+@pytest.mark.parametrize("version", [TOKEN, GROUP], ids=str)
+def test_forms_of_page_tables(version, monkeypatch):
+    """Lists of pages and pointers to blocks that hold codes and scales: the same bits."""
+    monkeypatch.setattr(attention_plans, "version", lambda facts: ("mma", "chosen by the test"))
+    case = make(version, [40, 200])
+    columns = -(-case.lengths // 16)
+    indptr = np.concatenate([[0], np.cumsum(columns)]).astype(np.int32)
+    pages = np.concatenate([case.table[b, :n] for b, n in enumerate(columns)])
+    k, v, blocks = _blocks(case)
+    addresses = blocks.ctypes.data + pages.astype(np.uint64) * blocks.strides[0]
+    results = [cupyattn.paged_decode(case.q[:, 0], *caches, block_table=table, cache_seqlens=case.lengths)
+               for caches, table in (((case.k, case.v), case.table), ((case.k, case.v), PageTable.csr(pages, indptr)),
+                                     ((k, v), PageTable.pointers(addresses, indptr, buffers=(blocks,))))]
+    assert_close(results[0], case.expected()[0][:, 0], *TOLERANCE[version[0]])
+    for other in results[1:]:
+        assert_same_bits(other, results[0])
 
 
 # ---- what must not matter --------------------------------------------------------------------------------
