@@ -26,8 +26,8 @@ class Dtype(StrEnum):
     float32 = "float32"
 
 
-KV_HELP = ("Of the KV cache; default: that of --dtype. Also int8, int4, int8_symmetric, int8_channel, fp8_e4m3, fp8_e5m2, "
-           "hadamard8, hadamard6 or hadamard4, or two of these as K/V.")
+KV_HELP = ("Of the KV cache; default: that of --dtype. Also int8, int4, int8_symmetric, int8_channel, fp8_e4m3, "
+           "fp8_e5m2, hadamard8, hadamard6 or hadamard4, or two of these as K/V.")
 
 
 class Device(StrEnum):
