@@ -91,9 +91,9 @@ def attend(op, xp, q, keys, *, cache_seqlens, max_q_len, softmax_scale, window_s
         stride_seqlens=0 if cache_seqlens is None else strides(cache_seqlens)[0],
         stride_starts=0 if cache_starts is None else strides(cache_starts)[0],
         stride_tree=0 if tree_mask is None else strides(tree_mask)[0], tokens=tokens,
-        q_len=q.shape[1] if uniform else 0, num_kv_heads=num_kv_heads, heads_per_kv=facts.heads_per_kv, head_dim=head_dim, head_dim_v=head_dim_v,
-        causal=int(causal), window_size=window_size, key_stride=key_stride, key_offset=key_offset,
-        num_splits=0 if partials is None else num_splits,
+        q_len=q.shape[1] if uniform else 0, num_kv_heads=num_kv_heads, heads_per_kv=facts.heads_per_kv,
+        head_dim=head_dim, head_dim_v=head_dim_v, causal=int(causal), window_size=window_size,
+        key_stride=key_stride, key_offset=key_offset, num_splits=0 if partials is None else num_splits,
         whole_to_out=int(partials is not None and partials.split_count is not None and out is not None),
         sink_in_partials=int(partials is not None and partials.count_sinks), softmax_scale=softmax_scale,
         softcap=softcap, lse_factor=1.0 if partials is None else partials.lse_factor)
