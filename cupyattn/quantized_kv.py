@@ -71,7 +71,8 @@ class QuantizedKV:
     Notes
     -----
     x = code * scale + zero for int8 and int4, x = code * scale for int8_symmetric, int8_channel and fp8. The hadamard
-    formats rotate every 32 dims, so that outliers spread out, and put each on 2^bits levels between -scale and scale.
+    formats rotate every 32 dims, so that outliers spread out, and put each on 2^bits levels between -scale and scale;
+    scale is a float16, so rotated values beyond 65504 are clipped there (none are while |x| ≤ 11579).
     Exactly: ``cupyattn.reference.kv_codec``.
 
     Examples

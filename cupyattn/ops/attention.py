@@ -113,6 +113,9 @@ def attention(q, k, v, /, *, cu_seqlens_q, cu_seqlens_k=None, cache_seqlens=None
     Sequences of few query rows go through the decode kernel, the others through the prefill kernel: a mixed batch is
     one call and two launches, since a tile that suits prefill would slow decode. With ``invariant=True`` all of them
     go through the prefill kernel. Scores, softmax and sums are float32; tensor cores round probabilities to q's dtype.
+    Slots without a token never matter, whatever they hold. An infinity or NaN in the value of a token does reach rows
+    that do not see it (0 * inf) when another row of their tile does, and with `mask` even when none does: leave
+    padding out by lengths, `cache_starts` or `finished`.
     Asynchronous on the current CuPy stream. Kernels: ``cuda_src/attention.cu``, ``cuda_src/paged_decode.cu``,
     ``cuda_src/schedule.cu``.
 
