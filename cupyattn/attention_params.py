@@ -273,6 +273,7 @@ class AttentionParams:
         self._check_cache(xp)
         self._check_partials()
         self._check_place(xp)
+        object.__setattr__(self, "schedules", {})   # used by this object's calls; a few of the step's
 
     def _check_tokens(self):
         """q, k, v and out, and the stride between their tokens."""

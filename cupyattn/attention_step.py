@@ -32,7 +32,7 @@ class Step:
 
     def __init__(self, xp, tokens, **given):
         self.xp = xp
-        self.schedules = {}   # of all kinds of layers, filled by invoke_decoding and invoke_attention
+        self.schedules = {}   # (block pointers, schedule) of all kinds of layers, filled by the calls that attend
         for name in self.FIELDS:
             setattr(self, name, given[name])
         cu_q, cu_k = (self._cumulative(name) for name in ("cu_q_len", "cu_k_len"))

@@ -18,6 +18,7 @@ from .runtime.checks import FLOATS
 
 _TILE = 64        # keys; splits are cut at its multiples
 _UNIT_ROWS = 16   # query rows that one block of the decode kernel takes
+_SCHEDULES = 16   # that a step keeps for its layers
 
 
 def invoke_decoding(params):
@@ -244,7 +245,8 @@ def _attend(op, params, q, linear):
 def _schedule(params, linear, num_splits):
     """Who attends what: made from the step's lengths on the host for its first layer, and kept for the others.
 
-    Leading blocks that sequences have in common are attended to once for all of them.
+    Leading blocks that sequences have in common are attended to once for all of them. The step keeps the pointers with
+    the schedule: as long as it does, their id is nobody else's. The parameters keep what they used, say for a graph.
     """
     step, blocks = params.step, params.block_iter_params
     format = None if linear or params.block_layer.k.format in FLOATS else params.block_layer.k.format
@@ -254,16 +256,23 @@ def _schedule(params, linear, num_splits):
     if params.cp_offsets is None:
         options |= {"key_stride": params.cp_size, "key_offset": params.cp_rank}
     shared = None if linear or params.is_context_parallel or num_splits else blocks
-    key = (*options.values(), shared and id(shared.pointers_host))
+    pointers = shared and shared.pointers_host
+    key = (*options.values(), id(pointers))
+    if key in params.schedules:
+        return params.schedules[key]
     if key not in step.schedules:
         if shared:
             options |= {"block_table": shared.host_table(), "page_size": shared.block_len}
         if params.cp_offsets is not None:
             options |= {"key_offsets": to_host(params.cp_offsets), "key_counts": to_host(params.cp_counts)}
-        step.schedules[key] = schedule(
+        if len(step.schedules) == _SCHEDULES:
+            del step.schedules[next(iter(step.schedules))]   # the oldest
+        made = schedule(
             step.k_lens.astype(np.int32), cu_seqlens_q=np.append(0, np.cumsum(step.q_lens)).astype(np.int32),
             finished=None if params.finished is None else to_host(params.finished), xp=params.xp, **options)
-    return step.schedules[key]
+        step.schedules[key] = pointers, made
+    params.schedules[key] = step.schedules[key][1]
+    return params.schedules[key]
 
 
 def _partial_options(params):

@@ -223,11 +223,39 @@ def test_blocks_that_sequences_share(xp):
     params = layer.params(xp, pool, (1, 1, 1, 1))
     out = cupyattn.invoke_decoding(params)
     assert_close(xp.numpy(out), layer.attended(xp.numpy(pool), (1, 1, 1, 1)), *ATTENDED["float16"])
-    schedule, = params.step.schedules.values()
+    (_, schedule), = params.step.schedules.values()
     assert len(schedule.decode.members) == (0 if xp.name == "numpy" else 3)   # CUDA cores: it would not pay
     again = params.replace(q=params.q)
     assert_same_bits(xp.numpy(cupyattn.invoke_decoding(again)), xp.numpy(out))
     assert again.step.schedules is params.step.schedules and len(again.step.schedules) == 1
+
+
+def test_other_blocks_get_a_schedule_of_their_own():
+    """Blocks that sequences share, then others that they do not, each at the place in memory of the ones before."""
+    pool = rng.standard_normal((120, 1, 2, 64, 64)).astype(np.float32)
+    shared = np.stack([np.r_[np.arange(8), [10 + 2 * b, 11 + 2 * b]] for b in range(8)])
+    apart = np.arange(80).reshape(8, 10) + 40
+    given = dict(q=rng.standard_normal((8, 1, 64)).astype(np.float32), num_kv_heads=1,
+                 cu_q_len=np.arange(9, dtype=np.int32), cu_k_len=np.arange(0, 5400, 600, dtype=np.int32))
+
+    def blocks(table):
+        return cupyattn.BlockIteratorParams.from_pool(pool, table)
+
+    want = [cupyattn.invoke_attention(cupyattn.AttentionParams(**given, block_iter_params=blocks(table)))
+            for table in (shared, apart)]
+    params = cupyattn.AttentionParams(**given, block_iter_params=blocks(shared))
+    for i in rng.integers(0, 2, 60):
+        params = params.replace(block_iter_params=blocks((shared, apart)[i]))
+        out = cupyattn.invoke_attention(params)
+        assert_same_bits(out, want[i])
+        assert len(params.step.schedules) <= 16
+    first = params
+    for _ in range(20):   # the object still has its own schedule, of which a graph may know the addresses
+        cupyattn.invoke_attention(params.replace(block_iter_params=blocks(shared)))
+    kept, = first.schedules.values()
+    assert all(kept is not made for _, made in first.step.schedules.values())
+    cupyattn.invoke_attention(first)
+    assert list(first.schedules.values()) == [kept]
 
 
 # ---- splits ------------------------------------------------------------------------------------------------
