@@ -27,16 +27,8 @@
 #define CUPYATTN_PAGED_DECODE_MMA_CUH
 
 #include "attention_store.cuh"
+#include "attention_products.cuh"
 #include "cp_async.cuh"
-#include "hadamard.cuh"
-#include "kv_fragments.cuh"
-#include "mma.cuh"
-#include "warp.cuh"
-
-using KTile = KvTile<KF, HEAD_DIM>;
-using VTile = KvTile<VF, HEAD_DIM>;
-using KOperand = typename KTile::Operand;
-using VOperand = typename VTile::Operand;
 
 constexpr int WARPS = HEAD_DIM > 128 ? 2 : 4;
 constexpr int TOKEN_BYTES = KTile::ROW_BYTES + VTile::ROW_BYTES;  // of codes
@@ -60,92 +52,12 @@ constexpr int FACTS_AT = POINTERS_AT + WARPS * POINTER_BYTES;            // Tile
 constexpr int STATE_AT = FACTS_AT + WARPS * MAX_RING_STAGES * 8;         // float [WARPS][2][ROWS]; then int [ROWS]
 constexpr int FACTORS_AT = STATE_AT + WARPS * 2 * ROWS * 4;              // float [2][ROWS]
 constexpr int SHARED_BYTES = FACTORS_AT + 2 * ROWS * 4;
-constexpr int OUT_STRIDE = HEAD_DIM + (VTile::E == 2 ? 8 : VTile::E == 4 ? 16 : 4);  // floats, against conflicts
-constexpr int K_STEPS = HEAD_DIM / 16;
-constexpr int COLUMNS = HEAD_DIM / 8;  // n-tiles of the sums
 constexpr int SCALE_BATCH = HEAD_DIM > 128 ? 1 : STAGES;  // tiles whose scales are loaded at once in the beginning
 constexpr float MAX_GROWTH = 8.0f;  // log2 of the largest probability, times V's scale, relative to the origin
-static_assert(ROWS == 16 && (HEAD_DIM == 64 || HEAD_DIM == 128 || HEAD_DIM == 256) && ALIGNED, "paged_decode_mma");
+static_assert(ROWS == 16 && ALIGNED, "paged_decode_mma: one m16 tile of 16-byte aligned rows");
 static_assert(STAGES >= 2 && STAGES <= MAX_RING_STAGES && SHARED_BYTES <= 99 * 1024, "paged_decode_mma: shared memory");
 static_assert(ROWS * OUT_STRIDE * 4 <= RING_BYTES, "paged_decode_mma: a warp's result must fit in its ring");
 static_assert(Q_IN_SHARED || Q_BYTES <= STAGE_BYTES, "paged_decode_mma: queries must fit in a stage");
-static_assert(sizeof(T) == 2, "paged_decode_mma: 16-bit queries");
-
-// ---- queries -------------------------------------------------------------------------------------------
-
-// Address of 16-byte piece `piece` of row r of the staged queries.
-__device__ __forceinline__ char* query_piece(char* queries, int r, int piece) {
-  return queries + r * (HEAD_DIM * 2) + (piece ^ (r & 7)) * 16;
-}
-
-// Block: the item's queries as K's format wants them, zeros past num_rows and head_dim, their sign so that the largest
-// score belongs to the largest dot product. factors[r] times a staged row is the row, factors[r] a power of two;
-// factors[ROWS + r] is the sum of the staged row, where K's format has an offset.
-__device__ __forceinline__ void stage_queries(const AttentionArgs& args, const RowTile& rows, char* queries,
-                                              float* factors) {
-  constexpr int LANES = HEAD_DIM / STEP;  // of a row
-#pragma unroll
-  for (int first = 0; first < ROWS * LANES; first += 32 * WARPS) {
-    const int r = (first + threadIdx.x) / LANES, dim = (first + threadIdx.x) % LANES * STEP;
-    EightFloats q = EightFloats::all(0.0f);
-    if (r < rows.num_rows && dim < args.head_dim) {
-      const T* from = static_cast<const T*>(query_pointer(args.q, args, rows.row(args, r), sizeof(T)));
-      q = EightFloats::from(load_step<false>(from + dim));
-      if constexpr (KF::CHANNEL) {
-        EightFloats scaled = EightFloats::all(0.0f);
-        scaled.add_product(q, channel_scales(args.k_scale, rows.item.kv_head, dim));
-        q = scaled;
-      }
-    }
-    if constexpr (KF::ROTATED) hadamard32(q);
-    uint32_t exponent = 127;  // of the row's largest number, so that half holds the staged row
-    if constexpr (KTile::E > 2) {
-      float largest = 0.0f;
-#pragma unroll
-      for (int j = 0; j < STEP; ++j) largest = fmaxf(largest, fabsf(q.x[j]));
-      exponent = min(max(__float_as_uint(group_max<LANES>(largest)) >> 23, 1u), 253u);
-    }
-    const uint32_t sign = args.softmax_scale < 0.0f ? 0x80000000u : 0u;
-    q *= __uint_as_float(sign | (254u - exponent) << 23);
-    const Vec<KOperand, STEP> rounded = q.to<KOperand>();
-    if constexpr (KTile::TOKEN_SCALE) {
-      const float sum = group_sum<LANES>(EightFloats::from(rounded).sum());
-      if (dim == 0) factors[ROWS + r] = sum;
-    }
-    if (dim == 0) factors[r] = __uint_as_float(sign | exponent << 23);
-#pragma unroll
-    for (int j = 0; j < STEP; j += 2) {
-      const int slot = query_slot<KF>(dim + j);
-      store_vec(reinterpret_cast<KOperand*>(query_piece(queries, r, slot / 8)) + slot % 8,
-                Vec<KOperand, 2>{{rounded.v[j], rounded.v[j + 1]}});
-    }
-  }
-}
-
-// A fragments of the staged queries.
-struct Queries {
-  uint32_t held[Q_IN_SHARED ? 1 : K_STEPS][4];
-  char* staged;
-
-  __device__ __forceinline__ void load(int k, uint32_t (&fragment)[4]) const {
-    const int lane = threadIdx.x % 32;
-    ldmatrix_x4(fragment, query_piece(staged, lane % 16, 2 * k + lane / 16));
-  }
-  __device__ __forceinline__ explicit Queries(char* queries) : staged(queries) {
-    if constexpr (!Q_IN_SHARED) {
-#pragma unroll
-      for (int k = 0; k < K_STEPS; ++k) load(k, held[k]);
-    }
-  }
-  __device__ __forceinline__ void get(int k, uint32_t (&fragment)[4]) const {
-    if constexpr (Q_IN_SHARED) {
-      load(k, fragment);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) fragment[i] = held[k][i];
-    }
-  }
-};
 
 // ---- a warp's tiles ------------------------------------------------------------------------------------
 
@@ -225,94 +137,13 @@ struct TileFacts {
   float v_log2;     // ScalesAhead::log2_of_values()
 };
 
-// scores[n] of rows g, g + 8 against tokens 8n + 2t, 8n + 2t + 1 (g = lane / 4, t = lane % 4), in units of the rows'
-// factors; row_sums as staged.
-__device__ __forceinline__ void multiply_keys(const char* tile, const char* scales, const Queries& q,
-                                              const float (&row_sums)[2], float (&scores)[TILE / 8][4]) {
-  const float* own = reinterpret_cast<const float*>(scales);
-  const int t = threadIdx.x % 4;
-#pragma unroll(!Q_IN_SHARED ? KTile::CHUNKS : KTile::GROUP_SCALE ? 1 : 4)  // registers for 256 dims are scarce
-  for (int chunk = 0; chunk < KTile::CHUNKS; ++chunk) {
-    uint32_t queries[KTile::K_STEPS][4];
-#pragma unroll
-    for (int k = 0; k < KTile::K_STEPS; ++k) q.get(chunk * KTile::K_STEPS + k, queries[k]);
-#pragma unroll
-    for (int n = 0; n < TILE / 8; n += 2) {
-      uint32_t keys[KTile::K_STEPS][2][2];
-      KvReader<KF, HEAD_DIM, false>(tile, 8 * n)(chunk, keys);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if constexpr (KTile::GROUP_SCALE) {
-          constexpr int N = KTile::CHUNK_GROUPS;
-          const float* at = own + (8 * (n + i) + 2 * t) * KTile::GROUPS + chunk * N;
-          const Vec<float, N> even = load_vec<float, N>(at), odd = load_vec<float, N>(at + KTile::GROUPS);
-#pragma unroll
-          for (int g = 0; g < N; ++g) {
-            float part[4] = {};
-            mma_m16n8k16<KOperand>(part, queries[2 * g], keys[2 * g][i]);
-            mma_m16n8k16<KOperand>(part, queries[2 * g + 1], keys[2 * g + 1][i]);
-#pragma unroll
-            for (int j = 0; j < 4; ++j)
-              scores[n + i][j] = fmaf(j % 2 ? odd.v[g] : even.v[g], part[j], scores[n + i][j]);
-          }
-        } else {
-#pragma unroll
-          for (int k = 0; k < KTile::K_STEPS; ++k) mma_m16n8k16<KOperand>(scores[n + i], queries[k], keys[k][i]);
-        }
-      }
-    }
-  }
-  if constexpr (KTile::TOKEN_SCALE) {
-#pragma unroll
-    for (int n = 0; n < TILE / 8; ++n) {
-      const Vec<float, 4> both = load_vec<float, 4>(own + (8 * n + 2 * t) * 2);  // scale and centre of two tokens
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        scores[n][j] = fmaf(both.v[j % 2 * 2], scores[n][j], both.v[j % 2 * 2 + 1] * row_sums[j / 2]);
-    }
-  }
-}
-
-// sums[index][part] (see value_at) += 16 probabilities . tokens 16 * step and on of the tile.
-__device__ __forceinline__ void add_values(const char* tile, const char* scales, int step, const uint32_t (&probs)[4],
-                                           float (&sums)[COLUMNS][4]) {
-  const KvReader<VF, HEAD_DIM, true> reader(tile, 16 * step);
-#pragma unroll
-  for (int chunk = 0; chunk < VTile::CHUNKS; ++chunk) {
-    uint32_t values[VTile::COLUMNS][2];
-    reader(chunk, values);
-    if constexpr (VTile::GROUP_SCALE) {
-      constexpr int N = VTile::CHUNK_GROUPS;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t* at = reinterpret_cast<const uint32_t*>(scales);
-        at += (8 * step + 4 * half + threadIdx.x % 4) * VTile::GROUPS + chunk * N;
-        const Vec<uint32_t, N> pair = load_vec<uint32_t, N>(at);
-#pragma unroll
-        for (int n = 0; n < VTile::COLUMNS; ++n)
-          values[n][half] = multiply_pair(values[n][half], pair.v[n * N / VTile::COLUMNS]);
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < VTile::COLUMNS; ++n)
-      mma_m16n8k16<VOperand>(sums[chunk * VTile::COLUMNS + n], probs, values[n]);
-  }
-}
-
-__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-  const float both[2] = {low, high};
-  const Vec<VOperand, 2> rounded = from_float<VOperand, 2>(both);
-  return reinterpret_cast<const uint32_t&>(rounded);
-}
-
 // ---- rows ----------------------------------------------------------------------------------------------
 
 // The two query rows of a lane, g and g + 8, and what the warp has found for them.
 struct LaneRows {
   KeyRange keys[2];        // visible ones; of rows past num_rows all of the item
   float factor[2];         // of the dot products
-  float unit[2];           // of the scores, > 0: log2 of a probability is score * unit - origin
-  float row_sum[2];        // of the staged queries
+  float unit[2];           // of the scores: log2 of a probability is score * unit - origin
   RowBias bias[BIAS ? 2 : 1];
   float origin[2];         // what probabilities are relative to, log2
   float sum[2];            // of this lane's probabilities
@@ -321,7 +152,7 @@ struct LaneRows {
   __device__ __forceinline__ LaneRows(const AttentionArgs& args, const RowTile& rows) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int r = threadIdx.x % 32 / 4 + 8 * half;
+      const int r = lane_row(half);
       keys[half] = r < rows.num_rows ? rows.keys(args, r) : rows.visible;
       if constexpr (BIAS)
         if (r < rows.num_rows) bias[half] = RowBias(args, rows.row(args, r));
@@ -329,15 +160,15 @@ struct LaneRows {
       sum[half] = offset[half] = 0.0f;
     }
   }
-  static __device__ __forceinline__ bool is_simple(const AttentionArgs& args) { return !BIAS && args.softcap == 0.0f; }
+  // Scores stay dot products until they meet the exponential.
+  static __device__ __forceinline__ bool is_simple(const AttentionArgs& args) {
+    return !BIAS && args.softcap == 0.0f && args.softmax_scale > 0.0f;
+  }
   __device__ __forceinline__ void read_factors(const AttentionArgs& args, const float* factors) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int r = threadIdx.x % 32 / 4 + 8 * half;
-      factor[half] = factors[r];
-      // a scale of 0 must not make NaN of hidden scores
-      unit[half] = is_simple(args) ? fmaxf(factor[half] * args.softmax_scale * LOG2_E, 1e-30f) : 1.0f;
-      row_sum[half] = KTile::TOKEN_SCALE ? factors[ROWS + r] : 0.0f;
+      factor[half] = KTile::E > 2 ? factors[lane_row(half)] : 1.0f;
+      unit[half] = is_simple(args) ? factor[half] * args.softmax_scale * LOG2_E : 1.0f;
     }
   }
 
@@ -348,12 +179,15 @@ struct LaneRows {
     const int begin = max(keys[0].begin, keys[1].begin), end = min(keys[0].end, keys[1].end);
     const bool some_hidden = BIAS || (known & ALL) != ALL || key < begin || key + TILE > end;
     if (!BIAS && !is_simple(args)) {
-      const float inverse = 1.0f / args.softcap;
+      const bool capped = args.softcap > 0.0f;
+      const float inner = capped ? args.softmax_scale / args.softcap : args.softmax_scale;
 #pragma unroll
       for (int n = 0; n < TILE / 8; ++n)
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-          scores[n][j] = args.softcap * LOG2_E * tanhf(scores[n][j] * factor[j / 2] * args.softmax_scale * inverse);
+        for (int j = 0; j < 4; ++j) {
+          const float score = scores[n][j] * factor[j / 2] * inner;
+          scores[n][j] = LOG2_E * (capped ? args.softcap * tanhf(score) : score);
+        }
     }
     if (!some_hidden) return;
     const int stride = args.key_stride;
@@ -409,8 +243,7 @@ struct LaneRows {
     for (int n = 0; n < 2; ++n) {  // tokens 8n + 2t and the next
       const float (&own)[4] = scores[2 * step + n];
       Vec<float, 4> v;  // scale and centre of two tokens
-      if constexpr (VTile::TOKEN_SCALE)
-        v = load_vec<float, 4>(reinterpret_cast<const float*>(scales) + (16 * step + 8 * n + threadIdx.x % 4 * 2) * 2);
+      if constexpr (VTile::TOKEN_SCALE) v = value_scales(scales, 2 * step + n);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float low = exp2f(fmaf(own[2 * half], unit[half], -from[half]));
@@ -428,31 +261,16 @@ struct LaneRows {
   }
 
   // Leaves the warp's result: state [2][ROWS], outputs [ROWS][OUT_STRIDE].
-  __device__ __forceinline__ void put_down(const float (&sums)[COLUMNS][4], float* state, float* outputs) {
-    constexpr int E = VTile::E, WIDTH = E < 4 ? E : 4;
-    const int t = threadIdx.x % 4;
+  __device__ __forceinline__ void leave(const float (&sums)[COLUMNS][4], float* state, float* outputs) {
     float totals[4] = {sum[0], sum[1], offset[0], offset[1]};
     group_sum<4>(totals);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int r = threadIdx.x % 32 / 4 + 8 * half;
-      if (t == 0) {
-        state[r] = origin[half];
-        state[ROWS + r] = totals[half];
-      }
-#pragma unroll
-      for (int piece = 0; piece < VTile::LOW_PIECES; ++piece)
-#pragma unroll
-        for (int m = 0; m < E; m += WIDTH) {
-          Vec<float, WIDTH> run;
-#pragma unroll
-          for (int i = 0; i < WIDTH; ++i) {
-            const ValueAt at = value_at<VF>(piece, m + i);
-            run.v[i] = sums[at.index][at.part + 2 * half] + totals[2 + half];
-          }
-          store_vec(outputs + r * OUT_STRIDE + piece * 4 * E + t * E + m, run);
-        }
+      if (threadIdx.x % 4 != 0) continue;
+      state[lane_row(half)] = origin[half];
+      state[ROWS + lane_row(half)] = totals[half];
     }
+    put_down(sums, {1.0f, 1.0f}, {totals[2], totals[3]}, outputs);
   }
 };
 
@@ -505,9 +323,9 @@ __device__ __forceinline__ void attend_item(const AttentionArgs& args, int index
   TokenRequest next = asked[STAGES];
   LaneRows lane_rows(args, rows);
   float* factors = reinterpret_cast<float*>(smem + FACTORS_AT);
-  stage_queries(args, rows, smem + Q_AT, factors);
+  stage_queries<32 * WARPS>(args, rows, smem + Q_AT, factors);
   __syncthreads();
-  const Queries q(smem + Q_AT);
+  const Queries<Q_IN_SHARED> q(smem + Q_AT);
   lane_rows.read_factors(args, factors);
   if constexpr (!Q_IN_SHARED) __syncthreads();  // the last stage of the first ring is free
 
@@ -531,7 +349,7 @@ __device__ __forceinline__ void attend_item(const AttentionArgs& args, int index
     const char* key_scales = scales + stage * SCALE_BYTES;
     const char* value_scales = key_scales + TILE * KTile::SCALE_BYTES;
     float scores[TILE / 8][4] = {};
-    multiply_keys(keys, key_scales, q, lane_rows.row_sum, scores);
+    multiply_keys<TILE>(keys, key_scales, q, factors, scores);
 
     parity ^= 1;
     const TokenSlot slot = ahead.answer(next);
@@ -554,7 +372,7 @@ __device__ __forceinline__ void attend_item(const AttentionArgs& args, int index
   cp_async_wait<0>();
   __syncwarp();
   float* state = reinterpret_cast<float*>(smem + STATE_AT);
-  lane_rows.put_down(sums, state + warp * 2 * ROWS, reinterpret_cast<float*>(ring));
+  lane_rows.leave(sums, state + warp * 2 * ROWS, reinterpret_cast<float*>(ring));
 }
 
 __device__ __forceinline__ void decode_on_tensor_cores(const AttentionArgs& args) {
