@@ -30,7 +30,8 @@ PACKAGES = ("numpy", "ml_dtypes", "cupy-cuda13x", "cupy-cuda12x", "pytest", "pyt
 # the step's name and the share of what is left of the budget that it may use
 STEPS = (("conformance", 0.3), ("gpu_tests", 0.5), ("ceilings", 0.3), ("model", 0.5), ("benches", 1.0))
 # benches in order of importance; files not named come last
-BENCH_ORDER = ("paged_decode", "quant_gemm", "split_reduce", "kv_append", "rope", "rms_norm")
+BENCH_ORDER = ("paged_decode", "attention", "quant_gemm", "kv_append", "schedule", "kv_flatten", "split_reduce", "rope",
+               "rms_norm")
 
 
 def bench_files():

@@ -30,9 +30,11 @@ MODELS = {model.name: model for model in (
     Model("smollm2-135m", 576, 1536, 9, 3, 64, 30, 49152),
     Model("llama3-8b", 4096, 14336, 32, 8, 128, 32, 128256),
     Model("llama3-70b", 8192, 28672, 64, 8, 128, 80, 128256),
+    Model("llama2-7b", 4096, 11008, 32, 32, 128, 32, 32000),
     Model("qwen2.5-7b", 3584, 18944, 28, 4, 128, 28, 152064),
     Model("phi3-mini", 3072, 8192, 32, 32, 96, 32, 32064),
     Model("gemma2-9b", 3584, 14336, 16, 8, 256, 42, 256000),
+    Model("gpt-oss-20b", 2880, 2880, 64, 8, 64, 24, 201088),
 )}
 
 def models():
@@ -47,26 +49,43 @@ def token_counts():
 
 
 def decode():
-    """(model, sequences, tokens in the cache of each, dtype); on the CPU executor what NumPy is compared with."""
+    """(model, sequences, tokens in the cache of each, tokens of a page, dtype of q, format of the cache).
+
+    On the CPU executor what NumPy is compared with; on a GPU first the shapes that peers publish figures for.
+    """
+    def rows(names, sizes, page_sizes, formats):
+        return [(MODELS[name], *size, page_size, "bfloat16" if kv == "bfloat16" else "float16", kv)
+                for kv in formats for name in names for page_size in page_sizes for size in sizes]
+
+    quantized = ("fp8_e4m3", "int8", "int4", "hadamard8", "hadamard4")
     if not DEVICE.is_gpu:
-        return [(MODELS[name], 4, 2048, dtype) for name in ("smollm2-135m", "llama3-8b")
-                for dtype in ("float16", "float32")]
-    lengths = [("llama3-8b", batch, context, "float16")
-               for batch, context in ((1, 1024), (8, 4096), (64, 2048), (1, 131072))]
-    heads = [(name, 8, 4096, "float16") for name in MODELS if name != "llama3-8b"]
-    dtypes = [("llama3-8b", 8, 4096, "bfloat16"), ("llama3-8b", 8, 1024, "float32")]
-    return [(MODELS[name], *rest) for name, *rest in (*lengths, *heads, *dtypes)]
+        plain = [(MODELS[name], 4, 2048, 16, dtype, dtype) for name in ("smollm2-135m", "llama3-8b")
+                 for dtype in ("float16", "float32")]
+        return plain + rows(("smollm2-135m",), [(4, 512)], (64,), ("int8", "hadamard4"))
+    sizes = [(8, 32768), (16, 4096), (8, 4096), (8, 1024), (1, 1024), (1, 32768)]
+    peers = rows(("llama3-8b",), sizes, (16,), ("bfloat16", *quantized))
+    peers += rows(("llama3-70b", "llama2-7b"), sizes[:5:2] + sizes[5:], (16,), ("bfloat16", "fp8_e4m3"))
+    peers += rows(("llama3-8b", "llama3-70b", "llama2-7b"), sizes[:5:2], (64,), ("bfloat16", "fp8_e4m3", "int4"))
+    lengths = [("llama3-8b", 64, 2048, 16), ("llama3-8b", 1, 131072, 16)]
+    heads = [(name, 8, 4096, 16) for name in MODELS if name != "llama3-8b"]
+    return peers + [(MODELS[name], *rest, "float16", "float16") for name, *rest in lengths + heads] + [
+        (MODELS["llama3-8b"], 8, 1024, 16, "float32", "float32")]
 
 
 def prefill():
-    """(model, sequences, new tokens of each, tokens to attend to, dtype)."""
+    """(model, sequences, new tokens of each, tokens to attend to, dtype, causal); on a GPU first what peers publish."""
     if not DEVICE.is_gpu:
-        return [(MODELS[name], 1, q_len, context, dtype) for name in ("smollm2-135m", "llama3-8b")
+        return [(MODELS[name], 1, q_len, context, dtype, True) for name in ("smollm2-135m", "llama3-8b")
                 for q_len, context in ((512, 512), (128, 1024)) for dtype in ("float16", "float32")]
-    lengths = [("llama3-8b", batch, q_len, context, "bfloat16") for batch, q_len, context in (
-        (1, 2048, 2048), (1, 8192, 8192), (1, 32768, 32768), (16, 1024, 1024), (4, 512, 8192))]
-    others = [(name, 1, 8192, 8192, "float16") for name in ("llama3-70b", "smollm2-135m", "gemma2-9b", "phi3-mini")]
-    return [(MODELS[name], *rest) for name, *rest in (*lengths, *others, ("smollm2-135m", 1, 1024, 1024, "float32"))]
+    lengths = (2048, 4096, 8192, 16384, 32768)
+    peers = [(name, 1, n, n, "bfloat16", causal) for name, causal in (("llama3-70b", True), ("llama3-8b", True),
+                                                                     ("llama3-70b", False), ("gpt-oss-20b", True))
+             for n in (lengths if causal and name != "gpt-oss-20b" else lengths[::2])]
+    others = [("llama3-8b", 1, 512, 512, "bfloat16", True), ("llama3-8b", 16, 1024, 1024, "bfloat16", True),
+              ("llama3-8b", 4, 512, 8192, "bfloat16", True),
+              *((name, 1, 8192, 8192, "float16", True) for name in ("smollm2-135m", "gemma2-9b", "phi3-mini")),
+              ("smollm2-135m", 1, 1024, 1024, "float32", True)]
+    return [(MODELS[name], *rest) for name, *rest in peers + others]
 
 
 def normal(rng, shape, dtype):

@@ -87,8 +87,11 @@ class Gpu:
         return run
 
     def calls_for(self, seconds):
-        """Calls per graph: about 2 ms, so that the graph's own launch (some 10 µs) stays below a percent."""
-        return max(20, min(400, round(2e-3 / max(seconds, 1e-6))))
+        """Calls per graph: about 2 ms, so that the graph's own launch (some 10 µs) stays below a percent.
+
+        At least 4: over fewer copies of their arrays calls would not find them cold.
+        """
+        return max(4, min(400, round(2e-3 / max(seconds, 1e-6))))
 
 
 def find_device():
