@@ -452,12 +452,15 @@ class AttentionParams:
         -------
         ndarray [1], structured
             Holds addresses of this object's arrays: keep it alive as long as the struct. `inv_sqrt_dh` is multiplied by
-            log2(e), and an unlimited window is 2^28, as TurboMind's kernels want them.
+            log2(e), and an unlimited window is 2^28, as TurboMind's kernels want them. Bases that differ by sequence,
+            `rope_theta` or those of RoPE "dynamic" for `prompt_len`, are float32 in ``rope_param.base`` with type 3.
 
         Raises
         ------
         NotImplementedError
-            What the struct cannot say: fp8 policies, RoPE "longrope", style "neox", contiguous shards.
+            What the struct cannot say: fp8 policies, RoPE "longrope", style "neox", sections and positions of RoPE,
+            `rope_theta` with "linear", "yarn" or "llama3", sinks, ``causal=False``, contiguous shards, and arrays that
+            are not contiguous (q, k and v: not slices of one).
         """
         from .turbomind_pod import pod
 

@@ -179,6 +179,16 @@ class Step:
         cos, sin = rope.tables_for(positions, **host)
         return self.xp.asarray(cos), self.xp.asarray(sin), self._int32(np.arange(self.token_num))
 
+    @cached_property
+    def rope_bases(self):
+        """float32 [batch], contiguous: base of each sequence where they may differ, else None."""
+        if self.rope_theta is not None:
+            return self.xp.ascontiguousarray(self.rope_theta, np.float32)
+        if self.rope_param is None or self.rope_param.scaling != "dynamic":
+            return None
+        prompt_len = np.zeros(self.batch_size, np.int64) if self.prompt_len is None else to_host(self.prompt_len)
+        return self.xp.asarray(self.rope_param.bases(prompt_len).astype(np.float32))
+
 
 def _device(xp):
     return None if xp is np else xp.cuda.Device().id

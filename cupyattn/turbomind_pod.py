@@ -10,8 +10,8 @@ from .runtime.structs import address, layout
 
 _TYPES = {"none": 1, "linear": 2, "dynamic": 3, "yarn": 4, "llama3": 5, "ntk": 1}
 _NO_WINDOW = 1 << 28
-_POINTERS = ("out", "q", "k", "v", "q_bias", "k_bias", "v_bias", "cu_q_len", "cu_k_len", "finished", "rope_theta",
-             "split_cnt", "partial_O", "partial_ML")
+_CONTIGUOUS = ("out", "q_bias", "k_bias", "v_bias", "cu_q_len", "cu_k_len", "finished", "split_cnt", "partial_O",
+               "partial_ML")
 _NUMBERS = ("token_num", "batch_size", "max_q_len", "max_k_len", "num_heads", "num_kv_heads", "size_per_head",
             "max_split_k", "cp_rank")
 
@@ -20,8 +20,10 @@ def pod(params):
     """See ``AttentionParams.to_pod``."""
     record = np.zeros(1, layout("TurboMindAttentionParams").dtype)
     one = record[0]
-    for name in _POINTERS:
+    for name in ("q", "k", "v", *_CONTIGUOUS):
         array = getattr(params, name)
+        if name in _CONTIGUOUS and array is not None and not array.flags.c_contiguous:
+            raise _absent(name, "contiguous", f"strides {array.strides}")
         one[name] = 0 if array is None else address(array)
     for name in _NUMBERS:
         one[name] = getattr(params, name)
@@ -33,6 +35,11 @@ def pod(params):
     if params.quant_policy.is_fp8:
         raise _absent("quant_policy", "0, 4 or 8", params.quant_policy)
     one["quant_policy"] = int(params.quant_policy)
+    for name in ("sinks", "rope_positions"):
+        if getattr(params, name) is not None:
+            raise _absent(name, "None", "an array")
+    if not params.causal:
+        raise _absent("causal", "True", False)
     if params.cp_offsets is not None:
         raise _absent("cp_offsets", "None, tokens dealt out in turn", "contiguous shards")
     one["cp_size"] = fast_divmod(params.cp_size)
@@ -40,7 +47,7 @@ def pod(params):
     one["stream"] = 0 if params.stream is None else params.stream.ptr
     _fill_iterators(one, params)
     if params.rope_param is not None:
-        _fill_rope(one["rope_param"], params)
+        _fill_rope(one, params)
     return record
 
 
@@ -77,18 +84,22 @@ def _fill_iterators(one, params):
                                     blocks.block_len)
 
 
-def _fill_rope(one, params):
-    rope = params.rope_param
+def _fill_rope(record, params):
+    one, rope, bases = record["rope_param"], params.rope_param, params.step.rope_bases
     if rope.scaling not in _TYPES:
         raise _absent("rope_param.scaling", " or ".join(_TYPES), rope.scaling)
     if rope.style != "interleaved":
         raise _absent("rope_param.style", "'interleaved'", rope.style)
     if rope.mrope_section is not None:
         raise _absent("rope_param.mrope_section", "None", rope.mrope_section)
+    if bases is not None and rope.scaling in ("linear", "yarn", "llama3"):
+        raise _absent("rope_theta", f"None with scaling {rope.scaling!r}", "an array")
     base = float(rope.bases())   # of NTK alpha, too
-    one["type"] = _TYPES[rope.scaling]
+    # only type 3 reads bases: with a factor of 1 they are all it takes
+    one["type"] = _TYPES[rope.scaling] if bases is None else _TYPES["dynamic"]
     one["dim"] = rope.rotary_dim
-    one["base"] = 0 if params.rope_theta is None else address(params.rope_theta)
+    one["base"] = 0 if bases is None else address(bases)
+    record["rope_theta"] = 0 if params.rope_theta is None else one["base"]
     one["scale_factor"] = scale = -math.log2(base) / rope.rotary_dim
     one["inv_factor"] = 1.0 / rope.factor if rope.scaling in ("linear", "yarn", "llama3") else 1.0
     if rope.scaling == "yarn":

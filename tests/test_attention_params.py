@@ -375,7 +375,7 @@ def test_a_c_caller_reads_the_struct(tmp_path):
     found = [read(pod.ctypes.data, what) for what in range(16)]
     bits = qkv.view(np.int16).astype(int)
     expected = [0.25 * math.log2(math.e), 1 << 28, 1, 2048, 21, bits[1, 3], bits[0, 96 + 5], 7, 4,
-                -math.log2(1e4) / 16, 5e6, 1, 8, 1, 1, 3]
+                -math.log2(1e4) / 16, 5e6, 1, 8, 1, 3, 3]
     np.testing.assert_allclose(found, expected, rtol=1e-7)
 
 
@@ -418,7 +418,45 @@ def test_rope_of_the_struct(options, expected):
     np.testing.assert_allclose(freq, rope.inv_freq(), rtol=3e-6)
 
 
+PAIRS = RopeParams(rotary_dim=16, style="interleaved")
+DYNAMIC = RopeParams(rotary_dim=16, style="interleaved", scaling="dynamic", factor=4.0, original_max_position=64)
+THETA = np.float32([1e4, 5e5, 2e4])
+
+
+@pytest.mark.parametrize(("rope", "changes", "bases"), [
+    (PAIRS, {"rope_theta": THETA}, THETA),
+    (PAIRS, {"rope_theta": THETA.astype(np.float64)}, THETA),
+    (PAIRS, {"rope_theta": np.repeat(THETA, 2)[::2]}, THETA),
+    (RopeParams(rotary_dim=16, style="interleaved", scaling="ntk", alpha=8.0), {"rope_theta": THETA}, THETA),
+    (DYNAMIC, {"rope_theta": THETA}, THETA),
+    (DYNAMIC, {}, [1e4] * 3),
+    (DYNAMIC, {"prompt_len": [64, 65, 1000]}, 1e4 * np.array([1, 4 * 65 / 64 - 3, 4 * 1000 / 64 - 3]) ** (16 / 14)),
+])
+def test_bases_of_the_struct(xp, rope, changes, bases):
+    """They differ by sequence where the kernels of type 3 look for them, and nowhere else."""
+    changes = {name: xp.array(value) if name == "rope_theta" else value for name, value in changes.items()}
+    params = make(xp=xp, rope_param=rope, **changes)
+    pod = params.to_pod()
+    got, array = pod["rope_param"][0], params.step.rope_bases
+    assert (got["type"], got["inv_factor"], got["base"]) == (3, 1.0, array.data.ptr if xp.name != "numpy" else
+                                                             array.ctypes.data)
+    assert pod["rope_theta"][0] == (got["base"] if "rope_theta" in changes else 0)
+    assert array.dtype == np.float32 and array.flags.c_contiguous
+    np.testing.assert_allclose(xp.numpy(array), bases, rtol=1e-7)
+
+
 @pytest.mark.parametrize(("field", "changes"), [
+    ("sinks", {"sinks": np.ones(HEADS, np.float32)}),
+    ("causal", {"causal": False}),
+    ("rope_positions", {"rope_param": PAIRS, "rope_positions": np.int32([7, 8, 9])}),
+    *(("rope_theta", {"rope_theta": THETA, "rope_param": RopeParams(
+        rotary_dim=16, style="interleaved", scaling=scaling, factor=4.0, original_max_position=64)})
+      for scaling in ("linear", "yarn", "llama3")),
+    ("cu_q_len", {"cu_q_len": np.int32([0, 9, 1, 9, 2, 9, 3])[::2]}),
+    ("cu_k_len", {"cu_k_len": np.int32([0, 9, 1, 9, 21, 9, 30])[::2]}),
+    ("finished", {"finished": np.zeros(6, bool)[::2]}),
+    ("out", {"out": np.zeros((6, HEADS, HEAD_DIM), np.float32)[::2]}),
+    ("q_bias", {"q_bias": np.zeros((8, HEAD_DIM), np.float32)[::2]}),
     ("rope_param.style", {"rope_param": RopeParams(rotary_dim=16)}),
     ("rope_param.mrope_section",
      {"rope_param": RopeParams(rotary_dim=16, style="interleaved", mrope_section=(2, 3, 3))}),
