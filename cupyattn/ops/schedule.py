@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..attention_plans import CORES_ROWS, Facts, sm_count, tiling
+from ..attention_plans import Facts, sm_count, tiling
 from ..page_table import PageTable
 from ..planning import (
     Lengths,
@@ -14,6 +14,8 @@ from ..planning import (
     Policy,
     capacity,
     empty_lists,
+    exact_lists,
+    find_prefixes,
     host_lists,
     list_ranges,
     store_lists,
@@ -23,8 +25,7 @@ from ..runtime import Plan, Specialisation, arch_of, launch, make_args
 from ..runtime.arrays import array_namespace
 from ..runtime.checks import check_dtype, check_element_strides, check_last_axis, check_number, check_shape
 from ..runtime.plan import CUDA_TYPES
-from ..shared_prefix import shared_prefixes
-from ..work_list import CHUNK_TILES, KEY_TILE, WorkList
+from ..work_list import WorkList
 
 _NO_TABLE = {"block_table": None, "indptr": None, "block_ptrs": None, "row_starts": None, "stride_seq": 0,
              "max_pages": 0, "page_size": 1, "num_pages": 0, "reserved": 0}
@@ -196,8 +197,8 @@ def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, cu_seqlens_
         Tokens of a page; with `block_table`.
     share_prefix : bool
         False: do not look for equal leading pages. On CUDA cores it is also off where the tiles of more rows that it
-        takes cost more than it saves, and in any case without a `block_table` in host memory, with
-        `window_size`, `cache_starts`, context parallelism, `num_splits`, `max_k_len` or `out`.
+        takes cost more than it saves, or with `invariant` would change bits, and in any case without a `block_table`
+        in host memory, with `window_size`, `cache_starts`, context parallelism, `num_splits`, `max_k_len` or `out`.
     xp : module, optional
         numpy or cupy: where the schedule goes. Default: where the lengths are.
     out : Schedule, optional
@@ -253,10 +254,10 @@ def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, cu_seqlens_
                 "dtype": dtype, "kv_format": kv_format or dtype, "device": xp.__name__}
     tiles = functools.partial(_tiling, xp, lengths, head_dim, dtype, kv_format or dtype, num_workers)
     if on_host and max_k_len is None and out is None:
-        prefixes = ()
-        if share_prefix and num_splits is None and table is not None and table.xp is np:
-            prefixes = _prefixes(lengths, table, page_size, invariant)
-        return Schedule(*_exact_lists(xp, lengths, tiles, policy, prefixes), **made_for)
+        on = share_prefix and table is not None and table.xp is np
+        prefixes = find_prefixes(lengths, policy, table, page_size) if on else ()
+        lists = exact_lists(lengths, tiles(lengths.packed_range()[1]), policy, prefixes)
+        return Schedule(*(lists if xp is np else (work and work.to(xp) for work in lists)), **made_for)
     limits = _limits(op, lengths, on_host, max_q_len, max_k_len, num_tokens, total_k_len, table, page_size, out)
     if out is not None:
         out.check(op, "out", **made_for)
@@ -269,42 +270,6 @@ def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, cu_seqlens_
     else:
         fill_lists(xp, lengths, limits, policy, ranges, lists)
     return Schedule(*lists, **made_for, limits=limits)
-
-
-def _exact_lists(xp, lengths, tiles, policy, prefixes):
-    """Lists of the lengths given and no others."""
-    packed = np.broadcast_to(lengths.q_lens(), lengths.batch) * lengths.heads_per_kv
-    least, most = int(packed[packed > 0].min(initial=2**31 - 1)), int(packed.max(initial=0))
-    tiles = tiles(most)
-    if prefixes and not policy.one_list and tiles.decode_rows < CORES_ROWS[-1]:   # no rows for other sequences
-        if _pays(lengths, prefixes, packed, tiles.decode_rows):
-            tiles = tiles._replace(decode_rows=CORES_ROWS[-1])
-        else:
-            prefixes = ()
-    lists = host_lists(lengths, tiles, policy, list_ranges(tiles, least, most, policy.one_list), prefixes)
-    return lists if xp is np else tuple(work and work.to(xp) for work in lists)
-
-
-def _pays(lengths, prefixes, packed, rows):
-    """Whether sharing makes up for tiles of CORES_ROWS[-1] rows, on CUDA cores, where most sequences fill `rows`.
-
-    A key tile costs about (1 + rows / 5) times as much then (measured on a CPU: 1.2 for 1 row, 1.3 for 2, 1.8 for 4).
-    """
-    tiles = int((-(-lengths.cache_seqlens.astype(np.int64) // KEY_TILE)[packed <= rows]).sum())
-    saved = sum(keys // KEY_TILE * (len(group) - -(-len(group) // max(1, CORES_ROWS[-1] // packed[group[0]])))
-                for keys, group in prefixes)
-    return (tiles - saved) * (1 + rows / 5) < tiles
-
-
-def _prefixes(lengths, table, page_size, invariant):
-    """Shared prefixes of sequences in host memory that all see their first keys."""
-    if lengths.window_size or lengths.cache_starts is not None or lengths.key_stride > 1 or lengths.key_offset \
-            or lengths.key_offsets is not None or lengths.key_counts is not None:
-        return ()
-    eligible = np.ones(lengths.batch, bool) if lengths.finished is None else ~lengths.finished
-    q_lens = np.broadcast_to(lengths.q_lens(), lengths.batch)
-    return shared_prefixes(table, page_size, lengths.cache_seqlens, q_lens,
-                           KEY_TILE * (CHUNK_TILES if invariant else 1), eligible & (q_lens > 0))
 
 
 def _tiling(xp, lengths, head_dim, dtype, kv_format, num_workers, most):

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of sequences that begin with the same pages."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from compare import assert_close, assert_same_bits
+
+import cupyattn
+from cupyattn import attention_plans
+from cupyattn.reference.attention import attention as expected_attention
+
+HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, SHARED = 4, 2, 64, 64, 17   # pages in common: 1088 keys
+SIZES = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
+TOLERANCE = {"float16": (1e-3, 2.0**-11), "float32": (2e-6, 0.0)}
+rng = np.random.default_rng(29)
+
+
+@pytest.fixture(params=["cores-float32", "cores-float16", "mma-float16"])
+def dtype(request, monkeypatch):
+    """Both versions of the kernels, whichever the plan would choose."""
+    name, dtype = request.param.split("-")
+    monkeypatch.setattr(attention_plans, "version", lambda facts: (name, "chosen by the test"))
+    return dtype
+
+
+@dataclass
+class Case:
+    q: np.ndarray   # [batch, heads, head_dim]: one query each
+    k: np.ndarray
+    v: np.ndarray
+    table: np.ndarray
+    lengths: np.ndarray
+
+    def some(self, n):
+        """The first `n` sequences."""
+        return Case(self.q[:n], self.k, self.v, self.table[:n], self.lengths[:n])
+
+    def attend(self, op, **options):
+        """(out, lse) of `op`."""
+        if op == "attention":
+            options["cu_seqlens_q"] = np.arange(len(self.q) + 1, dtype=np.int32)
+        return getattr(cupyattn, op)(self.q, self.k, self.v, block_table=self.table, cache_seqlens=self.lengths,
+                                     return_lse=True, **options)
+
+    def schedule(self, op="paged_decode", **options):
+        if op == "attention":
+            options["cu_seqlens_q"] = np.arange(len(self.q) + 1, dtype=np.int32)
+        return cupyattn.schedule(self.lengths, **SIZES, dtype=self.q.dtype.name,
+                                 **{"block_table": self.table, "page_size": PAGE_SIZE, **options})
+
+
+def make(lengths, dtype="float32"):
+    """Sequences that have SHARED pages in common, and then none."""
+    lengths = np.int32(lengths)
+    pages = -(-int(lengths.max()) // PAGE_SIZE)
+    table = np.arange(len(lengths) * pages, dtype=np.int32).reshape(len(lengths), pages)
+    table[:, :SHARED] = table[0, :SHARED]
+    k, v = rng.standard_normal((2, table.size, PAGE_SIZE, KV_HEADS, HEAD_DIM), np.float32).astype(dtype)
+    return Case(rng.standard_normal((len(lengths), HEADS, HEAD_DIM)).astype(dtype), k, v, table, lengths)
+
+
+def shared(made):
+    """Sequences that attend to a prefix together."""
+    return sum(len(work.members) for work in (made.decode, made.prefill) if work is not None)
+
+
+def assert_all_same(got, want):
+    for a, b in zip(got, want, strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("op", ["paged_decode", "attention"])
+def test_invariant_bits(dtype, op):
+    """The same with a shared prefix and without, among others and alone."""
+    case = make([1100, 1300, 2100, 1090], dtype)
+    policy = {"invariant": True, "one_list": op == "attention"}
+    on, off = (case.schedule(op, share_prefix=share, **policy) for share in (True, False))
+    assert shared(off) == 0
+    for list_on, list_off in ((on.decode, off.decode), (on.prefill, off.prefill)):
+        assert (list_on and list_on.rows) == (list_off and list_off.rows)
+    if on.prefill is not None or on.decode.rows >= 2 * HEADS // KV_HEADS:
+        assert shared(on) == 4
+    want = case.attend(op, schedule=off, invariant=True)
+    assert_all_same(case.attend(op, schedule=on, invariant=True), want)
+    alone = case.some(1)
+    for options in ({}, {"schedule": alone.schedule(op, **policy)}):
+        assert_all_same(alone.attend(op, invariant=True, **options), [a[:1] for a in want])
+
+
+def test_values(dtype):
+    """With everything that changes scores, against float64."""
+    case = make([1100, 1300, 1500, 1090, 1091], dtype)
+    made = case.schedule("attention")
+    assert shared(made) == 5
+    options = {"mask": rng.standard_normal((5, HEADS, 1, 1500)).astype(np.float32), "softcap": 3.0,
+               "alibi_slopes": np.float32([0.1, 0.2, 0.01, 0.4]), "sinks": np.float32([1, 2, -3, 4])}
+    for options in ({}, options, {**options, "mask": options["mask"] < 0.5}):
+        out, lse = case.attend("attention", schedule=made, **options)
+        want, want_lse = expected_attention(
+            case.q, case.k, case.v, cu_seqlens_q=np.arange(6, dtype=np.int32), block_table=case.table,
+            cache_seqlens=case.lengths, return_lse=True, **options)
+        assert_close(out, want, *TOLERANCE[dtype])
+        assert_close(lse, want_lse, 2e-5, 1e-6)
