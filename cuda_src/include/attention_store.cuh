@@ -144,9 +144,11 @@ __device__ __forceinline__ void merge_unit(const AttentionArgs& args, const RowT
     const int r = i / steps;
     const int dim = (i - r * steps) * STEP;
     float top = NEG_INF;
-    for (int p = 0; p < num_pieces; ++p) top = fmaxf(top, args.partials.lse[pieces[p] + r]);
+    for (int p = 0; p < num_pieces; ++p)  // of a shared prefix rows past its slot exist if the list is of other lengths
+      if (pieces[p] % ROWS + r < ROWS) top = fmaxf(top, args.partials.lse[pieces[p] + r]);
     PartialMerge<STEP> merge(top);
     for (int p = 0; p < num_pieces; ++p) {
+      if (pieces[p] % ROWS + r >= ROWS) continue;
       const float lse = args.partials.lse[pieces[p] + r];
       if (lse == NEG_INF) continue;
       float values[STEP];

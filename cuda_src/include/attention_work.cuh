@@ -23,16 +23,12 @@ struct QueryRange {
   int64_t begin, end;
 };
 
-// A kernel that reads queries leaves out what offsets say past the last of them; the planner has no queries.
-__device__ __forceinline__ int last_token(const AttentionArgs& args) { return args.tokens; }
-template <typename Args>
-__device__ __forceinline__ int last_token(const Args&) { return 0x7fffffff; }
-
 template <typename Args>
 __device__ __forceinline__ QueryRange queries_of(const Args& args, int64_t seq) {
   if (args.cu_seqlens_q == nullptr) return {seq * args.q_len, (seq + 1) * args.q_len};
-  const int begin = args.cu_seqlens_q[seq], end = min(args.cu_seqlens_q[seq + 1], last_token(args));
-  return {begin, begin < 0 || end < begin ? begin : end};
+  const int begin = args.cu_seqlens_q[seq], end = args.cu_seqlens_q[seq + 1];
+  // not what of them would fit: that may be the queries of others
+  return {begin, begin < 0 || end < begin || end > args.tokens ? begin : end};
 }
 
 template <typename Args>
@@ -46,7 +42,8 @@ template <typename Args>
 __device__ __forceinline__ int num_tokens(const Args& args, int64_t seq) {
   if (args.finished != nullptr && args.finished[seq] != 0) return 0;
   if (args.cache_seqlens != nullptr) return max(0, args.cache_seqlens[seq * args.stride_seqlens]);
-  return args.table.row_starts[seq + 1] - args.table.row_starts[seq];
+  const int begin = args.table.row_starts[seq], end = args.table.row_starts[seq + 1];
+  return begin < 0 || end < begin ? 0 : end - begin;
 }
 
 struct KeyRange {  // [begin, end)
@@ -130,19 +127,31 @@ struct RowTile {
 
   __device__ __forceinline__ RowTile(const AttentionArgs& args, int index) : item(args, index) {
     rows_each = num_queries(args, item.seq) * args.heads_per_kv;
-    num_rows = item.members > 0 ? item.members * rows_each : min(ROWS, rows_each - item.first_row);
+    num_rows = item.members > 0 ? shared_rows(args) : max(0, min(ROWS, rows_each - item.first_row));
     visible = {item.begin, item.end};
     if (item.members == 0) {
       const KeyRange seen = unit_keys(args);
       visible = {max(item.begin, seen.begin), min(item.end, seen.end)};
-      if (visible.begin >= visible.end) visible = {item.begin, item.begin};
       if (args.num_splits > 0) {  // as the planner cut the unit
         const int first = seen.begin / KEY_TILE, tiles = (seen.end + KEY_TILE - 1) / KEY_TILE - first;
         const int each = max(1, (tiles + args.num_splits - 1) / args.num_splits);
-        item.slot = args.whole_to_out != 0 && tiles <= each ? -1 : (item.begin / KEY_TILE - first) / each;
+        const int before = item.begin / KEY_TILE - first;
+        item.slot = before / each;
+        if (before < 0 || before > max(0, tiles - 1) || before != item.slot * each) num_rows = 0;  // of other lengths
+        if (args.whole_to_out != 0 && tiles <= each) item.slot = -1;
         item.unit = -1;
       }
     }
+    if (num_rows == 0 || visible.begin >= visible.end) visible = {item.begin, item.begin};
+  }
+  // Rows of all members; none if they are not what the list was made for, all of one length and no more than ROWS.
+  __device__ __forceinline__ int shared_rows(const AttentionArgs& args) const {
+    const int64_t rows = static_cast<int64_t>(item.members) * rows_each;
+    bool alike = rows <= ROWS;
+    if (args.cu_seqlens_q != nullptr)
+      for (int i = 0; i < item.members; ++i)
+        alike = alike && num_queries(args, args.work.members[2 * (item.first_row + i)]) * args.heads_per_kv == rows_each;
+    return alike ? static_cast<int>(rows) : 0;
   }
   // Of an item without members: it has the unit's last keys.
   __device__ __forceinline__ bool is_last(const AttentionArgs& args) const { return item.end >= unit_keys(args).end; }

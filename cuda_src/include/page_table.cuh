@@ -31,7 +31,9 @@ struct SequencePages {
     const int32_t* starts = table.row_starts != nullptr ? table.row_starts : table.indptr;
     if (starts == nullptr) return;
     first = starts[seq];
-    columns = first < 0 ? 0 : min(starts[seq + 1], table.max_pages) - starts[seq];  // never past the last entry
+    // never past the last entry
+    const int64_t count = min(starts[seq + 1], table.max_pages) - first;
+    columns = first < 0 || count < 0 ? 0 : static_cast<int32_t>(count);
   }
   // Nothing is read unless `wanted`.
   __device__ __forceinline__ TokenRequest ask(const PageTable& table, int32_t token, bool wanted) const {

@@ -457,6 +457,7 @@ struct ScheduleArgs {
   int64_t stride_seqlens;        // elements between entries of cache_seqlens
   int64_t stride_starts;         // elements between entries of cache_starts
   int32_t batch;                 // number of sequences
+  int32_t tokens;                // query tokens of all sequences; an offset past them makes a sequence empty
   int32_t q_len;                 // query tokens per sequence without cu_seqlens_q
   int32_t max_q_len;             // most query tokens of a sequence; the rest are left out
   int32_t max_k_len;             // most local keys of a sequence; the rest are left out
@@ -468,6 +469,7 @@ struct ScheduleArgs {
   int32_t key_offset;            // position of local key 0
   int32_t num_splits;            // items of every unit; 0 to balance
   int32_t invariant;             // 1: cut every 1024 keys
+  int32_t reserved;              // 0
 };
 
 struct KvFlattenArgs {

@@ -122,10 +122,10 @@ def fill_lists(xp, lengths, limits, policy, ranges, lists):
         cache_seqlens=lengths.cache_seqlens, cache_starts=lengths.cache_starts, key_offsets=lengths.key_offsets,
         key_counts=lengths.key_counts, finished=None if lengths.finished is None else lengths.finished.view(np.uint8),
         tree_mask=None, stride_seqlens=stride(lengths.cache_seqlens), stride_starts=stride(lengths.cache_starts),
-        batch=lengths.batch, q_len=lengths.q_len, max_q_len=limits.max_q_len, max_k_len=limits.max_k_len,
+        batch=lengths.batch, tokens=limits.num_tokens, q_len=lengths.q_len, max_q_len=limits.max_q_len, max_k_len=limits.max_k_len,
         num_kv_heads=lengths.num_kv_heads, heads_per_kv=lengths.heads_per_kv, causal=int(lengths.causal),
         window_size=lengths.window_size, key_stride=lengths.key_stride, key_offset=lengths.key_offset,
-        num_splits=policy.num_splits or 0, invariant=int(policy.invariant)))
+        num_splits=policy.num_splits or 0, invariant=int(policy.invariant), reserved=0))
 
 
 # ---- the public function -----------------------------------------------------------------------------------
