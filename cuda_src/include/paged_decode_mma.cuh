@@ -14,7 +14,8 @@
 //      2c. sums += P.V
 //   3. outputs and state go to shared memory in place of the ring, are merged in the order of the warps and stored; the
 //      last block to bring a piece of a unit merges it
-// A hidden key adds exactly nothing, so a row's bits depend on its own keys and on where its items are cut, nothing else.
+// A hidden key adds exactly nothing, so the bits of a unit's rows depend on the unit's keys and on where it is cut, nothing
+// else.
 //
 // Scales of V per token: p * s is rounded to half, so the origin follows the largest score times the largest scale of a
 // tile; p alone may then be any float32 number.
@@ -26,8 +27,8 @@
 #ifndef CUPYATTN_PAGED_DECODE_MMA_CUH
 #define CUPYATTN_PAGED_DECODE_MMA_CUH
 
-#include "attention_store.cuh"
 #include "attention_products.cuh"
+#include "attention_store.cuh"
 #include "cp_async.cuh"
 
 constexpr int WARPS = HEAD_DIM > 128 ? 2 : 4;
