@@ -66,7 +66,8 @@ class AttentionParams:
     linear_iter_params : LinearIteratorParams, optional
         Contiguous keys and values: what ``flatten_kv`` writes, and ``invoke_attention`` reads if given.
     block_iter_params : BlockIteratorParams, optional
-        Keys and values in blocks.
+        Keys and values in blocks. Those of finished sequences, and those before the window of the first new token, may
+        be gone: 0, or any other address.
     token_num, batch_size, max_q_len, max_k_len, num_heads, num_kv_heads, size_per_head : int, optional
         Follow from the arrays; given, they must agree. num_kv_heads is needed when there is no k.
     inv_sqrt_dh : float, optional
@@ -375,17 +376,23 @@ class AttentionParams:
             array_namespace(OP, q=self.q, **{"block_iter_params.block_ptrs": blocks.block_ptrs})
             check_shape(OP, "block_iter_params.cu_block_nums", blocks.cu_block_nums, (self.batch_size + 1,),
                         "[batch + 1]")
-            counts = np.diff(blocks.starts_host)
-            needed = -(-self.step.local_lens // blocks.block_len)
-            if (counts < needed).any():
-                b = int(np.argmax(counts < needed))
-                raise ValueError(f"{OP}: block_iter_params.cu_block_nums must give sequence {b} the {needed[b]} blocks "
-                                 f"its {self.step.local_lens[b]} tokens need, got {counts[b]}")
             layer = blocks.layer(self.num_kv_heads, self.size_per_head, dtype=dtype_name(self.q),
                                  quant_policy=self.quant_policy, kv_scale=self.kv_scale)
             object.__setattr__(self, "block_layer", layer)
-            used = np.repeat(blocks.starts_host[:-1] - np.cumsum(needed) + needed, needed) + np.arange(needed.sum())
-            blocks.table.check_addresses(OP, blocks.pointers_host[used], max(s.nbytes_needed() for s in layer[:2]))
+            self.check_blocks(OP, *self.step.visible(self.causal, self.window_size))
+
+    def check_blocks(self, op, begin, end):
+        """The blocks of tokens begin[b] to end[b] of every sequence, counted as this rank holds them, are there."""
+        blocks = self.block_iter_params
+        counts, first, needed = np.diff(blocks.starts_host), begin // blocks.block_len, -(-end // blocks.block_len)
+        if (counts < needed).any():
+            b = int(np.argmax(counts < needed))
+            raise ValueError(f"{op}: block_iter_params.cu_block_nums must give sequence {b} the {needed[b]} blocks its "
+                             f"{end[b]} tokens need, got {counts[b]}")
+        many = needed - first
+        used = np.repeat(blocks.starts_host[:-1] + first - np.cumsum(many) + many, many) + np.arange(many.sum())
+        blocks.table.check_addresses(op, blocks.pointers_host[used],
+                                     max(side.nbytes_needed() for side in self.block_layer[:2]))
 
     def _check_partials(self):
         check_number(OP, "max_split_k", self.max_split_k, least=1, integer=True)

@@ -7,6 +7,7 @@ import numpy as np
 
 from .devices import to_host
 from .runtime.checks import check_dtype, check_element_strides, check_shape
+from .work_list import key_ranges
 
 OP = "AttentionParams"
 
@@ -134,13 +135,36 @@ class Step:
         return self.k_lens // self.cp_size + (self.k_lens % self.cp_size > self.cp_rank)
 
     @cached_property
-    def local_seqlens(self):
-        """int32 [batch]: `local_lens` for kernels."""
-        return self._int32(self.local_lens)
+    def finished_host(self):
+        """bool [batch] or None."""
+        return None if self.finished is None else to_host(self.finished)
+
+    @cached_property
+    def cp_offsets_host(self):
+        """int64 [batch]; only with `cp_offsets`."""
+        return to_host(self.cp_offsets).astype(np.int64)
+
+    def visible(self, causal, window_size):
+        """int64 [batch] twice: this rank's tokens from where to where some new token of the sequence sees."""
+        return key_ranges(
+            self.k_lens, self.q_lens, 0, np.maximum(self.q_lens, 1) - 1, causal=causal, window_size=window_size,
+            finished=self.finished_host, key_stride=self.cp_size,
+            offsets=self.cp_rank if self.cp_offsets is None else self.cp_offsets_host,
+            counts=None if self.cp_counts is None else self.local_lens)
+
+    @cached_property
+    def unfinished_lens(self):
+        """int64 [batch]: `local_lens`, 0 for finished sequences."""
+        return self.local_lens if self.finished is None else np.where(self.finished_host, 0, self.local_lens)
+
+    @cached_property
+    def unfinished_seqlens(self):
+        """int32 [batch]: `unfinished_lens` for kernels."""
+        return self._int32(self.unfinished_lens)
 
     def _unless_finished(self, position):
         if self.finished is not None:
-            position = np.where(to_host(self.finished)[self.sequence_host], -1, position)
+            position = np.where(self.finished_host[self.sequence_host], -1, position)
         return self._int32(position)
 
     @cached_property
@@ -151,7 +175,7 @@ class Step:
     @cached_property
     def slots(self):
         """int32 [token_num]: place of each new token in this rank's contiguous shard, -1 for one that is not in it."""
-        slot = self.position_host - to_host(self.cp_offsets)[self.sequence_host]
+        slot = self.position_host - self.cp_offsets_host[self.sequence_host]
         here = (slot >= 0) & (slot < self.local_lens[self.sequence_host])
         return self._unless_finished(np.where(here, slot, -1))
 

@@ -7,7 +7,6 @@ import numpy as np
 
 from .attention_args import Partials
 from .attention_plans import sm_count
-from .devices import to_host
 from .ops.attention import attention
 from .ops.kv_append import kv_append
 from .ops.kv_flatten import kv_flatten
@@ -101,7 +100,7 @@ def flatten_kv(params):
     """Copy every context token's keys and values, dequantized, from the blocks into the linear buffer.
 
     Row ``cu_k_len[b] - cu_k_len[0] + t`` of every head is token t of sequence b; with context parallelism this rank's
-    token t.
+    token t. Rows of finished sequences stay as they are.
 
     Parameters
     ----------
@@ -111,13 +110,15 @@ def flatten_kv(params):
     Raises
     ------
     ValueError
-        A field this call needs is None; the message names it.
+        A field this call needs is None, or a block of a token is gone, also one before the window.
     """
     _require("flatten_kv", params, "block_iter_params", "linear_iter_params")
     layer, step = params.block_layer, params.step
+    if params.window_size:   # without one all blocks were checked before
+        params.check_blocks("flatten_kv", np.zeros_like(step.unfinished_lens), step.unfinished_lens)
     with _on_stream(params):
         kv_flatten(layer.k, layer.v, block_table=params.block_iter_params.table, cu_seqlens_k=step.cu_seqlens_k,
-                   cache_seqlens=step.local_seqlens, out=_linear_views(params))
+                   cache_seqlens=step.unfinished_seqlens, out=_linear_views(params))
 
 
 def reduce_split_k(params):
@@ -264,12 +265,13 @@ def _schedule(params, linear, num_splits):
         if shared:
             options |= {"block_table": shared.host_table(), "page_size": shared.block_len}
         if params.cp_offsets is not None:
-            options |= {"key_offsets": to_host(params.cp_offsets), "key_counts": to_host(params.cp_counts)}
+            options |= {"key_offsets": step.cp_offsets_host.astype(np.int32),
+                        "key_counts": step.local_lens.astype(np.int32)}
         if len(step.schedules) == _SCHEDULES:
             del step.schedules[next(iter(step.schedules))]   # the oldest
         made = schedule(
             step.k_lens.astype(np.int32), cu_seqlens_q=np.append(0, np.cumsum(step.q_lens)).astype(np.int32),
-            finished=None if params.finished is None else to_host(params.finished), xp=params.xp, **options)
+            finished=step.finished_host, xp=params.xp, **options)
         step.schedules[key] = pointers, made
     params.schedules[key] = step.schedules[key][1]
     return params.schedules[key]

@@ -63,11 +63,12 @@ def test_rows_of_a_later_part_of_the_batch():
 
 
 def test_tokens_of_finished_sequences_and_other_ranks():
-    assert make((2, 1), (5, 3), finished=np.array([False, True])).step.positions.tolist() == [3, 4, -1]
-    assert make((3, 2), (9, 2), cp_size=2, cp_rank=0).step.local_seqlens.tolist() == [5, 1]
-    assert make((3, 2), (9, 2), cp_size=2, cp_rank=1).step.local_seqlens.tolist() == [4, 1]
+    step = make((2, 1), (5, 3), finished=np.array([False, True])).step
+    assert step.positions.tolist() == [3, 4, -1] and step.unfinished_seqlens.tolist() == [5, 0]
+    assert make((3, 2), (9, 2), cp_size=2, cp_rank=0).step.local_lens.tolist() == [5, 1]
+    assert make((3, 2), (9, 2), cp_size=2, cp_rank=1).step.local_lens.tolist() == [4, 1]
     got = make((3, 2), (9, 2), cp_offsets=np.int32([5, 1]), cp_counts=np.int32([4, 1])).step
-    assert got.slots.tolist() == [1, 2, 3, -1, 0] and got.local_seqlens.tolist() == [4, 1]
+    assert got.slots.tolist() == [1, 2, 3, -1, 0] and got.local_lens.tolist() == [4, 1]
 
 
 def test_replace_keeps_the_lengths():

@@ -354,6 +354,54 @@ def test_trusted_pointers():
     assert_close(out, layer.attended(pool, (1, 1)), *ATTENDED["float16"])
 
 
+@pytest.mark.parametrize("q_lens", [(1, 1, 1), (5, 3, 20)])
+def test_blocks_that_are_gone(xp, q_lens):
+    """No block before the window of the first new token, and none of a finished sequence, not even the number."""
+    layer = Layer((150, 40, 97), rope=PAIRS, policy=8, window=33, finished=[False, True, False])
+    pool = filled(layer, xp, q_lens)
+    before = xp.numpy(pool)
+    whole = layer.params(xp, pool, q_lens)
+    out = xp.numpy(cupyattn.invoke_decoding(whole))
+    assert_close(out, layer.attended(xp.numpy(pool), q_lens), *ATTENDED["float16"])
+    stored = xp.numpy(pool)
+    blocks = whole.block_iter_params
+    starts = blocks.starts_host
+    pointers = blocks.pointers_host.astype(np.uint64)
+    gone = [(n - m - 32) // 16 for n, m in zip(layer.k_lens, q_lens, strict=True)]
+    assert gone[0] > 1 and gone[2] > 1
+    for b in (0, 2):
+        pointers[starts[b]:starts[b] + gone[b]] = 0
+
+    def lists(pointers, numbers):
+        starts = np.append(0, np.cumsum(numbers)).astype(np.int32)
+        return cupyattn.BlockIteratorParams(xp.array(pointers), xp.array(starts), block_len=16, buffers=[pool])
+
+    numbers = np.diff(starts)
+    none = np.where(np.repeat([False, True, False], numbers), 0, pointers).astype(np.uint64)
+    fewer = np.delete(pointers, np.arange(starts[1], starts[2]))
+    for given in (lists(none, numbers), lists(fewer, numbers * [1, 0, 1])):
+        pool[...] = xp.array(before)
+        params = layer.params(xp, pool, q_lens, block_iter_params=given)
+        assert_same_bits(xp.numpy(cupyattn.invoke_decoding(params)), out)
+        assert_same_bits(xp.numpy(pool), stored)
+        linear = LinearIteratorParams.empty(2, 287, 64, dtype=np.float16, xp=params.xp)
+        with pytest.raises(ValueError, match="^flatten_kv: block_ptrs must not be 0"):
+            cupyattn.flatten_kv(params.replace(linear_iter_params=linear))
+    pointers[starts[0] + gone[0]] = 0
+    with pytest.raises(ValueError, match="^AttentionParams: block_ptrs must not be 0"):
+        layer.params(xp, pool, q_lens, block_iter_params=lists(pointers, numbers))
+
+
+def test_flattening_leaves_finished_sequences():
+    layer = Layer((20, 30), finished=[True, False])
+    pool = filled(layer, NUMPY, (0, 0))
+    params = layer.params(NUMPY, pool, (1, 1), linear_iter_params=LinearIteratorParams.from_array(
+        np.full((2, 2, 50, 64), np.nan, np.float16)))
+    cupyattn.flatten_kv(params)
+    rows = params.linear_iter_params.kv_cache
+    assert np.isnan(rows[:, :, :20]).all() and not np.isnan(rows[:, :, 20:]).any()
+
+
 def test_blocks_too_small_for_the_layer():
     layer = Layer((40,), policy=8)
     pool = layer.pool[:, :layer.layer_bytes - 8].copy()
