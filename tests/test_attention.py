@@ -204,7 +204,10 @@ def test_shapes(part):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", AXES["dtype"])
 def test_all_shapes(dtype, form, head_dim):
-    for lengths, group, page_size in itertools.product(LENGTHS, AXES["group"], AXES["page_size"]):
+    """A twelfth of the lengths, groups and page sizes for each dtype, form and head dim; together all of them."""
+    cell = AXES["dtype"].index(dtype) + 3 * list(FORMS).index(form) + 5 * AXES["head_dim"].index(head_dim)
+    every = list(itertools.product(LENGTHS, AXES["group"], AXES["page_size"]))
+    for lengths, group, page_size in every[cell % 12::12]:
         if lengths != "4097" or group % 4 == 0:
             check_shape(lengths, group, head_dim, "same", page_size, form, True, dtype)
 
