@@ -199,8 +199,10 @@ def test_all_formats(k_format, v_format, dtype, head_dim):
 # ---- the executor's checks -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("formats, options", [(None, {}), (None, {"alibi_slopes": SLOPES}),
-                                              (("hadamard4", "int8"), {})], ids=["plain", "ALiBi", "quantized"])
+@pytest.mark.parametrize("formats, options", [
+    (None, {}), (None, {"alibi_slopes": SLOPES, "mask": rng.random((40, 30)) < 0.7}),
+    (None, {"tree_mask": rng.integers(0, 2**32, (51, 2), np.uint32)}), (("hadamard4", "int8"), {})],
+    ids=["plain", "biases", "tree", "quantized"])
 def test_checked(formats, options, blocks):
     """The checker finds nothing, and every order of threads gives the same bits."""
     case = make([40, 0, 330], [9, 2, 40], dtype="bfloat16", kv_dtype="float32" if formats else None)

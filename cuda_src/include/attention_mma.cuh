@@ -1,52 +1,46 @@
 // SPDX-License-Identifier: Apache-2.0
-// attention_mma.cuh - attention of many query rows on tensor cores (FlashAttention-2 style): mma.m16n8k16 on ROWS packed
-// rows, a warp for 16 of them, K and V tiles shared by the warps. Included by attention.cu after its constants.
+// attention_mma.cuh - attention of many packed query rows over keys of any cache format on tensor cores, as
+// FlashAttention-2 does it: mma.m16n8k16, 16 rows a warp, tiles of K and V shared by the warps and converted in
+// registers (kv_fragments.cuh).
 //
 // For every item of the block:
-//   1. page entries of the first two tiles, and the queries, go through shared memory; a warp keeps its 16 queries as
-//      A fragments in registers (HEAD_DIM 128) or in shared memory
-//   2. one tile of KEYS keys per step: while tile j is worked on, tile j + 1 is copied by cp.async to the other stage of
-//      the ring, the row addresses of tile j + 2 are published and the page entries of tile j + 3 are on their way
-//      2a. scores = Q.K^T (K by ldmatrix) in float32; hidden keys -inf, but a tile that every row of the warp sees
-//          whole skips that, and one that none sees is skipped
-//      2b. probabilities relative to the largest score so far, rounded to T as the A operand of P.V
-//      2c. out += P.V (V by transposed ldmatrix)
-//   3. outputs go through shared memory to store_row(); the last block to bring a piece of a unit merges it
+//   1. the queries, in the order of k slots, go through shared memory into A fragments (HEAD_DIM 128: registers, else
+//      they stay in shared memory); rows and scales of the first two tiles are looked up
+//   2. one tile of KEYS keys per step. While tile j is worked on, tile j + 1 is copied by cp.async to the other stage
+//      of the ring, the row addresses of tile j + 2 are published, its scales are loaded, and the page entries of
+//      tile j + 3 are on their way
+//      2a. scores = Q.K^T in float32, scales of K, softcap, biases; hidden keys -inf. A tile that every row of the warp
+//          sees whole skips hiding, one that none of them sees is skipped altogether
+//      2b. probabilities relative to `origin`, which follows the largest score only when that is 2^8 times ahead; times
+//          V's scales, rounded to V's operand type as the A operand of P.V
+//      2c. sums += P.V
+//   3. outputs and state go to shared memory in place of ring and queries and are stored; the last block to bring a
+//      piece of a unit merges it
+// Tiles start at multiples of KEYS, a hidden key adds exactly nothing, and origins and norms follow visible keys alone:
+// a row's bits depend on its own keys and on where its items are cut, not on the rows beside it, nor on ROWS.
 //
-// A row of 16-byte pieces is stored with piece p at p ^ (row % 8), so that the 8 rows of an ldmatrix matrix lie in
-// different banks. Rows of invisible tokens and dims past head_dim are zeros. Tiles start at multiples of KEYS and a
-// hidden key adds exactly nothing, so a row's bits depend neither on the rows beside it nor on where its item begins.
+// Scales of V per token: probabilities are p * s * norm in half, norm the power of two that brings the largest s a row
+// has seen to [1, 64); sums are divided by it in the end.
 //
-// legal      T in {__half, __nv_bfloat16}, KF and VF KvPlain<T>; HEAD_DIM 64, 128, 256 (both head dims padded to it);
-//            ROWS 64 or 128, 64 with HEAD_DIM 256; ALIGNED 1 (rows of q, k, v and out at multiples of 16 bytes); BIAS 0, 1
-// launch     block (2 * ROWS), any grid; 3 + tiles block barriers per item, two more when a unit is merged; dynamic
-//            shared memory SHARED_BYTES = 8 * KEYS * HEAD_DIM (ring: 2 stages of K and V)
-//            + 2 * ROWS * HEAD_DIM unless HEAD_DIM is 128 (queries) + 32 * KEYS (row addresses) + 8 * ROWS (state) + 64,
-//            KEYS = 32 with HEAD_DIM 256, else 64
+// legal      T in {__half, __nv_bfloat16}; KF and VF any tags but KvPlain of another type than T; HEAD_DIM 64, 128, 256
+//            (both head dims padded to it); ROWS 64 or 128, with HEAD_DIM 256 only 64; ALIGNED 1 (rows of k, v and out
+//            at multiples of 16 bytes; q anywhere); BIAS 0, 1
+// launch     block (2 * ROWS), any grid, MIN_BLOCKS per multiprocessor fill it; 4 block barriers per item and one per
+//            tile, two more when a unit is merged; dynamic shared memory SHARED_BYTES, at most 99 KiB, mirrored by
+//            _prefill_mma_launch in cupyattn/attention_plans.py
 #ifndef CUPYATTN_ATTENTION_MMA_CUH
 #define CUPYATTN_ATTENTION_MMA_CUH
 
+#include "attention_products.cuh"
 #include "attention_store.cuh"
 #include "cp_async.cuh"
-#include "hadamard.cuh"
-#include "kv_fragments.cuh"
-#include "mma.cuh"
-#include "warp.cuh"
-
-using KTile = KvTile<KF, HEAD_DIM>;
-using VTile = KvTile<VF, HEAD_DIM>;
-using KOperand = typename KTile::Operand;
-using VOperand = typename VTile::Operand;
 
 constexpr int THREADS = 2 * ROWS;               // a warp for 16 rows
 constexpr int KEYS = HEAD_DIM > 128 ? 32 : 64;  // of a tile
-constexpr int K_STEPS = HEAD_DIM / 16;
-constexpr int COLUMNS = HEAD_DIM / 8;           // n-tiles of the sums
 constexpr int STAGE_BYTES = KEYS * (KTile::ROW_BYTES + VTile::ROW_BYTES);         // [K, V][KEYS] rows
 constexpr int SCALE_BYTES = KEYS * (KTile::SCALE_BYTES + VTile::SCALE_BYTES);     // of a stage: [K, V][KEYS]
 constexpr int RING_BYTES = 2 * STAGE_BYTES;
 constexpr int Q_BYTES = ROWS * HEAD_DIM * 2;
-constexpr int OUT_STRIDE = HEAD_DIM + (VTile::E == 2 ? 8 : VTile::E == 4 ? 16 : 4);  // floats, against conflicts
 constexpr int OUT_BYTES = ROWS * OUT_STRIDE * 4;
 constexpr bool Q_IN_SHARED = HEAD_DIM != 128;   // else in registers
 constexpr bool Q_IN_RING =                      // only staged, in the second stage
@@ -67,194 +61,24 @@ constexpr float MAX_SCALE = 64.0f;  // of V's scales times norm; probabilities s
 static_assert((HEAD_DIM == 64 || HEAD_DIM == 128 || HEAD_DIM == 256) && ALIGNED, "attention_mma: HEAD_DIM, ALIGNED");
 static_assert(ROWS == 64 || (ROWS == 128 && HEAD_DIM < 256), "attention_mma: ROWS");
 static_assert(SHARED_BYTES <= 99 * 1024, "attention_mma: shared memory");
-static_assert(sizeof(T) == 2, "attention_mma: 16-bit queries");
 
-// ---- queries -------------------------------------------------------------------------------------------
-
-// Power of two 2^e with 2^e <= x < 2^(e + 1), and its inverse; x >= 0, e from -126 to 126.
-struct PowerOfTwo {
-  float value, inverse;
-  __device__ __forceinline__ explicit PowerOfTwo(float x) {
-    const uint32_t exponent = min(max(__float_as_uint(x) >> 23, 1u), 253u);
-    value = __uint_as_float(exponent << 23);
-    inverse = __uint_as_float((254u - exponent) << 23);
-  }
-};
-
-// Address of 16-byte piece `piece` of row r of the staged queries.
-__device__ __forceinline__ char* query_piece(char* queries, int r, int piece) {
-  return queries + r * (HEAD_DIM * 2) + (piece ^ (r & 7)) * 16;
-}
-
-// Block: the item's queries as K's format wants them, zeros past num_rows and head_dim. factors[r] times a staged row
-// is the row; factors[ROWS + r] is the sum of the staged row, where K's format has a scale per token. Plain keys have no
-// factors.
-__device__ __forceinline__ void stage_queries(const AttentionArgs& args, const RowTile& rows, char* queries,
-                                              float* factors) {
-  constexpr int LANES = HEAD_DIM / STEP;  // of a row
-#pragma unroll 2
-  for (int first = 0; first < ROWS * LANES; first += THREADS) {
-    const int r = (first + threadIdx.x) / LANES, dim = (first + threadIdx.x) % LANES * STEP;
-    EightFloats q = EightFloats::all(0.0f);
-    if (r < rows.num_rows && dim < args.head_dim) {
-      const T* from = static_cast<const T*>(query_pointer(args.q, args, rows.row(args, r), sizeof(T))) + dim;
-      const bool aligned = reinterpret_cast<uint64_t>(from) % 16 == 0;
-      q = EightFloats::from(aligned ? load_step<true>(from) : load_step<false>(from));
-      if constexpr (KF::CHANNEL) {
-        EightFloats scaled = EightFloats::all(0.0f);
-        scaled.add_product(q, channel_scales(args.k_scale, rows.item.kv_head, dim));
-        q = scaled;
-      }
-    }
-    if constexpr (KF::ROTATED) hadamard32(q);
-    if constexpr (KTile::E > 2) {
-      float largest = 0.0f;
-#pragma unroll
-      for (int j = 0; j < STEP; ++j) largest = fmaxf(largest, fabsf(q.x[j]));
-      const PowerOfTwo power(group_max<LANES>(largest));
-      if (dim == 0) factors[r] = power.value;
-      q *= power.inverse;
-    }
-    const Vec<KOperand, STEP> rounded = q.to<KOperand>();
-    if constexpr (KTile::TOKEN_SCALE) {
-      const float sum = group_sum<LANES>(EightFloats::from(rounded).sum());
-      if (dim == 0) factors[ROWS + r] = sum;
-    }
-    if constexpr (KTile::E == 2) {
-      store_vec(reinterpret_cast<KOperand*>(query_piece(queries, r, dim / 8)), rounded);
-    } else {
-#pragma unroll
-      for (int j = 0; j < STEP; j += 2) {
-        const int slot = query_slot<KF>(dim + j);
-        store_vec(reinterpret_cast<KOperand*>(query_piece(queries, r, slot / 8)) + slot % 8,
-                  Vec<KOperand, 2>{{rounded.v[j], rounded.v[j + 1]}});
-      }
-    }
-  }
-}
-
-// A fragments of the warp's 16 queries.
-struct Queries {
-  uint32_t held[Q_IN_SHARED ? 1 : K_STEPS][4];
-  char* staged;
-
-  __device__ __forceinline__ explicit Queries(char* queries) : staged(queries) {
-    if constexpr (!Q_IN_SHARED) {
-#pragma unroll
-      for (int k = 0; k < K_STEPS; ++k) load(k, held[k]);
-    }
-  }
-  __device__ __forceinline__ void load(int k, uint32_t (&fragment)[4]) const {
-    const int row = threadIdx.x / 32 * 16 + threadIdx.x % 16;
-    ldmatrix_x4(fragment, query_piece(staged, row, 2 * k + threadIdx.x / 16 % 2));
-  }
-  __device__ __forceinline__ void get(int k, uint32_t (&fragment)[4]) const {
-    if constexpr (Q_IN_SHARED) {
-      load(k, fragment);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) fragment[i] = held[k][i];
-    }
-  }
-};
-
-// The lane's two rows of the block: g and g + 8 of its warp's.
-__device__ __forceinline__ int lane_row(int half) {
-  return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + 8 * half;
-}
-
-// ---- products ------------------------------------------------------------------------------------------
-
-// scores[n] of rows g, g + 8 against keys 8n + 2t, 8n + 2t + 1 of the tile (g = lane / 4, t = lane % 4), in units of
-// the rows' factors.
-__device__ __forceinline__ void multiply_keys(const char* tile, const char* scales, const Queries& q,
-                                              const float* factors, float (&scores)[KEYS / 8][4]) {
-  const float* own = reinterpret_cast<const float*>(scales);
-  const int t = threadIdx.x % 4;
-  // of HEAD_DIM 256 all at once would spill addresses
-  constexpr int UNROLLED = HEAD_DIM < 256 ? KTile::CHUNKS : KTile::GROUP_SCALE ? 1 : 4;
-#pragma unroll UNROLLED
-  for (int chunk = 0; chunk < KTile::CHUNKS; ++chunk) {
-    uint32_t queries[KTile::K_STEPS][4];
-#pragma unroll
-    for (int k = 0; k < KTile::K_STEPS; ++k) q.get(chunk * KTile::K_STEPS + k, queries[k]);
-#pragma unroll
-    for (int n = 0; n < KEYS / 8; n += 2) {
-      uint32_t keys[KTile::K_STEPS][2][2];
-      KvReader<KF, HEAD_DIM, false>(tile, 8 * n)(chunk, keys);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if constexpr (KTile::GROUP_SCALE) {
-          constexpr int N = KTile::CHUNK_GROUPS;
-          const float* at = own + (8 * (n + i) + 2 * t) * KTile::GROUPS + chunk * N;
-          const Vec<float, N> even = load_vec<float, N>(at), odd = load_vec<float, N>(at + KTile::GROUPS);
-#pragma unroll
-          for (int g = 0; g < N; ++g) {
-            float part[4] = {};
-            mma_m16n8k16<KOperand>(part, queries[2 * g], keys[2 * g][i]);
-            mma_m16n8k16<KOperand>(part, queries[2 * g + 1], keys[2 * g + 1][i]);
-#pragma unroll
-            for (int j = 0; j < 4; ++j)
-              scores[n + i][j] = fmaf(j % 2 ? odd.v[g] : even.v[g], part[j], scores[n + i][j]);
-          }
-        } else {
-#pragma unroll
-          for (int k = 0; k < KTile::K_STEPS; ++k) mma_m16n8k16<KOperand>(scores[n + i], queries[k], keys[k][i]);
-        }
-      }
-    }
-  }
-  if constexpr (KTile::TOKEN_SCALE) {
-    const float row_sum[2] = {factors[ROWS + lane_row(0)], factors[ROWS + lane_row(1)]};
-#pragma unroll
-    for (int n = 0; n < KEYS / 8; ++n) {
-      const Vec<float, 4> both = load_vec<float, 4>(own + (8 * n + 2 * t) * 2);  // scale and centre of two keys
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        scores[n][j] = fmaf(both.v[j % 2 * 2], scores[n][j], both.v[j % 2 * 2 + 1] * row_sum[j / 2]);
-    }
-  }
-}
-
-// sums[index][part] (see value_at) += 16 probabilities . values 16 * step and on of the tile.
-__device__ __forceinline__ void add_values(const char* tile, const char* scales, int step, const uint32_t (&probs)[4],
-                                           float (&sums)[COLUMNS][4]) {
-  const KvReader<VF, HEAD_DIM, true> reader(tile, 16 * step);
-#pragma unroll
-  for (int chunk = 0; chunk < VTile::CHUNKS; ++chunk) {
-    uint32_t values[VTile::COLUMNS][2];
-    reader(chunk, values);
-    if constexpr (VTile::GROUP_SCALE) {
-      constexpr int N = VTile::CHUNK_GROUPS;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t* at = reinterpret_cast<const uint32_t*>(scales);
-        at += (8 * step + 4 * half + threadIdx.x % 4) * VTile::GROUPS + chunk * N;
-        const Vec<uint32_t, N> pair = load_vec<uint32_t, N>(at);
-#pragma unroll
-        for (int n = 0; n < VTile::COLUMNS; ++n)
-          values[n][half] = multiply_pair(values[n][half], pair.v[n * N / VTile::COLUMNS]);
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < VTile::COLUMNS; ++n)
-      mma_m16n8k16<VOperand>(sums[chunk * VTile::COLUMNS + n], probs, values[n]);
-  }
+// Power of two 2^-e with 2^e <= x < 2^(e + 1), e from -126 to 126; x >= 0.
+__device__ __forceinline__ float inverse_power(float x) {
+  return __uint_as_float((254u - min(max(__float_as_uint(x) >> 23, 1u), 253u)) << 23);
 }
 
 // ---- which keys a warp sees ----------------------------------------------------------------------------
 
-// Local keys the lane's rows g and g + 8 see. They wait in shared memory where the state of these rows will be: registers
-// are short. A row past num_rows sees what the last one sees; what comes of it is never looked at, and a warp that has
-// only such rows sees nothing.
+// Local keys the lane's rows g and g + 8 see. They wait in shared memory where the state of these rows will be:
+// registers are short. A row past num_rows sees what the last one sees; what comes of it is never looked at, and a warp
+// that has only such rows sees nothing.
 struct VisibleKeys {
   KeyRange* rows;  // [ROWS]
 
   __device__ __forceinline__ VisibleKeys(const AttentionArgs& args, const RowTile& tile, char* smem)
       : rows(reinterpret_cast<KeyRange*>(smem + STATE_AT)) {
-    const int warp_row = threadIdx.x / 32 * 16, r = warp_row + threadIdx.x % 16;
-    if (threadIdx.x % 32 < 16)
-      rows[r] = tile.keys(args, warp_row < tile.num_rows ? min(r, tile.num_rows - 1) : ROWS);
+    const int r = warp_row() + threadIdx.x % 16;
+    if (threadIdx.x % 32 < 16) rows[r] = tile.keys(args, warp_row() < tile.num_rows ? min(r, tile.num_rows - 1) : ROWS);
     __syncwarp();
   }
   __device__ __forceinline__ KeyRange row(int half) const {
@@ -273,12 +97,6 @@ struct VisibleKeys {
 
 // ---- softmax -------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-  const float both[2] = {low, high};
-  const Vec<VOperand, 2> rounded = from_float<VOperand, 2>(both);
-  return reinterpret_cast<const uint32_t&>(rounded);
-}
-
 // What the lane has found for its two rows.
 struct RowState {
   float origin[2];         // what probabilities are relative to, log2; follows the largest score
@@ -292,7 +110,7 @@ struct RowState {
     for (int half = 0; half < 2; ++half) {
       origin[half] = NEG_INF;
       sum[half] = offset[half] = 0.0f;
-      norm[half] = PowerOfTwo(0.0f).inverse;  // any scale is larger
+      norm[half] = inverse_power(0.0f);  // any scale is larger
     }
 #pragma unroll
     for (int n = 0; n < COLUMNS; ++n)
@@ -332,7 +150,7 @@ struct RowState {
       }
       if constexpr (VTile::TOKEN_SCALE) {
         if (top[2 + half] * norm[half] > MAX_SCALE) {
-          const float wanted = PowerOfTwo(top[2 + half]).inverse;
+          const float wanted = inverse_power(top[2 + half]);
           shrink[half] *= wanted / norm[half];
           norm[half] = wanted;
         }
@@ -343,11 +161,6 @@ struct RowState {
     for (int n = 0; n < COLUMNS; ++n)
 #pragma unroll
       for (int j = 0; j < 4; ++j) sums[n][j] *= shrink[j / 2];
-  }
-
-  // Scale and centre of V's keys 8n + 2t and 8n + 2t + 1.
-  static __device__ __forceinline__ Vec<float, 4> value_scales(const char* scales, int n) {
-    return load_vec<float, 4>(reinterpret_cast<const float*>(scales) + (8 * n + threadIdx.x % 4 * 2) * 2);
   }
 
   // Probabilities of 16 keys as the A operand of P.V, from their scores and V's scales.
@@ -373,31 +186,18 @@ struct RowState {
 
   // Leaves origins and sums in state [2][ROWS], outputs [ROWS][OUT_STRIDE].
   __device__ __forceinline__ void put_down(float* state, float* outputs) {
-    constexpr int E = VTile::E, WIDTH = E < 4 ? E : 4;
-    const int t = threadIdx.x % 4;
-    float totals[4] = {sum[0], sum[1], offset[0], offset[1]};
+    float totals[4] = {sum[0], sum[1], offset[0], offset[1]}, scale[2], shift[2];
     group_sum<4>(totals);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int r = lane_row(half);
-      if (t == 0) {
-        state[r] = origin[half];
-        state[ROWS + r] = totals[half];
+      scale[half] = VTile::TOKEN_SCALE ? 1.0f / norm[half] : 1.0f;
+      shift[half] = totals[2 + half];
+      if (threadIdx.x % 4 == 0) {
+        state[lane_row(half)] = origin[half];
+        state[ROWS + lane_row(half)] = totals[half];
       }
-#pragma unroll
-      for (int piece = 0; piece < VTile::LOW_PIECES; ++piece)
-#pragma unroll
-        for (int m = 0; m < E; m += WIDTH) {
-          Vec<float, WIDTH> run;
-#pragma unroll
-          for (int i = 0; i < WIDTH; ++i) {
-            const ValueAt at = value_at<VF>(piece, m + i);
-            const float found = sums[at.index][at.part + 2 * half];
-            run.v[i] = VTile::TOKEN_SCALE ? fmaf(found, 1.0f / norm[half], totals[2 + half]) : found;
-          }
-          store_vec(outputs + r * OUT_STRIDE + piece * 4 * E + t * E + m, run);
-        }
     }
+    ::put_down(sums, scale, shift, outputs);
   }
 };
 
@@ -480,42 +280,28 @@ struct KeyTiles {
   }
 };
 
-template <typename A, typename B>
-constexpr bool IS_SAME = false;
-template <typename A>
-constexpr bool IS_SAME<A, A> = true;
-
-// Scales of the thread's key or value, on their way to shared memory; in the same registers where keys and values have
-// the like.
-template <typename K, typename V>
+// Scales of the thread's key or value, on their way to shared memory.
 struct ScalesAhead {
-  static constexpr bool ALIKE = IS_SAME<typename K::S, typename V::S> && K::Tile::TOKEN_SCALE == V::Tile::TOKEN_SCALE &&
-                                K::Tile::GROUP_SCALE == V::Tile::GROUP_SCALE && KF::HAS_ZERO == VF::HAS_ZERO;
-  K k;
-  V v;
+  using K = KvScaleWords<KF, HEAD_DIM>;
+  using V = KvScaleWords<VF, HEAD_DIM>;
+  uint32_t words[(K::WORDS > V::WORDS ? K::WORDS : V::WORDS) + 1];
 
   __device__ __forceinline__ void load(const KeyTiles& tiles, const ItemKeys& item, const TokenRequest& found) {
-    const AttentionArgs& args = tiles.args;
-    const TokenSlot slot = tiles.slot_of(item, found);
-    const bool is_key = threadIdx.x < KEYS;
-    if (threadIdx.x >= 2 * KEYS) return;
-    if (ALIKE || is_key)
-      k.load(is_key ? args.k_scale : args.v_scale, args.table, slot, item.kv_head,
-             is_key ? args.head_dim : args.head_dim_v);
-    else v.load(args.v_scale, args.table, slot, item.kv_head, args.head_dim_v);
+    if constexpr (SCALE_BYTES > 0) {
+      const AttentionArgs& args = tiles.args;
+      const TokenSlot slot = tiles.slot_of(item, found);
+      if (threadIdx.x < KEYS)
+        K::load(head_view<KF>(args.k_scale, item.kv_head), args.table, slot, args.head_dim, words);
+      else if (threadIdx.x < 2 * KEYS)
+        V::load(head_view<VF>(args.v_scale, item.kv_head), args.table, slot, args.head_dim_v, words);
+    }
   }
   __device__ __forceinline__ void store(const KeyTiles& tiles, int tile) const {
-    if (threadIdx.x >= 2 * KEYS) return;
-    if (threadIdx.x < KEYS) {
-      k.template store<false>(tiles.key_scales(tile), threadIdx.x);
-    } else if constexpr (ALIKE) {
-      V same;
-#pragma unroll
-      for (int g = 0; g < static_cast<int>(sizeof(same.scale) / sizeof(same.scale[0])); ++g) same.scale[g] = k.scale[g];
-      same.zero = k.zero;
-      same.template store<true>(tiles.value_scales(tile), threadIdx.x - KEYS);
-    } else {
-      v.template store<true>(tiles.value_scales(tile), threadIdx.x - KEYS);
+    if constexpr (SCALE_BYTES > 0) {
+      if (threadIdx.x < KEYS)
+        K::template store<false>(words, tiles.key_scales(tile), threadIdx.x);
+      else if (threadIdx.x < 2 * KEYS)
+        V::template store<true>(words, tiles.value_scales(tile), threadIdx.x - KEYS);
     }
   }
 };
@@ -525,28 +311,32 @@ __device__ __forceinline__ float quick_tanh(float x) {
   return 1.0f - __fdividef(2.0f, 1.0f + exp2f(2.0f * LOG2_E * x));
 }
 
-// Natural scores of the tile that starts at `key`, from dot products in units of unit[half].
-__device__ __forceinline__ void finish_scores(const AttentionArgs& args, const RowBias* bias, const Visibility& rule,
-                                              int key, const float (&unit)[2], float (&scores)[KEYS / 8][4]) {
+// Natural scores from dot products in units of unit[half].
+__device__ __forceinline__ void scale_scores(const AttentionArgs& args, const float (&unit)[2],
+                                             float (&scores)[KEYS / 8][4]) {
   const bool capped = args.softcap > 0.0f;
   const float scale = capped ? args.softmax_scale / args.softcap : args.softmax_scale;
 #pragma unroll
   for (int n = 0; n < KEYS / 8; ++n)
 #pragma unroll
     for (int j = 0; j < 4; ++j) scores[n][j] *= unit[j / 2] * scale;
-  if (capped) {
+  if (!capped) return;
 #pragma unroll
-    for (int n = 0; n < KEYS / 8; ++n)
+  for (int n = 0; n < KEYS / 8; ++n)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) scores[n][j] = args.softcap * quick_tanh(scores[n][j]);
-  }
-  if constexpr (BIAS) {
+    for (int j = 0; j < 4; ++j) scores[n][j] = args.softcap * quick_tanh(scores[n][j]);
+}
+
+// Of visible keys alone: only they have entries in masks.
+__device__ __forceinline__ void add_biases(const AttentionArgs& args, const RowBias (&bias)[2], const Visibility& rule,
+                                           int key, float (&scores)[KEYS / 8][4]) {
 #pragma unroll
-    for (int n = 0; n < KEYS / 8; ++n)
+  for (int n = 0; n < KEYS / 8; ++n)
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
-        scores[n][j] = bias[j / 2].apply(args, scores[n][j], rule.token(key + n * 8 + threadIdx.x % 4 * 2 + j % 2));
-  }
+    for (int j = 0; j < 4; ++j) {
+      const int token = rule.token(key + n * 8 + threadIdx.x % 4 * 2 + j % 2);
+      if (scores[n][j] != NEG_INF) scores[n][j] = bias[j / 2].apply(args, scores[n][j], token);
+    }
 }
 
 __device__ __forceinline__ void hide_keys(const VisibleKeys& seen, const uint32_t* known, int key,
@@ -575,11 +365,11 @@ __device__ __forceinline__ void attend_keys(const AttentionArgs& args, int index
   // 1. first addresses and scales, queries
   char* staged = Q_IN_RING ? tiles.keys(tile + 1) : smem + RING_BYTES;
   float* factors = reinterpret_cast<float*>(smem + FACTORS_AT);
-  ScalesAhead<KvScales<KF, HEAD_DIM>, KvScales<VF, HEAD_DIM>> next_scales;
+  ScalesAhead next_scales;
   {
     const ItemKeys own(args, rows);
     const TokenRequest first = tiles.ask(own, tile), second = tiles.ask(own, tile + 1);
-    stage_queries(args, rows, staged, factors);
+    stage_queries<THREADS>(args, rows, staged, factors);
     tiles.publish(own, tile, first);
     tiles.publish(own, tile + 1, second);
     next_scales.load(tiles, own, first);
@@ -590,7 +380,7 @@ __device__ __forceinline__ void attend_keys(const AttentionArgs& args, int index
   __syncthreads();
   tiles.copy(tile);
   TokenRequest next = tiles.ask(keys, tile + 2);
-  const Queries q(staged);
+  const Queries<Q_IN_SHARED> q(staged);
   const VisibleKeys seen(args, rows, smem);
   const Visibility rule(args, rows.item.seq);
   RowBias bias[2];
@@ -620,10 +410,11 @@ __device__ __forceinline__ void attend_keys(const AttentionArgs& args, int index
     if (seen.none_seen(tile * KEYS)) continue;
 
     float scores[KEYS / 8][4] = {};
-    multiply_keys(tiles.keys(tile), tiles.key_scales(tile), q, factors, scores);
-    if (!plain) finish_scores(args, bias, rule, tile * KEYS, unit, scores);
+    multiply_keys<KEYS>(tiles.keys(tile), tiles.key_scales(tile), q, factors, scores);
+    if (!plain) scale_scores(args, unit, scores);
     if (!seen.all_seen(tile * KEYS) || !tiles.all_known(tile))
       hide_keys(seen, tiles.known(tile), tile * KEYS, scores);
+    if constexpr (BIAS) add_biases(args, bias, rule, tile * KEYS, scores);
     state.follow(scores, factor, tiles.value_scales(tile));
 #pragma unroll
     for (int step = 0; step < KEYS / 16; ++step) {

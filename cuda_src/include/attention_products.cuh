@@ -7,6 +7,7 @@
 #ifndef CUPYATTN_ATTENTION_PRODUCTS_CUH
 #define CUPYATTN_ATTENTION_PRODUCTS_CUH
 
+#include "attention_store.cuh"
 #include "attention_work.cuh"
 #include "hadamard.cuh"
 #include "kv_fragments.cuh"
