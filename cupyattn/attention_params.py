@@ -2,14 +2,16 @@
 """TurboMind's attention parameters: one validated bundle for a layer's appending, attending and merging."""
 
 import math
+import numbers
 from dataclasses import dataclass, field, fields
 
 import numpy as np
 
 from .attention_step import OP, Step
 from .cache_iterators import BlockIteratorParams, LinearIteratorParams, QuantPolicy
+from .devices import to_host
 from .rope_params import RopeParams
-from .runtime import arch_of
+from .runtime import arch_of, env
 from .runtime.arrays import array_namespace, dtype_name, strides
 from .runtime.checks import (
     FLOATS,
@@ -23,6 +25,12 @@ from .runtime.checks import (
 
 _DERIVED = ("token_num", "batch_size", "max_q_len", "max_k_len", "num_heads", "num_kv_heads", "size_per_head",
             "stride")
+
+
+def check_params(op, params, name="params"):
+    """`params` is an AttentionParams."""
+    if not isinstance(params, AttentionParams):
+        raise TypeError(f"{op}: {name} must be an AttentionParams, got {type(params).__name__}")
 
 
 def _array(default=None):
@@ -67,7 +75,7 @@ class AttentionParams:
         Contiguous keys and values: what ``flatten_kv`` writes, and ``invoke_attention`` reads if given.
     block_iter_params : BlockIteratorParams, optional
         Keys and values in blocks. Those of finished sequences, and those before the window of the first new token, may
-        be gone: 0, or any other address.
+        be gone: their addresses may be 0.
     token_num, batch_size, max_q_len, max_k_len, num_heads, num_kv_heads, size_per_head : int, optional
         Follow from the arrays; given, they must agree. num_kv_heads is needed when there is no k.
     inv_sqrt_dh : float, optional
@@ -82,7 +90,7 @@ class AttentionParams:
         the columns of Hugging Face weights; unpermuted ones need "neox".
     rope_positions : int ndarray [tokens] or [3, tokens], optional
         Where the tokens stand for RoPE, if not in the order of the sequence; three positions with ``mrope_section``.
-    prompt_len : int ndarray [batch], optional
+    prompt_len : int array [batch], optional
         Prompt length of each sequence, for RoPE "dynamic" and "longrope".
     use_logn_attn : bool
         Scale q by ``log2(p) / log2(max_position_embeddings)`` at 0-based positions p beyond that.
@@ -91,7 +99,8 @@ class AttentionParams:
     quant_policy : QuantPolicy or int
         How the blocks store keys and values: 0, 4, 8, or 16 and 17 for fp8 e4m3 and e5m2.
     kv_scale : pair of ndarray, optional
-        float32 [1] or [num_kv_heads] for K and for V, with the fp8 policies.
+        float32 [1] or [num_kv_heads] for K and for V, finite, with the fp8 policies. What CuPy arrays hold is looked
+        at with ``CUPYATTN_CHECK=1`` only.
     max_split_k : int
         Capacity of the split axis of the partial results, and the largest number of splits. Default 1.
     num_splits : int, optional
@@ -202,6 +211,8 @@ class AttentionParams:
         check_shape(OP, "qkv", qkv, (None, None), "[tokens, width]")
         for name, value in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
             check_number(OP, name, value, least=1, integer=True)
+        if size_per_head is not None:
+            check_number(OP, "size_per_head", size_per_head, least=1, integer=True)
         heads = num_heads + 2 * num_kv_heads
         head_dim = qkv.shape[1] // heads if size_per_head is None else size_per_head
         used = heads * head_dim
@@ -209,7 +220,9 @@ class AttentionParams:
             raise ValueError(f"{OP}: qkv must have rows of {num_heads} + 2 * {num_kv_heads} heads, got "
                              f"{list(qkv.shape)}; give size_per_head if they hold more")
         check_last_axis(OP, "qkv", qkv)
-        rows = qkv[:, :used].reshape(len(qkv), heads, head_dim)
+        # a reshaped single row would forget how far it is to the next
+        rows = array_namespace(OP, qkv=qkv).lib.stride_tricks.as_strided(
+            qkv, (len(qkv), heads, head_dim), (qkv.strides[0], head_dim * qkv.itemsize, qkv.itemsize))
         cut = num_heads + num_kv_heads
         return cls(q=rows[:, :num_heads], k=rows[:, num_heads:cut], v=rows[:, cut:], num_heads=num_heads,
                    num_kv_heads=num_kv_heads, size_per_head=head_dim, **rest)
@@ -225,6 +238,8 @@ class AttentionParams:
             Other fields.
         """
         check_number(OP, "scale_log2", scale_log2)
+        if "inv_sqrt_dh" in rest:
+            raise TypeError(f"{OP}: inv_sqrt_dh must not be given with scale_log2, got {rest['inv_sqrt_dh']!r}")
         return cls(inv_sqrt_dh=scale_log2 * math.log(2.0), **rest)
 
     def replace(self, **changes):
@@ -282,8 +297,10 @@ class AttentionParams:
         check_dtype(OP, "q", q, FLOATS)
         check_shape(OP, "q", q, (None, None, None), "[tokens, num_heads, size_per_head]")
         tokens, num_heads, head_dim = q.shape
-        if num_heads == 0 or head_dim == 0 or head_dim % 8:
-            raise ValueError(f"{OP}: q must have heads of a multiple of 8 elements, got {list(q.shape)}")
+        if num_heads == 0:
+            raise ValueError(f"{OP}: num_heads must be at least 1, got a q of {list(q.shape)}")
+        if head_dim == 0 or head_dim % 8 or head_dim > 256:
+            raise ValueError(f"{OP}: size_per_head must be a multiple of 8 from 8 to 256, got {head_dim}")
         if (self.k is None) != (self.v is None):
             raise ValueError(f"{OP}: k and v must be given together, got one of them")
         heads = None if self.k is None or self.k.ndim != 3 else self.k.shape[1]
@@ -300,9 +317,11 @@ class AttentionParams:
                 if name.endswith("out"):
                     check_writeable(OP, name, array)
         given = self.stride
+        if given is not None and (isinstance(given, bool) or not isinstance(given, numbers.Integral)):
+            raise TypeError(f"{OP}: stride must be an integer, got {type(given).__name__}")
         for name in ("q", "k", "v"):
             array = getattr(self, name)
-            if given is not None and array is not None and tokens > 1 and strides(array)[0] != given:
+            if given is not None and array is not None and tokens and strides(array)[0] != given:
                 raise ValueError(f"{OP}: stride must be the {strides(array)[0]} elements between tokens of {name}, got "
                                  f"{given}")
         object.__setattr__(self, "stride", strides(q)[0])
@@ -343,7 +362,7 @@ class AttentionParams:
                 check_shape(OP, name, array, (heads, self.size_per_head), "[heads, size_per_head]")
                 check_last_axis(OP, name, array)
         if self.sinks is not None:
-            found = check_dtype(OP, "sinks", self.sinks, ("float32", dtype_name(self.q)))
+            found = check_dtype(OP, "sinks", self.sinks, tuple(dict.fromkeys(("float32", dtype_name(self.q)))))
             check_shape(OP, "sinks", self.sinks, (self.num_heads,), "[num_heads]")
             if found != "float32":
                 object.__setattr__(self, "sinks", self.sinks.astype(np.float32))
@@ -360,6 +379,8 @@ class AttentionParams:
                 if scale.shape not in ((1,), (self.num_kv_heads,)):
                     raise ValueError(f"{OP}: kv_scale[{i}] must be [1] or [num_kv_heads={self.num_kv_heads}], got "
                                      f"{list(scale.shape)}")
+                if (xp is np or env.check()) and not np.isfinite(to_host(scale)).all():
+                    raise ValueError(f"{OP}: kv_scale[{i}] must be finite, got {to_host(scale).tolist()}")
 
     def _check_cache(self, xp):
         """The iterators' arrays are of q's kind, and hold the batch."""

@@ -86,7 +86,7 @@ class Step:
 
     def _check_rope(self, tokens):
         if self.rope_param is None:
-            for name in ("rope_theta", "rope_positions"):
+            for name in ("rope_theta", "rope_positions", "prompt_len"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{OP}: {name} must be None without rope_param, got an array")
             return
@@ -98,9 +98,14 @@ class Step:
             if shape not in ((tokens,), *([(3, tokens)] if three else [])):
                 raise ValueError(f"{OP}: rope_positions must be [tokens={tokens}]"
                                  f"{', or [3, tokens] with mrope_section' * three}, got {list(shape)}")
-        if self.prompt_len is not None and to_host(self.prompt_len).shape != (self.batch_size,):
-            raise ValueError(f"{OP}: prompt_len must be [batch={self.batch_size}], got "
-                             f"{list(to_host(self.prompt_len).shape)}")
+        if self.prompt_len is not None:
+            prompt_len = to_host(self.prompt_len)
+            if prompt_len.dtype.kind not in "iu":
+                raise TypeError(f"{OP}: prompt_len must be integers, got {prompt_len.dtype}")
+            if prompt_len.shape != (self.batch_size,):
+                raise ValueError(f"{OP}: prompt_len must be [batch={self.batch_size}], got {list(prompt_len.shape)}")
+            if prompt_len.min(initial=0) < 0:
+                raise ValueError(f"{OP}: prompt_len must not be negative, got {prompt_len.min()}")
 
     # ---- arrays for kernels ----------------------------------------------------------------------------
 

@@ -152,6 +152,9 @@ class BlockIteratorParams:
         check_shape(op, "cu_block_nums", self.cu_block_nums, (None,), "[batch + 1]")
         for name in ("block_ptrs", "cu_block_nums"):
             check_element_strides(op, name, getattr(self, name))
+        if self.buffers is None and self.trusted_pointers is not True:
+            raise ValueError(f"{op}: buffers must be given, or trusted_pointers=True, got neither; a wrong address "
+                             "would read or overwrite any memory")
         starts, pointers = (to_host(a).astype(np.int64) for a in (self.cu_block_nums, self.block_ptrs))
         if len(starts) == 0 or starts[0] < 0 or (np.diff(starts) < 0).any() or starts[-1] > len(pointers):
             raise ValueError(f"{op}: cu_block_nums must not decrease and lie within the {len(pointers)} entries of "
@@ -321,9 +324,12 @@ def create_cache_iter_factory(params):
 
     Raises
     ------
-    ValueError
-        Neither `linear_iter_params` nor `block_iter_params` is set.
+    TypeError, ValueError
+        No AttentionParams, or neither `linear_iter_params` nor `block_iter_params` is set.
     """
+    from .attention_params import check_params  # which imports this module
+
+    check_params("create_cache_iter_factory", params)
     if params.linear_iter_params is not None:
         return LinearCacheIter(params.linear_iter_params, params.cu_k_len, params.size_per_head)
     if params.block_iter_params is None:

@@ -3,6 +3,7 @@
 
 import numpy as np
 
+from .attention_params import check_params
 from .ops.split_reduce import MAX_PARTS, split_out, split_reduce
 from .runtime.arrays import array_namespace
 from .runtime.checks import check_number
@@ -98,6 +99,7 @@ def rank_result(params, /):
     lse : ndarray [token_num, num_heads], float32, natural log
         ``-inf`` there.
     """
+    check_params("rank_result", params)
     if params.partial_O is None:
         raise ValueError("rank_result: partial_O must be given, got None; see AttentionParams.with_partials")
     xp, shape = params.xp, (params.token_num, params.num_heads, params.size_per_head)
@@ -141,6 +143,7 @@ def merge_shards(shards, /, *, out=None, return_lse=False):
         raise TypeError(f"{op}: shards must be a list of AttentionParams, got {type(shards).__name__}")
     first = shards[0]
     for i, shard in enumerate(shards):
+        check_params(op, shard, f"shards[{i}]")
         for name in ("token_num", "num_heads", "size_per_head", "softmax_scale", "rows"):
             if getattr(shard, name) != getattr(first, name):
                 raise ValueError(f"{op}: shards[{i}] must have the {name} of the first, {getattr(first, name)}, got "

@@ -6,6 +6,7 @@ import contextlib
 import numpy as np
 
 from .attention_args import Partials
+from .attention_params import check_params
 from .attention_plans import sm_count
 from .ops.attention import attention
 from .ops.kv_append import kv_append
@@ -70,6 +71,7 @@ def invoke_attention(params):
     ValueError
         A field this call needs is None; the message names it.
     """
+    check_params("invoke_attention", params)
     linear = params.linear_iter_params is not None
     _require("invoke_attention", params, "linear_iter_params" if linear else "block_iter_params")
     with _on_stream(params):
@@ -155,6 +157,7 @@ def reduce_split_k(params):
 
 
 def _require(op, params, *names):
+    check_params(op, params)
     for name in names:
         if getattr(params, name) is None:
             raise ValueError(f"{op}: {name} must be given, got None")

@@ -134,6 +134,20 @@ def test_rope_tables_of_a_step():
     (TypeError, "rope_param", {"rope_param": {"base": 1e4}}),
     (ValueError, "rope_positions", {"rope_param": RopeParams(rotary_dim=16), "rope_positions": np.zeros((3, 3), int)}),
     (ValueError, "prompt_len", {"rope_param": RopeParams(rotary_dim=16), "prompt_len": [1]}),
+    (ValueError, "prompt_len", {"rope_param": RopeParams(rotary_dim=16), "prompt_len": [1, -1, 2]}),
+    (TypeError, "prompt_len", {"rope_param": RopeParams(rotary_dim=16), "prompt_len": [1.5, 2.0, 3.0]}),
+    (TypeError, "prompt_len", {"rope_param": RopeParams(rotary_dim=16), "prompt_len": "x"}),
+    (ValueError, "prompt_len", {"prompt_len": [1, 2, 3]}),
+    (TypeError, "size_per_head", {"size_per_head": "x"}),
+    (ValueError, "size_per_head", {"size_per_head": -8}),
+    (ValueError, "size_per_head", {"size_per_head": 12}),
+    (ValueError, "size_per_head", {"qkv": np.zeros((3, 8 * 264), np.float32), "block_iter_params": None}),
+    (TypeError, "stride", {"stride": "128"}),
+    (TypeError, "stride", {"stride": True}),
+    (TypeError, "sinks", {"sinks": np.zeros(4, np.int32)}),
+    *((ValueError, rf"kv_scale\[{i}\]", {"quant_policy": 16, "kv_scale": scales})
+      for i, scales in ((0, (np.float32([math.nan]), np.ones(1, np.float32))),
+                        (1, (np.ones(1, np.float32), np.float32([1, math.inf]))))),
     (ValueError, "sinks", {"sinks": np.zeros(2, np.float32)}),
     (ValueError, "q_bias", {"q_bias": np.zeros((2, 16), np.float32)}),
     (TypeError, "k_bias", {"k_bias": np.zeros((2, 16), np.float16)}),
@@ -172,6 +186,25 @@ def test_errors_name_the_field(error, field, changes):
     changes = {name: value for name, value in changes.items() if name != "q"}
     with pytest.raises(error, match=rf"^(AttentionParams: |RopeParams: |){field} must"):
         assert make(**changes).step.rope_tables
+
+
+def test_stride_of_one_token():
+    """It is looked at, too: the whole row's, whatever the row holds past the heads."""
+    wide = rng.standard_normal((1, 200)).astype(np.float32)
+    one = dict(q_lens=(1,), k_lens=(20,), qkv=wide, size_per_head=HEAD_DIM)
+    assert make(**one).stride == make(**one, stride=200).stride == 200
+    for stride in (128, 0, -200):
+        with pytest.raises(ValueError, match=f"stride must be the 200 elements between tokens of q, got {stride}"):
+            make(**one, stride=stride)
+
+
+def test_words_of_errors():
+    with pytest.raises(TypeError, match="^AttentionParams: sinks must be float32, got int32$"):
+        make(sinks=np.zeros(4, np.int32))
+    with pytest.raises(TypeError, match="^AttentionParams: sinks must be float32 or float16, got int32$"):
+        make(dtype="float16", sinks=np.zeros(4, np.int32))
+    with pytest.raises(TypeError, match="^AttentionParams: inv_sqrt_dh must not be given with scale_log2, got 0.25$"):
+        AttentionParams.from_base2(0.5, inv_sqrt_dh=0.25)
 
 
 def test_blocks_must_hold_the_context():
@@ -260,7 +293,7 @@ def test_iterator_of_the_blocks_and_of_none():
 
 
 @pytest.mark.parametrize(("error", "text", "call"), [
-    (ValueError, "buffers must be given, or trusted_pointers=True",
+    (ValueError, "^BlockIteratorParams: buffers must be given, or trusted_pointers=True",
      lambda ptrs, starts: BlockIteratorParams(ptrs, starts)),
     (ValueError, "block_ptrs must lie in the buffers",
      lambda ptrs, starts: BlockIteratorParams(ptrs, starts, buffers=[np.zeros(4)])),

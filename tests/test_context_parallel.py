@@ -197,6 +197,9 @@ def test_given_output_and_errors():
     assert_same_bits(place, ranks[0].out)
     with pytest.raises(TypeError, match="merge_shards: shards must be a list of AttentionParams"):
         cupyattn.merge_shards(ranks[0])
+    for i, wrong in enumerate(([1], [ranks[0], None])):
+        with pytest.raises(TypeError, match=rf"^merge_shards: shards\[{i}\] must be an AttentionParams, got "):
+            cupyattn.merge_shards(wrong)
     with pytest.raises(ValueError, match=r"merge_shards: shards\[1\] must have the softmax_scale of the first"):
         cupyattn.merge_shards([ranks[0], ranks[1].replace(inv_sqrt_dh=1.0)])
     with pytest.raises(ValueError, match="reduce_split_k: cp_size must be 1"):

@@ -379,9 +379,9 @@ def test_blocks_that_are_gone(xp, q_lens):
     numbers = np.diff(starts)
     none = np.where(np.repeat([False, True, False], numbers), 0, pointers).astype(np.uint64)
     fewer = np.delete(pointers, np.arange(starts[1], starts[2]))
-    for given in (lists(none, numbers), lists(fewer, numbers * [1, 0, 1])):
+    for blocks in (lists(none, numbers), lists(fewer, numbers * [1, 0, 1])):
         pool[...] = xp.array(before)
-        params = layer.params(xp, pool, q_lens, block_iter_params=given)
+        params = layer.params(xp, pool, q_lens, block_iter_params=blocks)
         assert_same_bits(xp.numpy(cupyattn.invoke_decoding(params)), out)
         assert_same_bits(xp.numpy(pool), stored)
         linear = LinearIteratorParams.empty(2, 287, 64, dtype=np.float16, xp=params.xp)
@@ -425,6 +425,16 @@ def test_missing_fields_are_named(call, field):
     layer = Layer((40,))
     params = layer.params(NUMPY, layer.pool, (1,)).replace(block_iter_params=None)
     with pytest.raises(ValueError, match=f"^{call.__name__}: {field} must be given, got None"):
+        call(params)
+
+
+@pytest.mark.parametrize("call", [
+    cupyattn.invoke_decoding, cupyattn.invoke_attention, cupyattn.process_kv, cupyattn.flatten_kv,
+    cupyattn.reduce_split_k, cupyattn.rank_result, cupyattn.create_cache_iter_factory,
+])
+@pytest.mark.parametrize(("params", "kind"), [(1, "int"), (None, "NoneType")])
+def test_parameters_of_another_kind(call, params, kind):
+    with pytest.raises(TypeError, match=f"^{call.__name__}: params must be an AttentionParams, got {kind}$"):
         call(params)
 
 
