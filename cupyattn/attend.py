@@ -82,6 +82,10 @@ def attend(op, xp, q, keys, *, cache_seqlens, max_q_len, softmax_scale, window_s
         lists = _make_lists(xp, facts, lengths, policy, q_lens, Limits(max_q_len, keys.capacity, tokens, total))
     else:
         lists = _lists_of(op, xp, facts, lengths, policy, schedule, causal, tree_mask is not None)
+        if schedule.made_from is not None:
+            schedule.made_from.check(op, lengths, keys.pages)
+            if xp is np or env.check():
+                schedule.made_from.check_contents(op, lengths, q_lens, keys.pages, keys.table["page_size"])
     values = dict(
         q=sequence_view(q, uniform), k=keys.k.view, v=keys.v.view, k_scale=keys.k.scale, v_scale=keys.v.scale,
         table=keys.table, mask=mask, out=None if out is None else sequence_view(out, uniform),

@@ -17,6 +17,7 @@ from cupyattn.ops.schedule import fill_lists
 from cupyattn.page_table import PageTable
 from cupyattn.planning import Lengths, Limits, Policy, empty_lists, host_lists, list_ranges
 from cupyattn.reference import schedule as reference
+from cupyattn.runtime import env
 from cupyattn.runtime.cpu import settings
 from cupyattn.shared_prefix import shared_prefixes
 from cupyattn.work_list import WorkList, make_work
@@ -382,6 +383,100 @@ def test_errors_of_device_lengths():
             cupyattn.schedule(lengths, xp=np, max_k_len=9, **kwargs)
         table = xp.array(np.zeros((2, 3), np.int32))
         assert cupyattn.schedule(lengths, block_table=table, page_size=16, **kwargs).limits.max_k_len == 48
+
+
+# ---- schedules of something else ---------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["numpy", "checked stand-in", "stand-in"])
+def place(request, monkeypatch):
+    """Where arrays are; on a stand-in for a GPU nobody reads them unless they are checked."""
+    if request.param == "numpy":
+        yield NumpyArrays()
+        return
+    if request.param == "checked stand-in":
+        monkeypatch.setenv("CUPYATTN_CHECK", "1")
+    with install() as xp:
+        yield xp
+
+
+def attend(xp, made, q_len=None, **changes):
+    """`attention` of two sequences, or with `q_len` paged_decode, some arrays replaced; True when it is refused."""
+    options = {"cache_seqlens": np.int32([300, 200]), "block_table": np.arange(20, dtype=np.int32).reshape(2, 10),
+               **({} if q_len else {"cu_seqlens_q": np.int32([0, 1, 3])}), **changes}
+    options = {name: xp.array(a) for name, a in options.items() if a is not None}
+    if options.get("cu_seqlens_k") is not None:
+        del options["cache_seqlens"], options["block_table"]
+    k = np.zeros((20, 64, 2, 8), np.float32)
+    k = xp.array(k.reshape(-1, 2, 8) if "cu_seqlens_k" in options else k)
+    if q_len:
+        return cupyattn.paged_decode(xp.array(np.zeros((2, q_len, 4, 8), np.float32)), k, k, schedule=made, **options)
+    return cupyattn.attention(xp.array(np.zeros((3, 4, 8), np.float32)), k, k, schedule=made, max_q_len=2, **options)
+
+
+SHARD = {"key_offsets": np.int32([64, 0]), "key_counts": np.int32([100, 150])}
+
+
+@pytest.mark.parametrize("name, then, given, now, found", [
+    ("cache_seqlens", [64, 200], {}, [300, 200], r"cache_seqlens, got one for \[64, 200\]"),
+    ("cu_seqlens_q", [0, 2, 3], {}, [0, 1, 3], r"query lengths, got one for \[2, 1\]"),
+    ("cu_seqlens_k", None, {}, [0, 200, 500], r"cache_seqlens, got one for \[300, 200\]"),
+    ("cache_starts", [64, 0], {}, [0, 0], r"cache_starts, got one for \[64, 0\]"),
+    ("finished", [True, False], {}, [False, False], r"finished, got one for \[True, False\]"),
+    ("key_offsets", [64, 0], SHARD, [0, 0], r"key_offsets, got one for \[64, 0\]"),
+    ("key_counts", [100, 150], SHARD, [100, 160], r"key_counts, got one for \[100, 150\]"),
+], ids=lambda value: value if isinstance(value, str) and value.isidentifier() else "")
+def test_schedule_of_other_lengths(place, name, then, given, now, found):
+    """Refused where lengths may be read, and a schedule of the right ones is taken."""
+    xp = place
+    dtype = bool if name == "finished" else np.int32
+    arrays = {"cache_seqlens": np.int32([300, 200]), "cu_seqlens_q": np.int32([0, 1, 3]), **given}
+    made_of = {**arrays, **({} if then is None else {name: np.array(then, dtype)})}
+    made = cupyattn.schedule(made_of.pop("cache_seqlens"), **made_of, num_heads=4, num_kv_heads=2, head_dim=8,
+                             dtype="float32", xp=xp.module)
+    changed = {**given, name: np.array(now, dtype)}
+    if xp.name == "standin" and not env.check():
+        attend(xp, made, **changed)
+    else:
+        with pytest.raises(ValueError, match=f"attention: schedule must be made for these {found}"):
+            attend(xp, made, **changed)
+    if then is not None:
+        attend(xp, made, **{**given, name: np.array(then, dtype)})
+
+
+def test_schedule_of_other_arguments(place):
+    """Which arrays are given is no content: refused everywhere, also by schedules made on the device."""
+    xp, sizes = place, {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "dtype": "float32"}
+    host = np.int32([300, 200])
+    starts, off = np.int32([0, 1, 3]), np.array([False, False])
+    for lengths, room in ((host, {"xp": xp.module}), (xp.array(host), {"max_k_len": 640, "max_q_len": 2})):
+        array = np.asarray if isinstance(lengths, np.ndarray) else xp.array
+        ragged = cupyattn.schedule(lengths, cu_seqlens_q=array(starts), **sizes, **room)
+        attend(xp, ragged)
+        with pytest.raises(ValueError, match="paged_decode: schedule must be made for q_len 2, got one for cu_seq"):
+            attend(xp, ragged, 2)
+        for name, value in (("finished", off), ("cache_starts", np.int32([0, 0]))):
+            with pytest.raises(ValueError, match=f"schedule must be made with {name}, got one made without"):
+                attend(xp, ragged, **{name: value})
+        room.pop("max_q_len", None)
+        made = cupyattn.schedule(lengths, q_len=2, finished=array(off), **sizes, **room)
+        with pytest.raises(ValueError, match="schedule must be made for q_len 1, got one for q_len 2"):
+            attend(xp, made, 1)
+        with pytest.raises(ValueError, match="schedule must be made without finished, got one made with"):
+            attend(xp, made, 2)
+
+
+def test_schedule_filled_again():
+    """It is that of the lengths it was filled from last, whichever of its names a call uses."""
+    first = np.int32([300, 200])
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "dtype": "float32"}
+    made = cupyattn.schedule(first, max_k_len=640, **sizes)
+    attend(NumpyArrays(), made, 1)
+    again = cupyattn.schedule(np.int32([500, 100]), out=made, **sizes)
+    for either in (made, again):
+        attend(NumpyArrays(), either, 1, cache_seqlens=np.int32([500, 100]))
+        with pytest.raises(ValueError, match=r"these cache_seqlens, got one for \[500, 100\]"):
+            attend(NumpyArrays(), either, 1)
 
 
 # ---- shared prefixes ---------------------------------------------------------------------------------------

@@ -94,12 +94,46 @@ def test_values(dtype):
     case = make([1100, 1300, 1500, 1090, 1091], dtype)
     made = case.schedule("attention")
     assert shared(made) == 5
-    options = {"mask": rng.standard_normal((5, HEADS, 1, 1500)).astype(np.float32), "softcap": 3.0,
-               "alibi_slopes": np.float32([0.1, 0.2, 0.01, 0.4]), "sinks": np.float32([1, 2, -3, 4])}
-    for options in ({}, options, {**options, "mask": options["mask"] < 0.5}):
+    every = {"mask": rng.standard_normal((5, HEADS, 1, 1500)).astype(np.float32), "softcap": 3.0,
+             "alibi_slopes": np.float32([0.1, 0.2, 0.01, 0.4]), "sinks": np.float32([1, 2, -3, 4])}
+    for options in ({}, every, {**every, "mask": every["mask"] < 0.5}):
         out, lse = case.attend("attention", schedule=made, **options)
         want, want_lse = expected_attention(
             case.q, case.k, case.v, cu_seqlens_q=np.arange(6, dtype=np.int32), block_table=case.table,
             cache_seqlens=case.lengths, return_lse=True, **options)
         assert_close(out, want, *TOLERANCE[dtype])
         assert_close(lse, want_lse, 2e-5, 1e-6)
+
+
+@pytest.mark.parametrize("form", ["dense", "csr", "pointers"])
+def test_schedule_of_other_pages(form):
+    """Refused when sequences no longer share them, taken when they share others."""
+    case = make([1100, 1300, 1200])
+    apart = np.arange(case.table.size, dtype=np.int32).reshape(case.table.shape)
+    moved = case.table.copy()
+    moved[:, :SHARED] = moved[:, :SHARED][:, ::-1]
+    k = v = case.k
+    if form == "pointers":
+        k = v = cupyattn.BlockKV("float32", PAGE_SIZE, KV_HEADS, HEAD_DIM, stride_token=KV_HEADS * HEAD_DIM,
+                                 stride_head=HEAD_DIM)
+
+    def table(ids):
+        starts = (np.arange(4) * ids.shape[1]).astype(np.int32)
+        if form == "csr":
+            return cupyattn.PageTable.csr(ids.reshape(-1), starts)
+        return ids if form == "dense" else cupyattn.PageTable.from_pool(case.k, ids)
+
+    made = case.schedule(block_table=table(case.table))
+    assert shared(made) == 3
+    for ids in (case.table, moved):
+        cupyattn.paged_decode(case.q, k, v, block_table=table(ids), cache_seqlens=case.lengths, schedule=made)
+    with pytest.raises(ValueError, match=r"paged_decode: schedule must be made for this block_table, got one for "
+                                         r"sequences \[0, 1, 2\] with the same pages of 1088 keys"):
+        cupyattn.paged_decode(case.q, k, v, block_table=table(apart), cache_seqlens=case.lengths, schedule=made)
+    starts = np.int32([0, 1, 2, 3])
+    made = case.schedule("attention", block_table=table(case.table))
+    rows = np.zeros((3600, KV_HEADS, HEAD_DIM), np.float32)
+    with pytest.raises(ValueError, match="must be made without shared pages for cu_seqlens_k, got one for sequences "
+                                         "that share 1088 keys"):
+        cupyattn.attention(case.q, rows, rows, cu_seqlens_q=starts, cu_seqlens_k=np.int32([0, 1100, 2400, 3600]),
+                           schedule=made)

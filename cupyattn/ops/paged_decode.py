@@ -56,7 +56,9 @@ def paged_decode(q, k_cache, v_cache, /, *, block_table, cache_seqlens, cache_st
         Cut keys only at multiples of 1024: the bits of a sequence depend neither on the batch around it nor on the
         number of multiprocessors.
     schedule : Schedule, optional
-        From `cupyattn.schedule`, made once per step for all layers. Default: the op makes its own.
+        From `cupyattn.schedule`, made once per step for all layers, with the very lengths and options of this call.
+        Default: the op makes its own. What a schedule of other lengths leaves out stays unwritten; where lengths are
+        read, with NumPy arrays or ``CUPYATTN_CHECK=1``, one made from lengths in host memory is refused.
     partials : (ndarray [num_splits, tokens, num_heads, head_dim_v], ndarray [num_splits, tokens, num_heads]), optional
         float32, tokens = batch * q_len. Receive the normalised result and lse of every split, without sinks, in place
         of `out`; for `split_reduce`. Needs `num_splits`.

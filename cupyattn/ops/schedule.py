@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..attention_plans import Facts, sm_count, tiling
+from ..made_from import MadeFrom
 from ..page_table import PageTable
 from ..planning import (
     Lengths,
@@ -53,6 +54,8 @@ class Schedule:
         Likewise.
     device : str
         ``"numpy"`` or ``"cupy"``: where its arrays are.
+    made_from : MadeFrom or None
+        The lengths it was made from. None: an op takes it for any.
     limits : Limits or None
         What the arrays have room for; None when they hold what is used and nothing else.
     """
@@ -74,6 +77,7 @@ class Schedule:
     dtype: str
     kv_format: str
     device: str
+    made_from: MadeFrom | None = None
     limits: Limits | None = None
 
     def check(self, op, name="schedule", **wanted):
@@ -257,7 +261,10 @@ def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, cu_seqlens_
         on = share_prefix and table is not None and table.xp is np
         prefixes = find_prefixes(lengths, policy, table, page_size) if on else ()
         lists = exact_lists(lengths, tiles(lengths.packed_range()[1]), policy, prefixes)
-        return Schedule(*(lists if xp is np else (work and work.to(xp) for work in lists)), **made_for)
+        source = MadeFrom()
+        source.set(lengths, True, prefixes)
+        return Schedule(*(lists if xp is np else (work and work.to(xp) for work in lists)), **made_for,
+                        made_from=source)
     limits = _limits(op, lengths, on_host, max_q_len, max_k_len, num_tokens, total_k_len, table, page_size, out)
     if out is not None:
         out.check(op, "out", **made_for)
@@ -269,7 +276,9 @@ def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, cu_seqlens_
         lists = store_lists(host_lists(lengths, tiles, policy, ranges), lists)
     else:
         fill_lists(xp, lengths, limits, policy, ranges, lists)
-    return Schedule(*lists, **made_for, limits=limits)
+    source = MadeFrom() if out is None else out.made_from
+    source.set(lengths, on_host)
+    return Schedule(*lists, **made_for, made_from=source, limits=limits)
 
 
 def _tiling(xp, lengths, head_dim, dtype, kv_format, num_workers, most):
