@@ -42,8 +42,10 @@ def _array(default=None):
 class AttentionParams:
     """What ``invoke_decoding``, ``invoke_attention``, ``process_kv``, ``flatten_kv`` and ``reduce_split_k`` work on.
 
-    Arrays are NumPy or CuPy, all of one kind. Everything is checked on construction, where CuPy arrays of lengths are
-    read once; nothing is read back later. `replace` makes the parameters of the next layer without reading them again.
+    Arrays are NumPy or CuPy, all of one kind. Everything is checked on construction, where arrays of lengths, and
+    whatever else has an entry per sequence, are read on the host once; nothing is read back later. `replace` makes the
+    parameters of the next layer without reading them again. Such arrays must not change afterwards: other lengths need
+    other parameters, and a captured step replays the lengths it was made with and no others.
 
     Parameters
     ----------
@@ -56,7 +58,7 @@ class AttentionParams:
         Row t belongs to token t of q. Default: a new array.
     q_out : ndarray [tokens, num_heads, size_per_head], dtype of q, optional
         Scratch for queries after bias and RoPE. Default: a new array. With `out` and `q_out` a call that was made once
-        can be captured in a CUDA graph, for which these parameters must be kept alive.
+        can be captured in a CUDA graph, for which these parameters must be kept alive. It replays these lengths.
     stride : int, optional
         Elements between tokens of q, k and v. It follows from the arrays; given, it must agree.
     q_bias, k_bias, v_bias : ndarray [heads, size_per_head], dtype of q, optional
@@ -118,6 +120,11 @@ class AttentionParams:
     cp_offsets, cp_counts : ndarray [batch], int32, optional
         Context parallel over contiguous shards instead: this rank's blocks hold tokens cp_offsets[b] up to
         cp_offsets[b] + cp_counts[b], the new ones among them included.
+    share_prefix : bool
+        Attend once to leading blocks that sequences have in common, where that saves time (default). See `schedule`.
+    invariant : bool
+        Cut keys only at multiples of 1024, so that the bits of a row depend neither on the batch around it nor on the
+        number of multiprocessors. Default False; not with the partial results. See ``attention``.
     arch : str or int, optional
         Default None: of the arrays' device. Anything else must agree with it.
     stream : cupy.cuda.Stream, optional
@@ -187,6 +194,8 @@ class AttentionParams:
     cp_size: int = 1
     cp_offsets: object = _array()
     cp_counts: object = _array()
+    share_prefix: bool = True
+    invariant: bool = False
     arch: object = None
     stream: object = None
     step: Step | None = field(default=None, repr=False)
@@ -332,7 +341,7 @@ class AttentionParams:
         check_number(OP, "inv_sqrt_dh", self.inv_sqrt_dh)
         object.__setattr__(self, "window_size", 0 if self.window_size is None else self.window_size)
         check_number(OP, "window_size", self.window_size, least=0, integer=True)
-        for name in ("causal", "use_logn_attn"):
+        for name in ("causal", "use_logn_attn", "share_prefix", "invariant"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{OP}: {name} must be True or False, got {getattr(self, name)!r}")
         if self.use_logn_attn or self.max_position_embeddings is not None:
@@ -430,6 +439,9 @@ class AttentionParams:
         if missing:
             raise ValueError(f"{OP}: {missing[0]} must be given with {' and '.join(shapes.keys() - set(missing))}, got "
                              "None")
+        if self.invariant:
+            raise ValueError(f"{OP}: invariant must be False with partial_O, whose splits depend on the batch, got "
+                             "True")
         if self.inv_sqrt_dh <= 0:
             raise ValueError(f"{OP}: inv_sqrt_dh must be greater than 0 when partial_ML is written, got "
                              f"{self.inv_sqrt_dh}")
@@ -487,8 +499,8 @@ class AttentionParams:
         ------
         NotImplementedError
             What the struct cannot say: fp8 policies, RoPE "longrope", style "neox", sections and positions of RoPE,
-            `rope_theta` with "linear", "yarn" or "llama3", sinks, ``causal=False``, contiguous shards, and arrays that
-            are not contiguous (q, k and v: not slices of one).
+            `rope_theta` with "linear", "yarn" or "llama3", sinks, ``causal=False``, ``invariant=True``, contiguous
+            shards, and arrays that are not contiguous (q, k and v: not slices of one).
         """
         from .turbomind_pod import pod
 

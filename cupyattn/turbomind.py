@@ -216,7 +216,7 @@ def _attend(op, params, q, linear):
     step = params.step
     options = {"cu_seqlens_q": step.cu_seqlens_q, "max_q_len": params.max_q_len, "causal": params.causal,
                "softmax_scale": params.softmax_scale, "window_size": params.window_size, "sinks": params.sinks,
-               "finished": params.finished}
+               "finished": params.finished, "invariant": params.invariant}
     if linear:
         keys = _linear_views(params)
         options["cu_seqlens_k"] = step.cu_seqlens_k
@@ -256,10 +256,11 @@ def _schedule(params, linear, num_splits):
     format = None if linear or params.block_layer.k.format in FLOATS else params.block_layer.k.format
     options = {"num_heads": params.num_heads, "num_kv_heads": params.num_kv_heads, "head_dim": params.size_per_head,
                "causal": params.causal, "window_size": params.window_size, "dtype": dtype_name(params.q),
-               "kv_format": format, "num_splits": num_splits}
+               "kv_format": format, "num_splits": num_splits, "invariant": params.invariant,
+               "one_list": params.invariant}
     if params.cp_offsets is None:
         options |= {"key_stride": params.cp_size, "key_offset": params.cp_rank}
-    shared = None if linear or params.is_context_parallel or num_splits else blocks
+    shared = None if linear or params.is_context_parallel or num_splits or not params.share_prefix else blocks
     pointers = shared and shared.pointers_host
     key = (*options.values(), id(pointers))
     if key in params.schedules:

@@ -40,6 +40,8 @@ def pod(params):
             raise _absent(name, "None", "an array")
     if not params.causal:
         raise _absent("causal", "True", False)
+    if params.invariant:
+        raise _absent("invariant", "False", True)
     if params.cp_offsets is not None:
         raise _absent("cp_offsets", "None, tokens dealt out in turn", "contiguous shards")
     one["cp_size"] = fast_divmod(params.cp_size)

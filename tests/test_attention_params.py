@@ -158,6 +158,10 @@ def test_rope_tables_of_a_step():
     (ValueError, "inv_sqrt_dh", {"inv_sqrt_dh": math.inf}),
     (ValueError, "window_size", {"window_size": -1}),
     (TypeError, "causal", {"causal": 1}),
+    (TypeError, "share_prefix", {"share_prefix": None}),
+    (TypeError, "invariant", {"invariant": 1}),
+    (ValueError, "invariant", {"invariant": True, "split_cnt": np.zeros(3, np.int32), "partial_O": np.zeros(
+        (3, 4, 1, 16), np.float32), "partial_ML": np.zeros((3, 4, 1, 2), np.float32)}),
     (TypeError, "max_position_embeddings", {"use_logn_attn": True}),
     (ValueError, "max_position_embeddings", {"use_logn_attn": True, "max_position_embeddings": 1}),
     (ValueError, "quant_policy", {"quant_policy": 42}),
@@ -482,6 +486,7 @@ def test_bases_of_the_struct(xp, rope, changes, bases):
 @pytest.mark.parametrize(("field", "changes"), [
     ("sinks", {"sinks": np.ones(HEADS, np.float32)}),
     ("causal", {"causal": False}),
+    ("invariant", {"invariant": True}),
     ("rope_positions", {"rope_param": PAIRS, "rope_positions": np.int32([7, 8, 9])}),
     *(("rope_theta", {"rope_theta": THETA, "rope_param": RopeParams(
         rotary_dim=16, style="interleaved", scaling=scaling, factor=4.0, original_max_position=64)})

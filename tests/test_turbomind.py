@@ -258,6 +258,44 @@ def test_other_blocks_get_a_schedule_of_their_own():
     assert list(first.schedules.values()) == [kept]
 
 
+@pytest.mark.parametrize(("dtype", "policy"), [("float32", 0), ("float16", 8)])
+def test_invariant_rows(xp, dtype, policy):
+    """The same bits alone, in a batch, and with or without the prefix shared."""
+    layer = Layer((2600, 2300, 700, 5), num_heads=4, num_kv_heads=1, block_len=64, policy=policy, dtype=dtype,
+                  sinks=True)
+    layer.tokens[1][:2112], layer.table[1, :33] = layer.tokens[0][:2112], layer.table[0, :33]
+    pool = xp.array(layer.pool)
+    history = layer.k_lens - 1
+    cupyattn.process_kv(layer.params(xp, pool, history - (0, 2112, 0, 0), history))
+    params = layer.params(xp, pool, (1, 1, 1, 1), invariant=True)
+    out = xp.numpy(cupyattn.invoke_decoding(params))
+    assert_close(out, layer.attended(xp.numpy(pool), (1, 1, 1, 1)), *ATTENDED[dtype])
+    made, = params.schedules.values()
+    assert made.decode is None   # all through one kernel
+    apart = params.replace(share_prefix=False)
+    assert_same_bits(xp.numpy(cupyattn.invoke_attention(apart)), out)
+    assert [len(p.schedules) for p in (params, apart)] == [1, 1] and len(params.step.schedules) == 2
+    blocks = params.block_iter_params
+    for b in range(4):
+        one = cupyattn.BlockIteratorParams(blocks.block_ptrs, blocks.cu_block_nums[b:b + 2], buffers=[pool])
+        alone = params.replace(cu_q_len=params.cu_q_len[b:b + 2], cu_k_len=params.cu_k_len[b:b + 2],
+                               block_iter_params=one)
+        assert_same_bits(xp.numpy(cupyattn.invoke_attention(alone))[b], out[b])
+
+
+def test_prefixes_are_not_shared_unless_wanted():
+    pool = rng.standard_normal((30, 1, 2, 64, 64)).astype(np.float32)
+    table = np.stack([np.r_[np.arange(8), [10 + 2 * b, 11 + 2 * b]] for b in range(8)])
+    params = cupyattn.AttentionParams(
+        q=rng.standard_normal((8, 1, 64)).astype(np.float32), num_kv_heads=1, cu_q_len=np.arange(9, dtype=np.int32),
+        cu_k_len=np.arange(0, 5400, 600, dtype=np.int32),
+        block_iter_params=cupyattn.BlockIteratorParams.from_pool(pool, table))
+    apart = params.replace(share_prefix=False)
+    assert_close(cupyattn.invoke_attention(apart), cupyattn.invoke_attention(params), *ATTENDED["float32"])
+    (shared,), (own,) = params.schedules.values(), apart.schedules.values()
+    assert len(shared.decode.members) > 0 and len(own.decode.members) == 0
+
+
 # ---- splits ------------------------------------------------------------------------------------------------
 
 
