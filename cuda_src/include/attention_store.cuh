@@ -200,7 +200,6 @@ struct WarpResults {
   int warp_bytes;
   int row_stride;
   int groups;
-  int flip = 0;        // the 8 outputs of piece p of row r are at piece p ^ (r & flip), against bank conflicts
 };
 
 // Merges warps and groups in their order and stores the rows; a thread owns WIDTH outputs of a row.
@@ -225,8 +224,7 @@ __device__ __forceinline__ void merge_and_store(const AttentionArgs& args, const
       for (int g = 0; g < found.groups; ++g)
 #pragma unroll
         for (int n = 0; n < WIDTH / STEP; ++n)
-          out[n].add_product(weight, EightFloats::load(part + (g * ROWS + r) * found.row_stride +
-                                                      (dim + n * STEP ^ (r & found.flip) * STEP)));
+          out[n].add_product(weight, EightFloats::load(part + (g * ROWS + r) * found.row_stride + dim + n * STEP));
     }
     const float scale = sum == 0.0f ? 0.0f : 1.0f / sum;
 #pragma unroll

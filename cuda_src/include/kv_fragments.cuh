@@ -236,11 +236,9 @@ struct KvTile {
     return {piece * 16, max(0, min(16, low_bytes - piece * 16))};
   }
 
-  // Starts the copies of TOKENS rows by threads `thread` of THREADS; null rows become zeros. `somewhere`: any valid
-  // address.
+  // Starts the copies of TOKENS rows by threads `thread` of THREADS; null rows become zeros.
   template <int TOKENS, int THREADS>
-  static __device__ __forceinline__ void copy(char* tile, const char* const* rows, int head_dim, const void* somewhere,
-                                              int thread) {
+  static __device__ __forceinline__ void copy(char* tile, const char* const* rows, int head_dim, int thread) {
     if (head_dim * F::BITS % 128 == 0 && head_dim * F::HIGH_BITS % 128 == 0)
       copy_pieces<true, TOKENS, THREADS>(tile, rows, head_dim, thread);
     else
@@ -388,7 +386,7 @@ struct SameSize<2> {
 //   per group of values  half [TOKENS / 2][GROUPS][2]
 // The view is of one head.
 template <typename F, int HEAD_DIM>
-struct KvScaleWords {
+struct KvScales {
   using Tile = KvTile<F, HEAD_DIM>;
   using S = typename F::Scale;
   using Bits = typename SameSize<sizeof(S)>::Unsigned;
@@ -416,6 +414,7 @@ struct KvScaleWords {
       if constexpr (F::HAS_ZERO) centre += number(words[SCALES]);
       store_vec(reinterpret_cast<float*>(scales) + token * 2, Vec<float, 2>{{s, centre}});
     } else {
+      Bits* pairs = reinterpret_cast<Bits*>(scales);
 #pragma unroll
       for (int g = 0; g < SCALES; g += WIDTH) {
         Vec<float, WIDTH> some;
@@ -423,7 +422,7 @@ struct KvScaleWords {
         for (int i = 0; i < WIDTH; ++i) {
           some.v[i] = number(words[g + i]);
           if constexpr (VALUES)
-            reinterpret_cast<Bits*>(scales)[(token / 2 * SCALES + g + i) * 2 + token % 2] = static_cast<Bits>(words[g + i]);
+            pairs[(token / 2 * SCALES + g + i) * 2 + token % 2] = static_cast<Bits>(words[g + i]);
         }
         if constexpr (!VALUES) store_vec(reinterpret_cast<float*>(scales) + token * SCALES + g, some);
       }
@@ -432,45 +431,6 @@ struct KvScaleWords {
   static __device__ __forceinline__ float number(uint32_t word) {
     const Bits bits = static_cast<Bits>(word);
     return to_float(reinterpret_cast<const S&>(bits));
-  }
-};
-
-// Scales of a token on their way to a tile's scales in shared memory: KvTile::SCALE_BYTES a token,
-//   per token            float [TOKENS][2], scale and zero + CENTRE * scale
-//   per group of keys    float [TOKENS][GROUPS]
-//   per group of values  half [TOKENS / 2][GROUPS][2]
-template <typename F, int HEAD_DIM>
-struct KvScales {
-  using Tile = KvTile<F, HEAD_DIM>;
-  using S = typename F::Scale;
-  S scale[Tile::GROUP_SCALE ? Tile::GROUPS : 1], zero;
-
-  // Zeros for a token in no page and for groups past head_dim.
-  __device__ __forceinline__ void load(const KvScale& view, const PageTable& table, TokenSlot slot, int64_t head,
-                                       int head_dim) {
-    if constexpr (Tile::SCALE_BYTES > 0) {
-#pragma unroll
-      for (int g = 0; g < (Tile::GROUP_SCALE ? Tile::GROUPS : 1); ++g) {
-        const bool exists = slot.page >= 0 && (!Tile::GROUP_SCALE || g * 32 < head_dim);
-        scale[g] = exists ? *kv_scale<const S>(view, table, slot, head, g) : from_float<S>(0.0f);
-      }
-      if constexpr (F::HAS_ZERO)
-        zero = slot.page >= 0 ? *kv_zero<const S>(view, table, slot, head, 0) : from_float<S>(0.0f);
-    }
-  }
-  template <bool VALUES>
-  __device__ __forceinline__ void store(char* scales, int token) const {
-    if constexpr (Tile::TOKEN_SCALE) {
-      const float s = to_float(scale[0]);
-      const float centre = fmaf(Tile::Fragments::CENTRE, s, F::HAS_ZERO ? to_float(zero) : 0.0f);
-      store_vec(reinterpret_cast<float*>(scales) + token * 2, Vec<float, 2>{{s, centre}});
-    } else if constexpr (Tile::GROUP_SCALE) {
-#pragma unroll
-      for (int g = 0; g < Tile::GROUPS; ++g) {
-        if constexpr (VALUES) reinterpret_cast<S*>(scales)[(token / 2 * Tile::GROUPS + g) * 2 + token % 2] = scale[g];
-        else reinterpret_cast<float*>(scales)[token * Tile::GROUPS + g] = to_float(scale[g]);
-      }
-    }
   }
 };
 
