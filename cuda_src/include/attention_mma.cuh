@@ -262,9 +262,8 @@ struct KeyTiles {
       copy_whole<KTile>(keys(tile), pointers(tile));
       copy_whole<VTile>(values(tile), pointers(tile) + KEYS);
     } else {
-      KTile::template copy<KEYS, THREADS>(keys(tile), pointers(tile), args.head_dim, args.q.data, threadIdx.x);
-      VTile::template copy<KEYS, THREADS>(values(tile), pointers(tile) + KEYS, args.head_dim_v, args.q.data,
-                                          threadIdx.x);
+      KTile::template copy<KEYS, THREADS>(keys(tile), pointers(tile), args.head_dim, threadIdx.x);
+      VTile::template copy<KEYS, THREADS>(values(tile), pointers(tile) + KEYS, args.head_dim_v, threadIdx.x);
     }
     cp_async_commit();
   }
@@ -282,8 +281,8 @@ struct KeyTiles {
 
 // Scales of the thread's key or value, on their way to shared memory.
 struct ScalesAhead {
-  using K = KvScaleWords<KF, HEAD_DIM>;
-  using V = KvScaleWords<VF, HEAD_DIM>;
+  using K = KvScales<KF, HEAD_DIM>;
+  using V = KvScales<VF, HEAD_DIM>;
   uint32_t words[(K::WORDS > V::WORDS ? K::WORDS : V::WORDS) + 1];
 
   __device__ __forceinline__ void load(const KeyTiles& tiles, const ItemKeys& item, const TokenRequest& found) {

@@ -101,16 +101,16 @@ struct TileAhead {
   // Starts the copies of the tile.
   __device__ __forceinline__ void copy(char* tile, const char* const* pointers) const {
     const int lane = threadIdx.x % 32;
-    KTile::template copy<TILE, 32>(tile, pointers, args.head_dim, args.q.data, lane);
-    VTile::template copy<TILE, 32>(tile + TILE * KTile::ROW_BYTES, pointers + TILE, args.head_dim_v, args.q.data, lane);
+    KTile::template copy<TILE, 32>(tile, pointers, args.head_dim, lane);
+    VTile::template copy<TILE, 32>(tile + TILE * KTile::ROW_BYTES, pointers + TILE, args.head_dim_v, lane);
     cp_async_commit();
   }
 };
 
 // Scales of the lane's token, on their way to shared memory.
 struct ScalesAhead {
-  using K = KvScaleWords<KF, HEAD_DIM>;
-  using V = KvScaleWords<VF, HEAD_DIM>;
+  using K = KvScales<KF, HEAD_DIM>;
+  using V = KvScales<VF, HEAD_DIM>;
   static constexpr int V_AT = TileAhead::BOTH ? K::WORDS : 0;  // a lane that has one of them needs no room for two
   uint32_t words[K::WORDS + V::WORDS + 1];
 
