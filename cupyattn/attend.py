@@ -5,8 +5,9 @@ import numpy as np
 
 from .attention_args import NO_MASK, Keys, check_sides, launch_work, ragged_side, sequence_view
 from .attention_plans import Facts, legal_rows, plan_decode, plan_prefill, sm_count, tiling
-from .ops.schedule import Lengths, Limits, Policy, Schedule, empty_lists, fill_lists, host_lists, list_ranges
+from .ops.schedule import Schedule, fill_lists
 from .page_table import PageTable
+from .planning import Lengths, Limits, Policy, empty_lists, exact_lists, find_prefixes, list_ranges
 from .quantized_kv import kv_side
 from .runtime import arch_of, env
 from .runtime.arrays import alignment, array_namespace, dtype_name, strides
@@ -79,7 +80,7 @@ def attend(op, xp, q, keys, *, cache_seqlens, max_q_len, softmax_scale, window_s
     tokens = batch * max_q_len if uniform else len(q)
     if schedule is None:
         total = keys.capacity if keys.pages is None or keys.pages.form != "dense" else None   # of all sequences
-        lists = _make_lists(xp, facts, lengths, policy, q_lens, Limits(max_q_len, keys.capacity, tokens, total))
+        lists = _make_lists(xp, facts, lengths, policy, q_lens, keys, Limits(max_q_len, keys.capacity, tokens, total))
     else:
         lists = _lists_of(op, xp, facts, lengths, policy, schedule, causal, tree_mask is not None)
         if schedule.made_from is not None:
@@ -118,8 +119,12 @@ def _policy(op, num_splits, invariant, one_list):
     return Policy(num_splits, invariant, one_list)
 
 
-def _make_lists(xp, facts, lengths, policy, q_lens, limits):
+def _make_lists(xp, facts, lengths, policy, q_lens, keys, limits):
     """(decode, prefill) work lists of one call: in NumPy, or by a kernel from lengths that stay on the device."""
+    if xp is np:
+        tiles = tiling(facts, lengths.packed_range()[1], sm_count(xp))
+        prefixes = () if keys.pages is None else find_prefixes(lengths, policy, keys.pages, keys.table["page_size"])
+        return exact_lists(lengths, tiles, policy, prefixes)
     group = facts.heads_per_kv
     tiles = tiling(facts, limits.max_q_len * group, sm_count(xp))
     if lengths.cu_seqlens_q is None:
@@ -127,8 +132,6 @@ def _make_lists(xp, facts, lengths, policy, q_lens, limits):
     else:
         least = 1 if q_lens is None else int(q_lens.min(initial=limits.max_q_len)) * group
     ranges = list_ranges(tiles, least, limits.max_q_len * group, policy.one_list)
-    if xp is np:
-        return host_lists(lengths, tiles, policy, ranges)
     lists = empty_lists(xp, lengths, limits, tiles, policy, ranges)
     fill_lists(xp, lengths, limits, policy, ranges, lists)
     return lists

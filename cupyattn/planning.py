@@ -127,7 +127,7 @@ def _pays(lengths, prefixes, rows):
 
 def find_prefixes(lengths, policy, table, page_size):
     """Shared prefixes of sequences in host memory that all see their first keys."""
-    if policy.num_splits is not None or lengths.window_size or lengths.cache_starts is not None \
+    if lengths.batch < 2 or policy.num_splits is not None or lengths.window_size or lengths.cache_starts is not None \
             or lengths.key_stride > 1 or lengths.key_offset or lengths.key_offsets is not None:
         return ()
     eligible = np.ones(lengths.batch, bool) if lengths.finished is None else ~lengths.finished

@@ -33,16 +33,25 @@ def shared_prefixes(table, page_size, seqlens, q_lens, unit, eligible):
     list of (int, ndarray)
         Keys of the prefix, and the sequences that have it, ascending.
     """
-    pages = np.where(eligible, (np.asarray(seqlens, np.int64) - q_lens) // page_size, 0)
-    pages = np.where(pages * page_size >= unit, pages, 0)
+    if not table.max_pages:
+        return []
+    if table.form == "dense":
+        heads = table.block_table[:, 0].tolist()
+    else:   # that of an empty list is another's, but it has no pages
+        entries = table.block_ptrs if table.form == "pointers" else table.block_table
+        heads = entries[np.minimum(table.indptr[:-1], len(entries) - 1)].tolist()
+    if len(set(heads)) == len(heads):
+        return []
     first, entries = _rows(table)
+    pages = (np.asarray(seqlens, np.int64) - q_lens) // page_size
+    pages[~eligible | (pages * page_size < unit)] = 0
+    alike = {}   # sequences by query tokens and first page
+    for b in np.flatnonzero(pages > 0).tolist():
+        alike.setdefault((q_lens[b], heads[b]), []).append(b)
     found = []
-    for q_len in np.unique(q_lens[pages > 0]):
-        candidates = np.flatnonzero((pages > 0) & (q_lens == q_len))
-        heads = entries[first[candidates]]
-        _, which, count = np.unique(heads, return_inverse=True, return_counts=True)
-        candidates = candidates[count[which] > 1]   # the others share not even the first page
-        if len(candidates):
+    for candidates in alike.values():
+        if len(candidates) > 1:
+            candidates = np.array(candidates)
             found += _group(candidates, first, entries, pages, page_size, unit)
     return found
 

@@ -2,13 +2,14 @@
 """Attention of sequences that begin with the same pages."""
 
 from dataclasses import dataclass
+from unittest import mock
 
 import numpy as np
 import pytest
 from compare import assert_close, assert_same_bits
 
 import cupyattn
-from cupyattn import attention_plans
+from cupyattn import attend, attention_plans
 from cupyattn.reference.attention import attention as expected_attention
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, SHARED = 4, 2, 64, 64, 17   # pages in common: 1088 keys
@@ -137,3 +138,18 @@ def test_schedule_of_other_pages(form):
                                          "that share 1088 keys"):
         cupyattn.attention(case.q, rows, rows, cu_seqlens_q=starts, cu_seqlens_k=np.int32([0, 1100, 2400, 3600]),
                            schedule=made)
+
+
+def test_ops_find_what_is_shared(dtype):
+    """Without a schedule: the bits of one that shares, and the values of one that does not."""
+    case = make([1100, 1300, 1500, 1090], dtype)
+    for op in ("paged_decode", "attention"):
+        with mock.patch.object(attend, "launch_work", wraps=attend.launch_work) as launch_work:
+            got = case.attend(op)
+        assert sum(len(call.args[2].members) for call in launch_work.call_args_list) == 4
+        assert_all_same(got, case.attend(op, schedule=case.schedule(op)))
+        for a, b in zip(got, case.attend(op, schedule=case.schedule(op, share_prefix=False)), strict=True):
+            assert_close(a, b, *TOLERANCE[dtype])
+    got = case.attend("attention", invariant=True)
+    assert_all_same(got, case.attend("attention", invariant=True, schedule=case.schedule(
+        "attention", invariant=True, one_list=True, share_prefix=False)))
