@@ -99,7 +99,7 @@ def _aligned(array):
 
 
 def _stored(numbers, used, format, dtype, scale_dtype):
-    """(cache, its numbers, its arrays) of `numbers` [pages, page_size, kv_heads, head_dim]; garbage where not `used`."""
+    """(cache, its numbers, its arrays) of `numbers` [pages, page_size, kv_heads, dim]; garbage where not `used`."""
     if format == "plain":
         plain = _aligned(numbers.astype(dtype_of(dtype)))
         plain[~used] = np.nan
@@ -198,12 +198,12 @@ def check(case, *, workers=3, num_splits=None, invariant=False, prefixes=(), **o
 # ---- values ----------------------------------------------------------------------------------------------
 
 def test_versions_are_those_that_ci_compiles():
-    tags = {"plain": lambda dtype: f"KvPlain<{dtype}>"}
-    tags |= {name: functools.partial(lambda kind, dtype: kind.tag.format(dtype), kind) for name, kind in FORMATS.items()}
-    wanted = {(dtype, tags[k](c), tags[v](c), padded, bias) for dtype, k, v, padded, bias in VERSIONS
-              for c in [{"float16": "__half", "bfloat16": "__nv_bfloat16"}[dtype]]}
+    tags = {"plain": "KvPlain<{}>", **{name: kind.tag for name, kind in FORMATS.items()}}
+    types = {"float16": "__half", "bfloat16": "__nv_bfloat16"}
+    wanted = {(types[dtype], tags[k].format(types[dtype]), tags[v].format(types[dtype]), padded, bias)
+              for dtype, k, v, padded, bias in VERSIONS}
     core = [dict(spec.constants) for spec in attention_plans.DECODE_CORE if spec.kernel == "paged_decode_mma"]
-    assert wanted == {(c["T"], c["KF"], c["VF"], c["HEAD_DIM"], bool(c["BIAS"])) for c in core}
+    assert wanted == {(types[c["T"]], c["KF"], c["VF"], c["HEAD_DIM"], bool(c["BIAS"])) for c in core}
     for side in (1, 2):
         assert {version[side] for version in VERSIONS} == {"plain", *FORMATS}
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// attention_products.cuh - queries as A operands, Q.K^T and P.V of a tile by mma.m16n8k16, and the way from a lane's sums
-// to rows in shared memory. Included by the tensor-core kernels after their constants, of which it uses T, KF, VF, ROWS,
-// HEAD_DIM and STEP. A warp works on 16 rows: on the same ones as the others when ROWS is 16, else on its own.
+// attention_products.cuh - queries as A operands, Q.K^T and P.V of a tile by mma.m16n8k16, and the way from a lane's
+// sums to rows in shared memory. Included by the tensor-core kernels after their constants, of which it uses T, KF, VF,
+// ROWS, HEAD_DIM and STEP. A warp works on 16 rows: on the same ones as the others when ROWS is 16, else on its own.
 //
 // In a tile of scores lane (g, t) = (lane / 4, lane % 4) holds rows g and g + 8 against tokens 8n + 2t and 8n + 2t + 1.
 #ifndef CUPYATTN_ATTENTION_PRODUCTS_CUH
@@ -37,8 +37,8 @@ __device__ __forceinline__ char* query_piece(char* queries, int r, int piece) {
 }
 
 // Block of THREADS: the item's queries as K's format wants them, zeros past num_rows and head_dim. factors[r] times a
-// staged row is the row, a power of two; factors[ROWS + r] is the sum of the staged row, where K's format has scales per
-// token. Of plain keys there are no factors.
+// staged row is the row, a power of two; factors[ROWS + r] is the sum of the staged row, where K's format has scales
+// per token. Of plain keys there are no factors.
 template <int THREADS>
 __device__ __forceinline__ void stage_queries(const AttentionArgs& args, const RowTile& rows, char* queries,
                                               float* factors) {

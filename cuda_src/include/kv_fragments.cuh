@@ -4,15 +4,15 @@
 // A tile holds rows of codes as they are in the cache (KvTile: 16-byte pieces, swizzled, zeros past a row's end). A
 // word of a row holds E neighbouring dims (16 bit: 2, 8 bit: 4, 4 bit: 8). Lane t of each quad takes word t of every
 // piece, E dims from 4E * piece + E * t on, the lane's run:
-//   keys     ldmatrix; pair i = piece * E/2 + j (dims 2j, 2j + 1 of the run) stands in k-step i / 2, slots 2t and 2t + 1,
-//            8 higher for odd i. Queries are staged in this order: query_slot()
+//   keys     ldmatrix; pair i = piece * E/2 + j (dims 2j, 2j + 1 of the run) stands in k-step i / 2, slots 2t and
+//            2t + 1, 8 higher for odd i. Queries are staged in this order: query_slot()
 //   values   transposed ldmatrix: a register holds a word's bits of two tokens; byte j, or nibbles j of both 16-bit
 //            halves, are one dim of both. Lane t owns the sums of its run: element m is acc[index][part] of value_at()
 // Codes become small numbers that the operand type holds exactly, code - CENTRE times a power of two, so nothing is
 // rounded but queries and probabilities:
 //   plain rows in T; all others in half (bf16 queries are scaled by a power of two per row, so that half loses nothing)
-//   scale and zero of a token act on float32 scores:   s * (q . n) + (zero + CENTRE * s) * sum(q)
-//                       and on the probabilities:      sum_t (p_t * s_t) n_t + sum_t p_t * (zero_t + CENTRE * s_t)
+//   scale and zero of a token: on float32 scores,   s * (q . n) + (zero + CENTRE * s) * sum(q)
+//                              on probabilities,    sum_t (p_t * s_t) n_t + sum_t p_t * (zero_t + CENTRE * s_t)
 //   scales per 32 dims: on float32 partial scores, and on values as one more half product (rounded)
 //   scales per dim: on queries, and on the sums when they are stored
 //

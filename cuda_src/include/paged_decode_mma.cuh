@@ -14,16 +14,18 @@
 //      2c. sums += P.V
 //   3. outputs and state go to shared memory in place of the ring, are merged in the order of the warps and stored; the
 //      last block to bring a piece of a unit merges it
-// A hidden key adds exactly nothing, so the bits of a unit's rows depend on the unit's keys and on where it is cut, nothing
-// else.
+// A hidden key adds exactly nothing, so the bits of a unit's rows depend on the unit's keys and on where it is cut,
+// nothing else.
 //
 // Scales of V per token: p * s is rounded to half, so the origin follows the largest score times the largest scale of a
 // tile; p alone may then be any float32 number.
 //
-// legal      T in {__half, __nv_bfloat16}; KF and VF any tags but KvPlain of another type than T; HEAD_DIM 64, 128, 256
-//            (both head dims padded to it); ROWS 16; ALIGNED 1 (rows of k, v and out at multiples of 16 bytes); BIAS 0, 1
-// launch     block (32 * WARPS), any grid, 2 blocks per multiprocessor fill it; 4 block barriers per item, two more when
-//            a unit is merged; dynamic shared memory SHARED_BYTES, at most 99 KiB, see the constants below
+// legal      T in {__half, __nv_bfloat16}; KF and VF any tags but KvPlain of another type than T; HEAD_DIM 64, 128,
+//            256 (both head dims padded to it); ROWS 16; ALIGNED 1 (rows of k, v and out at multiples of 16 bytes);
+//            BIAS 0, 1
+// launch     block (32 * WARPS), any grid, 2 blocks per multiprocessor fill it; 4 block barriers per item, two more
+//            when a unit is merged; dynamic shared memory SHARED_BYTES, at most 99 KiB, mirrored by _decode_mma_launch
+//            in cupyattn/attention_plans.py
 #ifndef CUPYATTN_PAGED_DECODE_MMA_CUH
 #define CUPYATTN_PAGED_DECODE_MMA_CUH
 
@@ -383,7 +385,8 @@ __device__ __forceinline__ void decode_on_tensor_cores(const AttentionArgs& args
     attend_item(args, index, smem);
     __syncthreads();
     const RowTile rows(args, index);  // again: registers are better spent on sums meanwhile
-    merge_and_store(args, rows, {reinterpret_cast<const float*>(smem + STATE_AT), smem, WARPS, RING_BYTES, OUT_STRIDE, 1});
+    const float* state = reinterpret_cast<const float*>(smem + STATE_AT);
+    merge_and_store(args, rows, {state, smem, WARPS, RING_BYTES, OUT_STRIDE, 1});
     __syncthreads();  // state and outputs have been read
     finish_item(args, rows, reinterpret_cast<int*>(smem + STATE_AT));
   }
