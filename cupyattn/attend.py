@@ -3,7 +3,7 @@
 
 import numpy as np
 
-from .attention_args import NO_MASK, Keys, check_sides, launch_work, ragged_side, sequence_view
+from .attention_args import NO_MASK, Keys, check_lengths, check_sides, launch_work, ragged_side, sequence_view
 from .attention_plans import Facts, legal_rows, plan_decode, plan_prefill, sm_count, tiling
 from .ops.schedule import Schedule, fill_lists
 from .page_table import PageTable
@@ -11,8 +11,7 @@ from .planning import Lengths, Limits, Policy, empty_lists, exact_lists, find_pr
 from .quantized_kv import kv_side
 from .runtime import arch_of, env
 from .runtime.arrays import alignment, array_namespace, dtype_name, strides
-from .runtime.checks import check_dtype, check_last_axis, check_number, check_shape
-from .work_list import key_ranges
+from .runtime.checks import check_dtype, check_flag, check_last_axis, check_number, check_shape
 
 
 def prepare_keys(op, xp, num_heads, head_dim, k, v, block_table, cu_seqlens_k, batch, names):
@@ -28,7 +27,10 @@ def prepare_keys(op, xp, num_heads, head_dim, k, v, block_table, cu_seqlens_k, b
         capacity = k.shape[0]
     else:
         sides = [kv_side(op, name, array) for name, array in zip(names, (k, v), strict=True)]
-        pages = block_table if isinstance(block_table, PageTable) else PageTable(block_table)
+        if not isinstance(block_table, PageTable):
+            array_namespace(op, block_table=block_table)
+            block_table = PageTable(block_table)
+        pages = block_table
         num_pages, page_size = sides[0].shape[:2]
         if (num_pages is None) != (pages.form == "pointers"):
             raise TypeError(f"{op}: block_table must hold block pointers exactly when {names[0]} and {names[1]} are "
@@ -67,15 +69,14 @@ def attend(op, xp, q, keys, *, cache_seqlens, max_q_len, softmax_scale, window_s
             16 if keys.pages is None else keys.pages.alignment), num_kv_heads,
         num_heads // num_kv_heads, head_dim, head_dim_v,
         mask["kind"] > 0 or tree_mask is not None or alibi_slopes is not None, arch_of(xp))
-    if xp is np or env.check():
-        _check_content(op, keys, cache_seqlens, max_q_len if uniform else q_lens, cache_starts, finished, key_stride,
-                       key_offset, key_offsets, key_counts, causal and tree_mask is None, window_size)
-    if results.size == 0:
-        return
     lengths = Lengths(
         num_kv_heads, facts.heads_per_kv, cache_seqlens, keys.table["row_starts"], cu_seqlens_q,
         max_q_len if uniform else 0, cache_starts, finished, key_offsets, key_counts, key_stride, key_offset,
         causal and tree_mask is None, window_size)
+    if xp is np or env.check():
+        _check_content(op, keys, lengths if xp is np else lengths.on_host())
+    if results.size == 0:
+        return
     policy = _policy(op, num_splits, invariant, one_list)
     tokens = batch * max_q_len if uniform else len(q)
     if schedule is None:
@@ -112,8 +113,7 @@ def _policy(op, num_splits, invariant, one_list):
     """The options that say how keys are cut, checked."""
     if num_splits is not None:
         check_number(op, "num_splits", num_splits, least=1, integer=True)
-    if not isinstance(invariant, bool):
-        raise TypeError(f"{op}: invariant must be True or False, got {invariant!r}")
+    check_flag(op, "invariant", invariant)
     if invariant and num_splits is not None:
         raise ValueError(f"{op}: num_splits must be None with invariant=True, got {num_splits}")
     return Policy(num_splits, invariant, one_list)
@@ -154,36 +154,14 @@ def _lists_of(op, xp, facts, lengths, policy, schedule, causal, tree_mask):
     return schedule.decode, schedule.prefill
 
 
-def _check_content(op, keys, cache_seqlens, q_lens, cache_starts, finished, key_stride, key_offset, key_offsets,
-                   key_counts, causal, window_size):
+def _check_content(op, keys, lengths):
     """Lengths fit, and every page with a visible token exists."""
-    def host(array):
-        return None if array is None else np.asarray(array if isinstance(array, np.ndarray) else array.get(), np.int64)
-
-    starts = host(keys.table["row_starts"])
-    if starts is not None:
-        lengths = np.diff(starts)
-        if starts[0] < 0 or starts[-1] > keys.capacity or lengths.min(initial=0) < 0:
-            raise ValueError(f"{op}: cu_seqlens_k must not decrease and be within 0 and the {keys.capacity} tokens of "
-                             f"k, got {starts.tolist() if len(starts) < 20 else f'{starts[0]} to {starts[-1]}'}")
-    else:
-        lengths = host(cache_seqlens)
-    first, counts = host(cache_starts), host(key_counts)
-    if lengths.size == 0:
-        return
-    capacity = keys.capacity * key_stride + key_offset if starts is None and counts is None else None
-    if lengths.min() < 0 or (capacity is not None and lengths.max() > capacity):
-        raise ValueError(f"{op}: cache_seqlens must be from 0 to {capacity} (max_pages * page_size), got "
-                         f"{lengths.min()} to {lengths.max()}")
-    if first is not None and first.min() < 0:
-        raise ValueError(f"{op}: cache_starts must be ≥ 0, got {first.min()}")
-    if counts is not None and (counts.min() < 0 or counts.max() > keys.capacity):
-        raise ValueError(f"{op}: key_counts must be from 0 to {keys.capacity}, what the cache can hold, got "
-                         f"{counts.min()} to {counts.max()}")
-    if starts is not None:
-        return
-    offsets = key_offset if key_offsets is None else host(key_offsets)
-    begin, end = key_ranges(lengths, q_lens, 0, np.maximum(q_lens, 1) - 1, causal=causal, window_size=window_size,
-                            starts=first, finished=host(finished), key_stride=key_stride, offsets=offsets,
-                            counts=counts)
-    keys.pages.check(op, end, *keys.k.shape[:2], keys.block_bytes, starts=begin)
+    starts = lengths.row_starts
+    if starts is not None and starts.size and (
+            starts[0] < 0 or starts[-1] > keys.capacity or np.diff(starts.astype(np.int64)).min(initial=0) < 0):
+        raise ValueError(f"{op}: cu_seqlens_k must not decrease and be within 0 and the {keys.capacity} tokens of k, "
+                         f"got {starts.tolist() if len(starts) < 20 else f'{starts[0]} to {starts[-1]}'}")
+    check_lengths(op, lengths, keys.capacity)
+    if starts is None and lengths.batch:
+        begin, end = lengths.visible_keys()
+        keys.pages.check(op, end, *keys.k.shape[:2], keys.block_bytes, starts=begin)

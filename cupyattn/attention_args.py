@@ -12,6 +12,7 @@ from .runtime.arrays import address, alignment, strides
 from .runtime.checks import (
     check_dtype,
     check_element_strides,
+    check_flag,
     check_last_axis,
     check_number,
     check_shape,
@@ -117,7 +118,7 @@ def check_partials(op, partials, num_splits, tokens, num_heads, head_dim_v):
         partials = Partials(*partials)
     for name, array, tail in (("out", partials.out, (head_dim_v,)), ("lse", partials.lse, ()),
                               ("sum", partials.sum, ())):
-        if array is None:
+        if array is None and name == "sum":
             continue
         name = f"partials.{name}"
         check_dtype(op, name, array, "float32")
@@ -161,8 +162,7 @@ def mask_view(op, mask, batch, num_heads, max_q_len):
 
 def check_options(op, causal, softmax_scale, window_size, softcap, head_dim):
     """Numbers are of their kind and range; returns softmax_scale, by default ``head_dim ** -0.5``."""
-    if not isinstance(causal, bool):
-        raise TypeError(f"{op}: causal must be True or False, got {causal!r}")
+    check_flag(op, "causal", causal)
     check_number(op, "window_size", window_size, least=0, integer=True)
     check_number(op, "softcap", softcap, least=0)
     if softmax_scale is None:
@@ -180,6 +180,34 @@ def check_per_sequence(op, batch, contiguous=True, dtype="int32", **arrays):
             check_element_strides(op, name, array)
             if contiguous:
                 check_last_axis(op, name, array)
+
+
+def check_shards(op, key_offsets, key_counts, key_stride, stride_name):
+    """Shards of a sequence are contiguous, each with offset and count, or round robin."""
+    if (key_offsets is None) != (key_counts is None) or (key_offsets is not None and key_stride > 1):
+        raise ValueError(f"{op}: key_offsets and key_counts must come together and without {stride_name}, got "
+                         f"key_offsets {'given' if key_offsets is not None else 'None'}, key_counts "
+                         f"{'given' if key_counts is not None else 'None'}, {stride_name} {key_stride}")
+
+
+def check_lengths(op, lengths, capacity=None):
+    """Content of the arrays of `lengths`, in host memory: none is negative, none more than `capacity` keys if known."""
+    seqlens, counts = lengths.seqlens(), lengths.key_counts
+    if seqlens.size == 0:
+        return
+    most = None
+    if capacity is not None and counts is None and lengths.row_starts is None:
+        most = capacity * lengths.key_stride + lengths.key_offset
+    if seqlens.min() < 0 or (most is not None and seqlens.max() > most):
+        rule = "≥ 0" if most is None else f"from 0 to {most} (max_pages * page_size)"
+        raise ValueError(f"{op}: cache_seqlens must be {rule}, got {seqlens.min()} to {seqlens.max()}")
+    for name in ("cache_starts", "key_offsets", "key_counts"):
+        array = getattr(lengths, name)
+        if array is not None and array.min() < 0:
+            raise ValueError(f"{op}: {name} must be ≥ 0, got {array.min()}")
+    if counts is not None and capacity is not None and counts.max() > capacity:
+        raise ValueError(f"{op}: key_counts must be from 0 to {capacity}, what the cache can hold, got "
+                         f"{counts.min()} to {counts.max()}")
 
 
 def check_per_head(op, num_heads, **arrays):

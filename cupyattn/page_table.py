@@ -257,12 +257,8 @@ class PageTable:
             self._check_indptr(op, "block_table.indptr", indptr)
             first, columns = indptr[:-1], np.diff(indptr)
             entries = to_host(self.block_ptrs if self.form == "pointers" else self.block_table)
+        self.check_room(op, lengths, page_size, columns)
         last = -(-np.maximum(lengths, 0) // page_size)
-        short = np.flatnonzero(last > columns)
-        if short.size:
-            b = short[0]
-            raise ValueError(f"{op}: cache_seqlens must be at most {columns[b] * page_size}, what block_table holds of "
-                             f"sequence {b}, got {lengths[b]}")
         begin = np.zeros_like(last) if starts is None else np.minimum(to_host(starts) // page_size, last).clip(0)
         counts = last - begin
         steps = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -275,6 +271,16 @@ class PageTable:
                 b = int(np.searchsorted(np.cumsum(counts), wrong[0], side="right"))
                 raise ValueError(f"{op}: block_table must hold page ids from 0 to {num_pages - 1}, got "
                                  f"{used[wrong[0]]} at page {begin[b] + steps[wrong[0]]} of sequence {b}")
+
+    def check_room(self, op, lengths, page_size, columns=None):
+        """`lengths` tokens, on the host, are no more than the table, on the host, has pages (`columns`) for."""
+        if columns is None:
+            columns = np.full(self.batch, self.max_pages) if self.form == "dense" else np.diff(self.indptr)
+        short = np.flatnonzero(-(-lengths // page_size) > columns)
+        if short.size:
+            b = short[0]
+            raise ValueError(f"{op}: cache_seqlens must be at most {columns[b] * page_size}, what block_table holds of "
+                             f"sequence {b}, got {lengths[b]}")
 
     def _all_entries_are_pages(self, lengths, num_pages, page_size):
         """True is certain: a shortcut for small tables on the host without odd entries past the lengths."""

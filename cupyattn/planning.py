@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from .attention_plans import CORES_ROWS
+from .devices import to_host
 from .shared_prefix import shared_prefixes
-from .work_list import CHUNK_TILES, KEY_TILE, WorkList, make_work
+from .work_list import CHUNK_TILES, KEY_TILE, WorkList, key_ranges, make_work
 
 _EVERY = 2**31 - 1   # packed rows
 
@@ -35,6 +36,11 @@ class Lengths(NamedTuple):
     def batch(self):
         return len(self.cache_seqlens) if self.row_starts is None else len(self.row_starts) - 1
 
+    def on_host(self):
+        """With copies of the arrays in host memory."""
+        return self._replace(**{name: to_host(value) for name, value in self._asdict().items()
+                                if hasattr(value, "__cuda_array_interface__")})
+
     def seqlens(self):
         """Tokens to attend to, from host arrays."""
         return self.cache_seqlens if self.row_starts is None else np.diff(self.row_starts)
@@ -42,6 +48,15 @@ class Lengths(NamedTuple):
     def q_lens(self):
         """Query tokens of every sequence or of all, from host arrays."""
         return self.q_len if self.cu_seqlens_q is None else np.diff(self.cu_seqlens_q)
+
+    def visible_keys(self):
+        """Local keys [begin, end) that some query of each sequence may see, from host arrays."""
+        q_lens = np.asarray(self.q_lens(), np.int64)
+        offsets = (self.key_offset or None) if self.key_offsets is None else self.key_offsets.astype(np.int64)
+        return key_ranges(
+            self.seqlens().astype(np.int64), q_lens, 0, np.maximum(q_lens, 1) - 1, causal=self.causal,
+            window_size=self.window_size, starts=self.cache_starts, finished=self.finished,
+            key_stride=self.key_stride, offsets=offsets, counts=self.key_counts)
 
     def packed_range(self):
         """(least, most) packed rows of the sequences that have queries, from host arrays."""

@@ -309,6 +309,26 @@ def test_empty_batch(xp):
 
 # ---- faults ----------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("value", [None, [1]], ids=["None", "list"])
+@pytest.mark.parametrize("op, name", [
+    *(("paged_decode", name) for name in ("q", "k", "v", "cache_seqlens", "block_table", "partials")),
+    *(("attention", name) for name in ("q", "k", "v", "cu_seqlens_q", "partials"))])
+def test_what_is_no_array(op, name, value):
+    """A TypeError names it."""
+    case = make([20])
+    given = {"q": case.q, "k": case.k, "v": case.v, "cache_seqlens": case.lengths, "block_table": case.table}
+    if op == "attention":
+        given["cu_seqlens_q"] = np.int32([0, 1])
+    if name == "partials":
+        given |= {name: (value, value), "num_splits": 2}
+    else:
+        given[name] = value
+    name = {"k": "k(_cache)?", "v": "v(_cache)?", "partials": r"partials\.out"}.get(name, name)
+    arrays = [given.pop(array) for array in "qkv"]
+    with pytest.raises(TypeError, match=f"^{op}: {name} must be a NumPy or CuPy array, got (NoneType|list)$"):
+        getattr(cupyattn, op)(*arrays, **given)
+
+
 def test_unknown_pages_are_invisible(xp):
     """On NumPy an error that names the entry; on a device the page's tokens are left out."""
     case = make([60, 1100])

@@ -4,7 +4,7 @@
 import numpy as np
 
 from ..attend import attend, prepare_keys
-from ..attention_args import check_options, check_partials, check_per_head, check_per_sequence, mask_view
+from ..attention_args import check_options, check_partials, check_per_head, check_per_sequence, check_shards, mask_view
 from ..attention_plans import PREFILL_ALL, PREFILL_CORE
 from ..runtime import env
 from ..runtime.arrays import array_namespace
@@ -170,10 +170,7 @@ def attention(q, k, v, /, *, cu_seqlens_q, cu_seqlens_k=None, cache_seqlens=None
     check_number(op, "cp_rank", cp_rank, least=0, integer=True)
     if cp_rank >= cp_size:
         raise ValueError(f"{op}: cp_rank must be below cp_size {cp_size}, got {cp_rank}")
-    if (key_offsets is None) != (key_counts is None) or (key_offsets is not None and cp_size > 1):
-        raise ValueError(f"{op}: key_offsets and key_counts must come together and without cp_size, got "
-                         f"key_offsets {'given' if key_offsets is not None else 'None'}, key_counts "
-                         f"{'given' if key_counts is not None else 'None'}, cp_size {cp_size}")
+    check_shards(op, key_offsets, key_counts, cp_size, "cp_size")
     _check_tree_mask(op, tree_mask, tokens, max_q_len)
     shape = (tokens, num_heads, keys.v.shape[3])
     if partials is not None:

@@ -117,6 +117,7 @@ def paged_decode(q, k_cache, v_cache, /, *, block_table, cache_seqlens, cache_st
     batch, q_len, num_heads, head_dim = queries.shape
     keys = prepare_keys(op, xp, num_heads, head_dim, k_cache, v_cache, block_table, None, batch,
                         ("k_cache", "v_cache"))
+    check_dtype(op, "cache_seqlens", cache_seqlens, "int32")
     check_per_sequence(op, batch, contiguous=False, cache_seqlens=cache_seqlens, cache_starts=cache_starts)
     check_per_head(op, num_heads, sinks=sinks)
     softmax_scale = check_options(op, True, softmax_scale, window_size, softcap, head_dim)

@@ -44,6 +44,8 @@ def array_namespace(op, /, **arrays):
         if kind is None:
             raise TypeError(f"{op}: {name} must be a NumPy or CuPy array, got {type(array).__name__}")
         kinds.setdefault(kind, name)
+    if not kinds:
+        raise TypeError(f"{op}: {next(iter(arrays))} must be a NumPy or CuPy array, got NoneType")
     if len(kinds) > 1:
         raise TypeError(f"{op}: all arrays must be of one kind, got NumPy {kinds['numpy']} and CuPy {kinds['cupy']}; "
                         "copy one of them over")

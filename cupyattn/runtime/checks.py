@@ -9,9 +9,16 @@ FLOATS = ("float16", "bfloat16", "float32")
 _FLOAT_MAX, _INT_MAX = (2 - 2**-23) * 2.0**127, 2**31 - 1   # of the float and int32_t fields of a kernel's arguments
 
 
+def _no_array(op, name, value):
+    return TypeError(f"{op}: {name} must be a NumPy or CuPy array, got {type(value).__name__}")
+
+
 def check_dtype(op, name, array, allowed):
     """`array.dtype.name` is one of `allowed` (a name or a tuple of names); returns it."""
-    found = dtype_name(array)
+    try:
+        found = dtype_name(array)
+    except AttributeError:
+        raise _no_array(op, name, array) from None
     if found != allowed and (isinstance(allowed, str) or found not in allowed):
         allowed = (allowed,) if isinstance(allowed, str) else allowed
         raise TypeError(f"{op}: {name} must be {' or '.join(allowed)}, got {found}")
@@ -20,7 +27,10 @@ def check_dtype(op, name, array, allowed):
 
 def check_shape(op, name, array, expected, axes):
     """`array.shape` equals `expected` (None matches any size); `axes` names them, e.g. ``"[batch, head_dim]"``."""
-    shape = array.shape
+    try:
+        shape = array.shape
+    except AttributeError:
+        raise _no_array(op, name, array) from None
     if shape == expected:
         return
     if len(shape) != len(expected) or any(e is not None and s != e for s, e in zip(shape, expected, strict=True)):
@@ -63,6 +73,12 @@ def check_number(op, name, value, *, least=None, integer=False):
     if not (-most if least is None else least) <= value <= most:   # NaN fails as well
         rule = f"{'an int32' if integer else 'a finite float32'}{'' if least is None else f' of at least {least}'}"
         raise ValueError(f"{op}: {name} must be {rule}, got {value}")
+
+
+def check_flag(op, name, value):
+    """`value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
 
 
 def value_range(array):
