@@ -363,6 +363,35 @@ def test_errors():
         made.check("paged_decode", num_heads=4, batch=3)
 
 
+@pytest.mark.parametrize("options, error, message", [
+    ({"causal": "no"}, TypeError, "causal must be True or False, got 'no'"),
+    ({"share_prefix": 3}, TypeError, "share_prefix must be True or False, got 3"),
+    ({"one_list": "x"}, TypeError, "one_list must be True or False, got 'x'"),
+    ({"invariant": 1}, TypeError, "invariant must be True or False, got 1"),
+    ({"tree_mask": None}, TypeError, "tree_mask must be True or False, got None"),
+    ({"window_size": None}, TypeError, "window_size must be an integer, got NoneType"),
+    ({"head_dim": 7}, ValueError, "head_dim must be a multiple of 8 up to 256, got 7"),
+    ({"head_dim": 264}, ValueError, "head_dim must be a multiple of 8 up to 256, got 264"),
+    ({"key_offset": 5}, ValueError, "key_offset must be below key_stride 1, got 5"),
+    ({"key_stride": 2, "key_offset": 2}, ValueError, "key_offset must be below key_stride 2, got 2"),
+    ({"key_offsets": np.int32([0, 0])}, ValueError, "key_offsets and key_counts must come together .* key_counts None"),
+    ({"key_offsets": np.int32([0, -3]), "key_counts": np.int32([5, 5])}, ValueError, "key_offsets must be ≥ 0, got -3"),
+    ({"cache_starts": np.int32([-1, 0])}, ValueError, "cache_starts must be ≥ 0, got -1"),
+    ({"cache_seqlens": np.int32([-5, 6])}, ValueError, "cache_seqlens must be ≥ 0, got -5 to 6"),
+    ({"cache_seqlens": np.int32([5, 33]), "block_table": np.zeros((2, 2), np.int32), "page_size": 16}, ValueError,
+     r"cache_seqlens must be from 0 to 32 \(max_pages \* page_size\), got 5 to 33"),
+    ({"cache_seqlens": np.int32([33, 5]), "page_size": 16,
+      "block_table": PageTable.csr(np.int32([0, 1, 2]), np.int32([0, 2, 3]))}, ValueError,
+     "cache_seqlens must be at most 32, what block_table holds of sequence 0, got 33"),
+    ({"block_table": np.zeros((2, 1), np.int32)}, ValueError, "page_size must be given with block_table, got None"),
+    ({"cache_seqlens": None}, TypeError, "cache_seqlens must be a NumPy or CuPy array, got NoneType"),
+], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
+def test_options_in_range(options, error, message):
+    options = {"cache_seqlens": np.int32([5, 6]), "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, **options}
+    with pytest.raises(error, match=f"^schedule: {message}"):
+        cupyattn.schedule(options.pop("cache_seqlens"), **options)
+
+
 def test_tree_mask_takes_all_new_keys():
     """Every query tile of a tree reaches to the end, where a causal one stops at its last query."""
     kwargs = {"num_heads": 1, "num_kv_heads": 1, "head_dim": 8, "q_len": 200}

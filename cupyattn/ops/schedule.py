@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..attention_args import MAX_HEAD_DIM, STEP, check_lengths, check_shards
 from ..attention_plans import Facts, sm_count, tiling
 from ..made_from import MadeFrom
 from ..page_table import PageTable
@@ -24,7 +25,14 @@ from ..planning import (
 from ..quantized_kv import FORMATS
 from ..runtime import Plan, Specialisation, arch_of, launch, make_args
 from ..runtime.arrays import array_namespace
-from ..runtime.checks import check_dtype, check_element_strides, check_last_axis, check_number, check_shape
+from ..runtime.checks import (
+    check_dtype,
+    check_element_strides,
+    check_flag,
+    check_last_axis,
+    check_number,
+    check_shape,
+)
 from ..runtime.plan import CUDA_TYPES
 from ..work_list import WorkList
 
@@ -126,9 +134,10 @@ def fill_lists(xp, lengths, limits, policy, ranges, lists):
         cache_seqlens=lengths.cache_seqlens, cache_starts=lengths.cache_starts, key_offsets=lengths.key_offsets,
         key_counts=lengths.key_counts, finished=None if lengths.finished is None else lengths.finished.view(np.uint8),
         tree_mask=None, stride_seqlens=stride(lengths.cache_seqlens), stride_starts=stride(lengths.cache_starts),
-        batch=lengths.batch, tokens=limits.num_tokens, q_len=lengths.q_len, max_q_len=limits.max_q_len, max_k_len=limits.max_k_len,
-        num_kv_heads=lengths.num_kv_heads, heads_per_kv=lengths.heads_per_kv, causal=int(lengths.causal),
-        window_size=lengths.window_size, key_stride=lengths.key_stride, key_offset=lengths.key_offset,
+        batch=lengths.batch, tokens=limits.num_tokens, q_len=lengths.q_len,
+        max_q_len=limits.max_q_len, max_k_len=limits.max_k_len, num_kv_heads=lengths.num_kv_heads,
+        heads_per_kv=lengths.heads_per_kv, causal=int(lengths.causal), window_size=lengths.window_size,
+        key_stride=lengths.key_stride, key_offset=lengths.key_offset,
         num_splits=policy.num_splits or 0, invariant=int(policy.invariant), reserved=0))
 
 
@@ -243,15 +252,23 @@ def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, cu_seqlens_
         raise ValueError(f"{op}: xp must be cupy for CuPy lengths, got numpy; copy the lengths to the host")
     _check_arrays(op, cache_seqlens, cu_seqlens_q, finished, cache_starts=cache_starts, key_offsets=key_offsets,
                   key_counts=key_counts)
-    _check_numbers(op, num_heads, num_kv_heads, invariant, num_splits, head_dim=(head_dim, 1), q_len=(q_len, 0),
+    for name, flag in (("causal", causal), ("tree_mask", tree_mask), ("invariant", invariant), ("one_list", one_list),
+                       ("share_prefix", share_prefix)):
+        check_flag(op, name, flag)
+    _check_numbers(op, num_heads, num_kv_heads, head_dim, q_len, window_size, key_stride, key_offset,
                    max_q_len=(max_q_len, 0), max_k_len=(max_k_len, 0), num_tokens=(num_tokens, 0),
-                   total_k_len=(total_k_len, 0), window_size=(window_size, 0), key_stride=(key_stride, 1),
-                   key_offset=(key_offset, 0), num_workers=(num_workers, 1), page_size=(page_size, 1))
+                   total_k_len=(total_k_len, 0), num_workers=(num_workers, 1), num_splits=(num_splits, 1),
+                   page_size=(page_size, 1))
+    if invariant and num_splits is not None:
+        raise ValueError(f"{op}: num_splits must be None with invariant=True, got {num_splits}")
+    check_shards(op, key_offsets, key_counts, key_stride, "key_stride")
     _check_kinds(op, dtype, kv_format)
     lengths = Lengths(num_kv_heads, num_heads // num_kv_heads, cache_seqlens, None, cu_seqlens_q, q_len, cache_starts,
                       finished, key_offsets, key_counts, key_stride, key_offset, causal and not tree_mask, window_size)
     policy = Policy(num_splits, invariant, one_list)
     table = None if block_table is None else _page_table(op, block_table, page_size, lengths.batch)
+    if on_host:
+        _check_lengths(op, lengths, table, page_size)
     made_for = {"batch": lengths.batch, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim,
                 "causal": causal, "tree_mask": tree_mask, "window_size": window_size, "key_stride": key_stride,
                 "key_offset": key_offset, "num_splits": num_splits, "invariant": invariant, "one_list": one_list,
@@ -311,7 +328,7 @@ def _limits(op, lengths, on_host, max_q_len, max_k_len, num_tokens, total_k_len,
         max_q_len = lengths.q_len
     elif max_q_len is None:
         if not on_host:
-            raise ValueError(f"{op}: max_q_len must be given for a CuPy cu_seqlens_q, which is not read")
+            raise ValueError(f"{op}: max_q_len must be given for a CuPy cu_seqlens_q, which is not read, got None")
         max_q_len = int(lengths.q_lens().max(initial=0))
     most = lengths.batch * max_q_len
     return Limits(max_q_len, max_k_len, most if num_tokens is None else min(num_tokens, most), total_k_len)
@@ -334,16 +351,31 @@ def _check_arrays(op, cache_seqlens, cu_seqlens_q, finished, **per_sequence):
         raise ValueError(f"{op}: cu_seqlens_q must not decrease, got {cu_seqlens_q.tolist()}")
 
 
-def _check_numbers(op, num_heads, num_kv_heads, invariant, num_splits, **least):
-    """Options are integers of at least what is named; the heads fit each other, the policy is one."""
-    numbers = {"num_heads": (num_heads, 1), "num_kv_heads": (num_kv_heads, 1), "num_splits": (num_splits, 1), **least}
-    for name, (value, bound) in numbers.items():
+def _check_numbers(op, num_heads, num_kv_heads, head_dim, q_len, window_size, key_stride, key_offset, **optional):
+    """Options are integers in their range; the heads fit each other."""
+    needed = {"num_heads": (num_heads, 1), "num_kv_heads": (num_kv_heads, 1), "head_dim": (head_dim, 1),
+              "q_len": (q_len, 0), "window_size": (window_size, 0), "key_stride": (key_stride, 1),
+              "key_offset": (key_offset, 0)}
+    for name, (value, least) in needed.items():
+        check_number(op, name, value, least=least, integer=True)
+    for name, (value, least) in optional.items():
         if value is not None:
-            check_number(op, name, value, least=bound, integer=True)
+            check_number(op, name, value, least=least, integer=True)
     if num_heads % num_kv_heads:
         raise ValueError(f"{op}: num_kv_heads must divide num_heads {num_heads}, got {num_kv_heads}")
-    if invariant and num_splits is not None:
-        raise ValueError(f"{op}: num_splits must be None with invariant=True, got {num_splits}")
+    if head_dim > MAX_HEAD_DIM or head_dim % STEP:
+        raise ValueError(f"{op}: head_dim must be a multiple of {STEP} up to {MAX_HEAD_DIM}, got {head_dim}")
+    if key_offset >= key_stride:
+        raise ValueError(f"{op}: key_offset must be below key_stride {key_stride}, got {key_offset}")
+
+
+def _check_lengths(op, lengths, table, page_size):
+    """Lengths in host memory are not negative, and in what the table, if it is there too, holds."""
+    known = table is not None and table.xp is np
+    check_lengths(op, lengths, table.capacity(page_size) if known else None)
+    if known and lengths.batch:
+        _, end = lengths.visible_keys()
+        table.check_room(op, end, page_size)
 
 
 def _check_kinds(op, dtype, kv_format):
@@ -357,7 +389,7 @@ def _check_kinds(op, dtype, kv_format):
 def _page_table(op, block_table, page_size, batch):
     """`block_table` as a PageTable of `batch` sequences."""
     if page_size is None:
-        raise ValueError(f"{op}: page_size must be given with block_table")
+        raise ValueError(f"{op}: page_size must be given with block_table, got None")
     table = block_table if isinstance(block_table, PageTable) else PageTable(block_table)
     if table.batch != batch:
         raise ValueError(f"{op}: block_table must have {batch} sequences like cache_seqlens, got {table.batch}")
