@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of sequences that begin with the same pages."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from unittest import mock
 
 import numpy as np
 import pytest
 from compare import assert_close, assert_same_bits
+from conftest import NumpyArrays
+from standin import install
 
 import cupyattn
 from cupyattn import attend, attention_plans
@@ -153,3 +156,28 @@ def test_ops_find_what_is_shared(dtype):
     got = case.attend("attention", invariant=True)
     assert_all_same(got, case.attend("attention", invariant=True, schedule=case.schedule(
         "attention", invariant=True, one_list=True, share_prefix=False)))
+
+
+@pytest.mark.parametrize("name", ["paged_decode", "attention"])
+def test_any_number_of_multiprocessors(name):
+    """Invariant: the same bits whichever planner, host or device, plans for however many of them."""
+    case, op = make([2100, 70, 1100, 1300], "float16"), getattr(cupyattn, name)
+    starts = {} if name == "paged_decode" else {"cu_seqlens_q": np.arange(5, dtype=np.int32)}
+    policy = {"invariant": True, "one_list": name == "attention", "dtype": "float16", **SIZES}
+    for place in ("numpy", "standin"):
+        results = []
+        with install() if place == "standin" else nullcontext(NumpyArrays()) as xp:
+            arrays = {"block_table": xp.array(case.table), "cache_seqlens": xp.array(case.lengths),
+                      **{key: xp.array(value) for key, value in starts.items()}}
+            q, k, v = (xp.array(a) for a in (case.q, case.k, case.v))
+            device = {**policy, **({"max_q_len": 1} if starts else {}), "max_k_len": 2112}
+            for count in (1, 7, 132):
+                with mock.patch.object(attend, "sm_count", lambda xp, count=count: count):
+                    results.append(op(q, k, v, invariant=True, **arrays))
+                key = {"cu_seqlens_q": arrays["cu_seqlens_q"]} if starts else {}
+                made = [cupyattn.schedule(case.lengths, **starts, num_workers=count, xp=xp.module, **policy),
+                        cupyattn.schedule(arrays["cache_seqlens"], **key, num_workers=count, **device)]
+                results += [op(q, k, v, invariant=True, schedule=work, **arrays) for work in made]
+            results = [xp.numpy(out) for out in results]
+        for out in results[1:]:
+            assert_same_bits(out, results[0])
