@@ -213,3 +213,10 @@ def test_given_output_and_errors():
                         (lambda: cupyattn.contiguous_shards([3], 0), "cp_size must be an int32 of at least 1")):
         with pytest.raises(ValueError, match=words):
             call()
+
+
+def test_negative_offsets_are_refused():
+    q, cache = np.zeros((1, 2, 8), np.float32), np.zeros((2, 16, 2, 8), np.float32)
+    with pytest.raises(ValueError, match="attention: key_offsets must be ≥ 0, got -3"):
+        cupyattn.attention(q, cache, cache, cu_seqlens_q=np.int32([0, 1]), block_table=np.int32([[0, 1]]),
+                           cache_seqlens=np.int32([20]), key_offsets=np.int32([-3]), key_counts=np.int32([20]))
