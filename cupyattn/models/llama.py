@@ -205,9 +205,9 @@ class KVCache:
             slots[row] = self.pages.slots_for(pages, positions[row])
         seqlens, starts = np.int32(lengths) + np.int32(q_len), np.arange(batch + 1, dtype=np.int32) * np.int32(q_len)
         # invariant: what a prompt gets does not depend on the prompts beside it
-        work = schedule(seqlens, num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim, q_len=q_len,
-                        dtype=self.dtype, kv_format=self._format, invariant=True, one_list=q_len > 1,
-                        xp=self._xp)
+        work = schedule(seqlens, num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim,
+                        cu_seqlens_q=starts if q_len > 1 else None, dtype=self.dtype, kv_format=self._format,
+                        invariant=True, one_list=q_len > 1, xp=self._xp)
         to = self._xp.asarray
         return Step(to(positions.ravel()), to(slots.ravel()), to(table), to(seqlens), to(starts), q_len, work)
 
