@@ -63,7 +63,9 @@ def tiling(facts, max_packed, sm_count):
     padded = max(facts.head_dim, facts.head_dim_v)
     if version(facts)[0] == "mma":
         prefill_rows = 64 if max_packed <= 64 or padded > 128 else 128
-        return Tiling(16, prefill_rows, 2 * sm_count, (2 if padded <= 64 else 1) * sm_count)
+        # blocks that fill a multiprocessor: MIN_BLOCKS of attention_mma.cuh, for plain rows without biases
+        prefill_blocks = (256 if padded <= 64 else 128) // prefill_rows
+        return Tiling(16, prefill_rows, 2 * sm_count, prefill_blocks * sm_count)
     decode_rows = next((rows for rows in CORES_ROWS if rows >= min(max_packed, facts.heads_per_kv)), CORES_ROWS[-1])
     if facts.arch == "cpu":
         return Tiling(decode_rows, CPU_PREFILL_ROWS, 16, 16)
@@ -71,9 +73,11 @@ def tiling(facts, max_packed, sm_count):
 
 
 def legal_rows(facts):
-    """(rows a unit may have, why) for work lists made elsewhere."""
+    """(rows of a unit to decode, rows of a unit of prefill, why) that kernels have, for work lists made elsewhere."""
     name, note = version(facts)
-    return (16, 64, 128) if name == "mma" else (*CORES_ROWS, CPU_PREFILL_ROWS), note
+    if name == "cores":
+        return CORES_ROWS, (*CORES_ROWS, CPU_PREFILL_ROWS), note
+    return (16,), (64,) if max(facts.head_dim, facts.head_dim_v) > 128 else (64, 128), note
 
 
 def sm_count(xp):
@@ -123,8 +127,10 @@ def _cores_launch(facts, rows):
 
 
 def _mma_spec(stem, q, k, v, rows, head_dim, bias):
-    # the one version whose registers do not suffice
+    # the versions whose registers do not suffice
     spilled = 384 if stem == "paged_decode" and head_dim == 256 and bias and "KvHadamard6" in (k, v) else 0
+    if stem == "attention" and bias and "KvHadamard" in k + v:
+        spilled = 64
     return Specialisation(stem, f"{stem}_mma", "AttentionArgs", {
         "T": q, "KF": k, "VF": v, "ROWS": rows, "ALIGNED": 1, "BIAS": int(bias), "TENSOR_CORES": 1,
         "HEAD_DIM": head_dim}, min_sm=80, expects=("HMMA", "LDSM", "LDGSTS"), spill_bytes=spilled)
@@ -153,7 +159,7 @@ def _prefill_mma_launch(k, v, rows, head_dim):
     ring, queries = 2 * stage, 2 * rows * head_dim
     padding = 8 if "Plain" in v else 16 if _row_bytes(v, 64) == 64 else 4
     outputs = 4 * rows * (head_dim + padding)
-    in_ring = head_dim == 128 and ring + queries > outputs and queries <= stage
+    in_ring = head_dim == 128 and "Plain" in k and ring + queries > outputs and queries <= stage
     scales = 2 * keys * (_scale_bytes(k, head_dim) + _scale_bytes(v, head_dim))
     factors = 0 if "Plain" in k else 8 * rows
     return 2 * rows, (max(ring + (0 if in_ring else queries), outputs) + scales + 32 * keys + 8 * rows + 64 + factors)

@@ -4,8 +4,8 @@
 // registers (kv_fragments.cuh).
 //
 // For every item of the block:
-//   1. the queries, in the order of k slots, go through shared memory into A fragments (HEAD_DIM 128: registers, else
-//      they stay in shared memory); rows and scales of the first two tiles are looked up
+//   1. the queries, in the order of k slots, go through shared memory into A fragments (plain keys and HEAD_DIM 128:
+//      kept in registers, else read again for every tile); rows and scales of the first two tiles are looked up
 //   2. one tile of KEYS keys per step. While tile j is worked on, tile j + 1 is copied by cp.async to the other stage
 //      of the ring, the row addresses of tile j + 2 are published, its scales are loaded, and the page entries of
 //      tile j + 3 are on their way
@@ -42,7 +42,7 @@ constexpr int SCALE_BYTES = KEYS * (KTile::SCALE_BYTES + VTile::SCALE_BYTES);   
 constexpr int RING_BYTES = 2 * STAGE_BYTES;
 constexpr int Q_BYTES = ROWS * HEAD_DIM * 2;
 constexpr int OUT_BYTES = ROWS * OUT_STRIDE * 4;
-constexpr bool Q_IN_SHARED = HEAD_DIM != 128;   // else in registers
+constexpr bool Q_IN_SHARED = HEAD_DIM != 128 || KTile::E > 2;  // else in registers
 constexpr bool Q_IN_RING =                      // only staged, in the second stage
     !Q_IN_SHARED && RING_BYTES + Q_BYTES > OUT_BYTES && Q_BYTES <= STAGE_BYTES;
 // Shared memory: ring and queries, later the outputs; then
