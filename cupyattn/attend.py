@@ -81,7 +81,8 @@ def attend(op, xp, q, keys, *, cache_seqlens, max_q_len, softmax_scale, window_s
     tokens = batch * max_q_len if uniform else len(q)
     if schedule is None:
         total = keys.capacity if keys.pages is None or keys.pages.form != "dense" else None   # of all sequences
-        lists = _make_lists(xp, facts, lengths, policy, q_lens, keys, Limits(max_q_len, keys.capacity, tokens, total))
+        limits = Limits(max_q_len, keys.capacity, tokens, total)
+        lists = _make_lists(op, xp, facts, lengths, policy, q_lens, keys, limits)
     else:
         lists = _lists_of(op, xp, facts, lengths, policy, schedule, causal, tree_mask is not None)
         if schedule.made_from is not None:
@@ -119,12 +120,14 @@ def _policy(op, num_splits, invariant, one_list):
     return Policy(num_splits, invariant, one_list)
 
 
-def _make_lists(xp, facts, lengths, policy, q_lens, keys, limits):
+def _make_lists(op, xp, facts, lengths, policy, q_lens, keys, limits):
     """(decode, prefill) work lists of one call: in NumPy, or by a kernel from lengths that stay on the device."""
     if xp is np:
         tiles = tiling(facts, lengths.packed_range()[1], sm_count(xp))
         prefixes = () if keys.pages is None else find_prefixes(lengths, policy, keys.pages, keys.table["page_size"])
         return exact_lists(lengths, tiles, policy, prefixes)
+    if xp.cuda.get_current_stream().is_capturing():   # a graph would keep the addresses of arrays that are freed
+        raise ValueError(f"{op}: schedule must be given while a CUDA graph is captured, got None")
     group = facts.heads_per_kv
     tiles = tiling(facts, limits.max_q_len * group, sm_count(xp))
     if lengths.cu_seqlens_q is None:
@@ -146,11 +149,11 @@ def _lists_of(op, xp, facts, lengths, policy, schedule, causal, tree_mask):
                    window_size=lengths.window_size, key_stride=lengths.key_stride, key_offset=lengths.key_offset)
     if policy.num_splits is not None or policy.invariant:
         schedule.check(op, **policy._asdict())
-    legal, why = legal_rows(facts)
-    for work in (schedule.decode, schedule.prefill):
-        if work is not None and work.rows not in legal:
-            raise ValueError(f"{op}: schedule must have tiles of {legal} rows for {why}, got "
-                             f"{work.rows}; make it with this call's dtype, kv_format and head_dim")
+    *legal, why = legal_rows(facts)
+    for name, work, rows in zip(("decode", "prefill"), (schedule.decode, schedule.prefill), legal, strict=True):
+        if work is not None and work.rows not in rows:
+            raise ValueError(f"{op}: schedule must {name} in tiles of {rows} rows for {why}, got {work.rows}; make it "
+                             "with this call's dtype, kv_format, head_dim and head_dim_v")
     return schedule.decode, schedule.prefill
 
 

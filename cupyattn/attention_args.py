@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .attention_plans import Facts, sm_count, tiling  # noqa: F401
 from .quantized_kv import BlockKV, QuantizedKV, kv_side
 from .runtime import launch, make_args, workspace
 from .runtime.arrays import address, alignment, strides

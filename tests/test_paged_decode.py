@@ -573,3 +573,13 @@ def test_workspace_of_the_caller(xp):
         cupyattn.paged_decode(*arrays, **tables, workspace=scratch[:8])
     with pytest.raises(TypeError, match="paged_decode: workspace must be uint8, got float16"):
         cupyattn.paged_decode(*arrays, **tables, workspace=arrays[0].reshape(-1))
+
+
+def test_a_schedule_for_another_head_dim_of_values_is_refused():
+    """Tensor cores pad both head dims to the larger one; of the tiles of 128 rows for 128 dims none is for 256."""
+    facts = attention_plans.Facts("float16", "KvPlain<__half>", "KvPlain<__half>", 16, 2, 4, 128, 256, False, "sm_90a")
+    assert attention_plans.legal_rows(facts)[:2] == ((16,), (64,))
+    assert attention_plans.legal_rows(facts._replace(head_dim_v=128))[:2] == ((16,), (64, 128))
+    for head_dim_v, rows in ((None, 128), (256, 64)):
+        tiles = attention_plans.tiling(facts._replace(head_dim_v=head_dim_v or 128), 1000, 132)
+        assert tiles.prefill_rows == rows

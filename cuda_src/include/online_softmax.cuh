@@ -20,12 +20,6 @@ __device__ __forceinline__ float natural_lse(float top, float sum) {
   return sum == 0.0f ? NEG_INF : LN_2 * (top + log2f(sum));
 }
 
-// Score in log2 units from a dot product: softmax_scale, then softcap.
-__device__ __forceinline__ float scaled_score(float dot, float softmax_scale, float softcap) {
-  const float score = dot * softmax_scale;
-  return LOG2_E * (softcap > 0.0f ? softcap * tanhf(score / softcap) : score);
-}
-
 // Share of a row's probability that its keys keep when a sink joins as one more logit: e^lse / (e^lse + e^sink).
 __device__ __forceinline__ float sink_share(float lse, float sink) {
   return lse == NEG_INF ? 0.0f : 1.0f / (1.0f + exp2f(LOG2_E * (sink - lse)));

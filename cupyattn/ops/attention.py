@@ -117,9 +117,9 @@ def attention(q, k, v, /, *, cu_seqlens_q, cu_seqlens_k=None, cache_seqlens=None
     go through the prefill kernel. Scores, softmax and sums are float32; tensor cores round probabilities to q's dtype.
     Slots without a token never matter, whatever they hold. An infinity or NaN in the value of a token does reach rows
     that do not see it (0 * inf) when another row of their tile does, and with `mask` even when none does: leave
-    padding out by lengths, `cache_starts` or `finished`.
-    Asynchronous on the current CuPy stream. Kernels: ``cuda_src/attention.cu``, ``cuda_src/paged_decode.cu``,
-    ``cuda_src/schedule.cu``.
+    padding out by lengths, `cache_starts` or `finished`. Asynchronous on the current CuPy stream; graphs whose replays
+    may overlap need a `schedule` and a `workspace` each.
+    Kernels: ``cuda_src/attention.cu``, ``cuda_src/paged_decode.cu``, ``cuda_src/schedule.cu``.
 
     Examples
     --------

@@ -91,8 +91,10 @@ def paged_decode(q, k_cache, v_cache, /, *, block_table, cache_seqlens, cache_st
     No length is read on the host: for CuPy arrays without `schedule`, a kernel makes the work list first. A block of
     the grid gets an equal share of all key tiles; a tile of query rows that falls to several blocks is merged by the
     last of them, in a fixed order. With q_len > 1, an infinity or NaN in the value of a token that only later queries
-    see reaches the earlier ones as well (0 * inf); unused slots never do. Asynchronous on the current CuPy stream.
-    Kernels: ``cuda_src/paged_decode.cu``, ``cuda_src/schedule.cu``.
+    see reaches the earlier ones as well (0 * inf); unused slots never do. Asynchronous on the current CuPy stream;
+    graphs whose replays may overlap need a `schedule` and a `workspace` each.
+    Kernels: ``cuda_src/paged_decode.cu``, ``cuda_src/schedule.cu``; with more than 16 query rows per sequence and KV
+    head (8 on CUDA cores) ``cuda_src/attention.cu``.
 
     Examples
     --------

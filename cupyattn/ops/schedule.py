@@ -144,9 +144,9 @@ def fill_lists(xp, lengths, limits, policy, ranges, lists):
 # ---- the public function -----------------------------------------------------------------------------------
 
 
-def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, cu_seqlens_q=None, q_len=1, max_q_len=None,
-             max_k_len=None, num_tokens=None, total_k_len=None, cache_starts=None, finished=None, causal=True,
-             tree_mask=False, window_size=0, key_stride=1, key_offset=0, key_offsets=None, key_counts=None,
+def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, head_dim_v=None, cu_seqlens_q=None, q_len=1,
+             max_q_len=None, max_k_len=None, num_tokens=None, total_k_len=None, cache_starts=None, finished=None,
+             causal=True, tree_mask=False, window_size=0, key_stride=1, key_offset=0, key_offsets=None, key_counts=None,
              dtype="float16", kv_format=None, num_workers=None, num_splits=None, invariant=False, one_list=False,
              block_table=None, page_size=None, share_prefix=True, xp=None, out=None):
     """Who attends what in a step: made once from the lengths of a batch, handed to the attention of every layer.
@@ -162,6 +162,8 @@ def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, cu_seqlens_
         Tokens to attend to, the new ones included. NumPy lengths are planned in NumPy, CuPy lengths by one launch
         without reading them on the host.
     num_heads, num_kv_heads, head_dim : int
+    head_dim_v : int, optional
+        Of values. Default head_dim.
         Of the attention to come.
     cu_seqlens_q : ndarray [batch + 1], int32, optional
         First query token of every sequence.
@@ -232,7 +234,8 @@ def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, cu_seqlens_
 
     Notes
     -----
-    Both planners give the same bits. With an `out` nothing is allocated and nothing synchronises.
+    Both planners give the same bits. With an `out` nothing is allocated, and from CuPy lengths nothing
+    synchronises; lists made of NumPy lengths are copied to the device, which a graph must not capture.
     Kernel: ``cuda_src/schedule.cu``.
 
     Examples
@@ -256,9 +259,9 @@ def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, cu_seqlens_
                        ("share_prefix", share_prefix)):
         check_flag(op, name, flag)
     _check_numbers(op, num_heads, num_kv_heads, head_dim, q_len, window_size, key_stride, key_offset,
-                   max_q_len=(max_q_len, 0), max_k_len=(max_k_len, 0), num_tokens=(num_tokens, 0),
-                   total_k_len=(total_k_len, 0), num_workers=(num_workers, 1), num_splits=(num_splits, 1),
-                   page_size=(page_size, 1))
+                   head_dim_v=(head_dim_v, 1), max_q_len=(max_q_len, 0), max_k_len=(max_k_len, 0),
+                   num_tokens=(num_tokens, 0), total_k_len=(total_k_len, 0), num_workers=(num_workers, 1),
+                   num_splits=(num_splits, 1), page_size=(page_size, 1))
     if invariant and num_splits is not None:
         raise ValueError(f"{op}: num_splits must be None with invariant=True, got {num_splits}")
     check_shards(op, key_offsets, key_counts, key_stride, "key_stride")
@@ -273,7 +276,8 @@ def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, cu_seqlens_
                 "causal": causal, "tree_mask": tree_mask, "window_size": window_size, "key_stride": key_stride,
                 "key_offset": key_offset, "num_splits": num_splits, "invariant": invariant, "one_list": one_list,
                 "dtype": dtype, "kv_format": kv_format or dtype, "device": xp.__name__}
-    tiles = functools.partial(_tiling, xp, lengths, head_dim, dtype, kv_format or dtype, num_workers)
+    dims = head_dim, head_dim if head_dim_v is None else head_dim_v
+    tiles = functools.partial(_tiling, xp, lengths, dims, dtype, kv_format or dtype, num_workers)
     if on_host and max_k_len is None and out is None:
         on = share_prefix and table is not None and table.xp is np
         prefixes = find_prefixes(lengths, policy, table, page_size) if on else ()
@@ -298,10 +302,10 @@ def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, cu_seqlens_
     return Schedule(*lists, **made_for, made_from=source, limits=limits)
 
 
-def _tiling(xp, lengths, head_dim, dtype, kv_format, num_workers, most):
+def _tiling(xp, lengths, dims, dtype, kv_format, num_workers, most):
     """Tiling of this device, or of one with `num_workers` multiprocessors."""
     tag = FORMATS[kv_format].tag if kv_format in FORMATS else f"KvPlain<{CUDA_TYPES[kv_format]}>"
-    facts = Facts(dtype, tag, tag, 16, lengths.num_kv_heads, lengths.heads_per_kv, head_dim, head_dim, False,
+    facts = Facts(dtype, tag, tag, 16, lengths.num_kv_heads, lengths.heads_per_kv, *dims, False,
                   arch_of(xp))
     if num_workers is None:
         return tiling(facts, most, sm_count(xp))
@@ -363,8 +367,9 @@ def _check_numbers(op, num_heads, num_kv_heads, head_dim, q_len, window_size, ke
             check_number(op, name, value, least=least, integer=True)
     if num_heads % num_kv_heads:
         raise ValueError(f"{op}: num_kv_heads must divide num_heads {num_heads}, got {num_kv_heads}")
-    if head_dim > MAX_HEAD_DIM or head_dim % STEP:
-        raise ValueError(f"{op}: head_dim must be a multiple of {STEP} up to {MAX_HEAD_DIM}, got {head_dim}")
+    for name, dim in (("head_dim", head_dim), ("head_dim_v", optional["head_dim_v"][0])):
+        if dim is not None and (dim > MAX_HEAD_DIM or dim % STEP):
+            raise ValueError(f"{op}: {name} must be a multiple of {STEP} up to {MAX_HEAD_DIM}, got {dim}")
     if key_offset >= key_stride:
         raise ValueError(f"{op}: key_offset must be below key_stride {key_stride}, got {key_offset}")
 
