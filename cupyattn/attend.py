@@ -6,12 +6,12 @@ import numpy as np
 from .attention_args import NO_MASK, Keys, check_lengths, check_sides, launch_work, ragged_side, sequence_view
 from .attention_plans import Facts, legal_rows, plan_decode, plan_prefill, sm_count, tiling
 from .ops.schedule import Schedule, fill_lists
-from .page_table import PageTable
-from .planning import Lengths, Limits, Policy, empty_lists, exact_lists, find_prefixes, list_ranges
+from .page_table import NO_PAGES, PageTable
+from .planning import Lengths, Limits, checked_policy, empty_lists, exact_lists, find_prefixes, list_ranges
 from .quantized_kv import kv_side
 from .runtime import arch_of, env
 from .runtime.arrays import alignment, array_namespace, dtype_name, strides
-from .runtime.checks import check_dtype, check_flag, check_last_axis, check_number, check_shape
+from .runtime.checks import check_dtype, check_last_axis, check_shape
 
 
 def prepare_keys(op, xp, num_heads, head_dim, k, v, block_table, cu_seqlens_k, batch, names):
@@ -21,10 +21,8 @@ def prepare_keys(op, xp, num_heads, head_dim, k, v, block_table, cu_seqlens_k, b
         check_dtype(op, "cu_seqlens_k", cu_seqlens_k, "int32")
         check_shape(op, "cu_seqlens_k", cu_seqlens_k, (batch + 1,), "[batch + 1]")
         check_last_axis(op, "cu_seqlens_k", cu_seqlens_k)
-        pages, fields = None, {
-            "block_table": None, "indptr": None, "block_ptrs": None, "row_starts": cu_seqlens_k, "stride_seq": 0,
-            "max_pages": k.shape[0], "page_size": 1, "num_pages": 0, "reserved": 0}
-        capacity = k.shape[0]
+        pages, capacity = None, k.shape[0]
+        fields = {**NO_PAGES, "row_starts": cu_seqlens_k, "max_pages": capacity}
     else:
         sides = [kv_side(op, name, array) for name, array in zip(names, (k, v), strict=True)]
         if not isinstance(block_table, PageTable):
@@ -77,7 +75,7 @@ def attend(op, xp, q, keys, *, cache_seqlens, max_q_len, softmax_scale, window_s
         _check_content(op, keys, lengths if xp is np else lengths.on_host())
     if results.size == 0:
         return
-    policy = _policy(op, num_splits, invariant, one_list)
+    policy = checked_policy(op, num_splits, invariant, one_list)
     tokens = batch * max_q_len if uniform else len(q)
     if schedule is None:
         total = keys.capacity if keys.pages is None or keys.pages.form != "dense" else None   # of all sequences
@@ -108,16 +106,6 @@ def attend(op, xp, q, keys, *, cache_seqlens, max_q_len, softmax_scale, window_s
         if work is not None:
             launch_work(op, plan(facts, work.rows, work.workers), work, values, partials, scratch, xp, head_dim_v,
                         () if keys.pages is None else keys.pages.buffers)
-
-
-def _policy(op, num_splits, invariant, one_list):
-    """The options that say how keys are cut, checked."""
-    if num_splits is not None:
-        check_number(op, "num_splits", num_splits, least=1, integer=True)
-    check_flag(op, "invariant", invariant)
-    if invariant and num_splits is not None:
-        raise ValueError(f"{op}: num_splits must be None with invariant=True, got {num_splits}")
-    return Policy(num_splits, invariant, one_list)
 
 
 def _make_lists(op, xp, facts, lengths, policy, q_lens, keys, limits):

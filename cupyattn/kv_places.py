@@ -5,13 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .page_table import PageTable
+from .page_table import NO_PAGES, PageTable
 from .quantized_kv import FORMATS, BlockKV
 from .runtime.checks import check_dtype, check_element_strides, check_number, check_shape, value_range
 
 _OP = "kv_append"
-_NO_TABLE = {"block_table": None, "indptr": None, "block_ptrs": None, "row_starts": None, "stride_seq": 0,
-             "max_pages": 0, "reserved": 0}
 
 
 class Places(NamedTuple):
@@ -34,7 +32,7 @@ class Places(NamedTuple):
         """Fields of the kernel's struct, positions apart, for an array, QuantizedKV or BlockKV `cache`."""
         slots, table, wide = self.slots, self.table, self.slots is not None and self.slots.dtype.itemsize == 8
         pages, page_size = (0, 0) if cache is None else cache.shape[:2]
-        return {"table": _NO_TABLE | {"page_size": page_size, "num_pages": pages} if table is None else
+        return {"table": NO_PAGES | {"page_size": page_size, "num_pages": pages} if table is None else
                 table.fields(pages, page_size), "batch": 0 if table is None else table.batch,
                 "slots32": None if wide else slots, "slots64": slots if wide else None, "stride_slot": stride_of(slots),
                 "batch_indices": self.batch_indices, "stride_batch_index": stride_of(self.batch_indices),

@@ -9,6 +9,9 @@ from .runtime.checks import check_dtype, check_element_strides, check_last_axis,
 from .runtime.structs import address
 
 _OP = "PageTable"
+# fields of the kernels' PageTable that has no pages
+NO_PAGES = {"block_table": None, "indptr": None, "block_ptrs": None, "row_starts": None, "stride_seq": 0,
+            "max_pages": 0, "page_size": 1, "num_pages": 0, "reserved": 0}
 
 
 def _extent(array):
@@ -214,10 +217,10 @@ class PageTable:
     def fields(self, num_pages, page_size):
         """Fields of the kernels' PageTable for caches of `num_pages` pages (None with block pointers)."""
         ids, pointers = self.block_table, self.block_ptrs
-        return {"block_table": ids, "indptr": self.indptr, "row_starts": None,
+        return {**NO_PAGES, "block_table": ids, "indptr": self.indptr,
                 "block_ptrs": None if pointers is None else pointers.view("int64"),
                 "stride_seq": ids.strides[0] // 4 if self.form == "dense" else 0, "max_pages": self.max_pages,
-                "page_size": page_size, "num_pages": 0 if num_pages is None else num_pages, "reserved": 0}
+                "page_size": page_size, "num_pages": 0 if num_pages is None else num_pages}
 
     @property
     def arrays(self):

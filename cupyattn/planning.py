@@ -8,6 +8,7 @@ import numpy as np
 
 from .attention_plans import CORES_ROWS
 from .devices import to_host
+from .runtime.checks import check_flag, check_number
 from .shared_prefix import shared_prefixes
 from .work_list import CHUNK_TILES, KEY_TILE, WorkList, key_ranges, make_work
 
@@ -72,6 +73,17 @@ class Policy(NamedTuple):
     num_splits: int | None = None
     invariant: bool = False
     one_list: bool = False
+
+
+def checked_policy(op, num_splits, invariant, one_list):
+    """Policy of the arguments of `op`, which are of their kinds and do not exclude each other."""
+    if num_splits is not None:
+        check_number(op, "num_splits", num_splits, least=1, integer=True)
+    check_flag(op, "invariant", invariant)
+    check_flag(op, "one_list", one_list)
+    if invariant and num_splits is not None:
+        raise ValueError(f"{op}: num_splits must be None with invariant=True, got {num_splits}")
+    return Policy(num_splits, invariant, one_list)
 
 
 def list_ranges(tiles, least, most, one_list=False):

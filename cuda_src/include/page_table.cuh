@@ -70,24 +70,24 @@ __device__ __forceinline__ C* kv_row(const KvView& view, const PageTable& table,
   return static_cast<C*>(view.data) + at.page * view.stride_page + inside;
 }
 
-// Scale of one token, head and group of dims, S the type of scales. The token must be in a page.
+// Where the scale or zero of one token, head and group of dims is: `array` holds those of all pages, or is null and
+// `offset` bytes into each block are those of its tokens. The token must be in a page.
 template <typename S>
+__device__ __forceinline__ S* kv_parameter(const KvScale& view, const PageTable& table, TokenSlot at, int64_t head,
+                                           int group, void* array, int64_t offset) {
+  const int64_t inside = at.slot * view.stride_token + head * view.stride_head + group * view.stride_group;
+  if (table.block_ptrs != nullptr && array == nullptr) return reinterpret_cast<S*>(at.page + offset) + inside;
+  return static_cast<S*>(array) + at.page * view.stride_page + inside;
+}
+template <typename S>  // S: the type of scales
 __device__ __forceinline__ S* kv_scale(const KvScale& view, const PageTable& table, TokenSlot at, int64_t head,
                                        int group) {
-  const int64_t inside = at.slot * view.stride_token + head * view.stride_head + group * view.stride_group;
-  if (table.block_ptrs != nullptr && view.scale == nullptr)
-    return reinterpret_cast<S*>(at.page + view.scale_offset) + inside;
-  return static_cast<S*>(view.scale) + at.page * view.stride_page + inside;
+  return kv_parameter<S>(view, table, at, head, group, view.scale, view.scale_offset);
 }
-
-// Zero of one token, head and group of dims, in a format that has zeros.
-template <typename S>
+template <typename S>  // in a format that has zeros
 __device__ __forceinline__ S* kv_zero(const KvScale& view, const PageTable& table, TokenSlot at, int64_t head,
                                       int group) {
-  const int64_t inside = at.slot * view.stride_token + head * view.stride_head + group * view.stride_group;
-  if (table.block_ptrs != nullptr && view.zero == nullptr)
-    return reinterpret_cast<S*>(at.page + view.zero_offset) + inside;
-  return static_cast<S*>(view.zero) + at.page * view.stride_page + inside;
+  return kv_parameter<S>(view, table, at, head, group, view.zero, view.zero_offset);
 }
 
 #endif  // CUPYATTN_PAGE_TABLE_CUH

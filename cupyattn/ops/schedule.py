@@ -9,12 +9,12 @@ import numpy as np
 from ..attention_args import MAX_HEAD_DIM, STEP, check_lengths, check_shards
 from ..attention_plans import Facts, sm_count, tiling
 from ..made_from import MadeFrom
-from ..page_table import PageTable
+from ..page_table import NO_PAGES, PageTable
 from ..planning import (
     Lengths,
     Limits,
-    Policy,
     capacity,
+    checked_policy,
     empty_lists,
     exact_lists,
     find_prefixes,
@@ -36,8 +36,6 @@ from ..runtime.checks import (
 from ..runtime.plan import CUDA_TYPES
 from ..work_list import WorkList
 
-_NO_TABLE = {"block_table": None, "indptr": None, "block_ptrs": None, "row_starts": None, "stride_seq": 0,
-             "max_pages": 0, "page_size": 1, "num_pages": 0, "reserved": 0}
 _NO_TARGET = {"items": None, "worker_items": None, "units": None, "pieces": None, "rows": 1, "workers": 1,
               "least_packed": 1, "most_packed": 0, "max_units": 0, "max_items": 0}
 
@@ -130,7 +128,7 @@ def fill_lists(xp, lengths, limits, policy, ranges, lists):
 
     launch(plan, make_args(
         plan, first=targets[0], second=targets[1] if len(targets) > 1 else _NO_TARGET,
-        table={**_NO_TABLE, "row_starts": lengths.row_starts}, cu_seqlens_q=lengths.cu_seqlens_q,
+        table={**NO_PAGES, "row_starts": lengths.row_starts}, cu_seqlens_q=lengths.cu_seqlens_q,
         cache_seqlens=lengths.cache_seqlens, cache_starts=lengths.cache_starts, key_offsets=lengths.key_offsets,
         key_counts=lengths.key_counts, finished=None if lengths.finished is None else lengths.finished.view(np.uint8),
         tree_mask=None, stride_seqlens=stride(lengths.cache_seqlens), stride_starts=stride(lengths.cache_starts),
@@ -255,20 +253,17 @@ def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, head_dim_v=
         raise ValueError(f"{op}: xp must be cupy for CuPy lengths, got numpy; copy the lengths to the host")
     _check_arrays(op, cache_seqlens, cu_seqlens_q, finished, cache_starts=cache_starts, key_offsets=key_offsets,
                   key_counts=key_counts)
-    for name, flag in (("causal", causal), ("tree_mask", tree_mask), ("invariant", invariant), ("one_list", one_list),
-                       ("share_prefix", share_prefix)):
+    policy = checked_policy(op, num_splits, invariant, one_list)
+    for name, flag in (("causal", causal), ("tree_mask", tree_mask), ("share_prefix", share_prefix)):
         check_flag(op, name, flag)
     _check_numbers(op, num_heads, num_kv_heads, head_dim, q_len, window_size, key_stride, key_offset,
                    head_dim_v=(head_dim_v, 1), max_q_len=(max_q_len, 0), max_k_len=(max_k_len, 0),
                    num_tokens=(num_tokens, 0), total_k_len=(total_k_len, 0), num_workers=(num_workers, 1),
-                   num_splits=(num_splits, 1), page_size=(page_size, 1))
-    if invariant and num_splits is not None:
-        raise ValueError(f"{op}: num_splits must be None with invariant=True, got {num_splits}")
+                   page_size=(page_size, 1))
     check_shards(op, key_offsets, key_counts, key_stride, "key_stride")
     _check_kinds(op, dtype, kv_format)
     lengths = Lengths(num_kv_heads, num_heads // num_kv_heads, cache_seqlens, None, cu_seqlens_q, q_len, cache_starts,
                       finished, key_offsets, key_counts, key_stride, key_offset, causal and not tree_mask, window_size)
-    policy = Policy(num_splits, invariant, one_list)
     table = None if block_table is None else _page_table(op, block_table, page_size, lengths.batch)
     if on_host:
         _check_lengths(op, lengths, table, page_size)
