@@ -5,8 +5,6 @@ Code e of a vector is bits [e * bits, (e + 1) * bits) of its little-endian 32-bi
 fill `bits` words and a code may lie across two of them.
 """
 
-import sys
-
 import numpy as np
 
 _CHUNK = 1 << 15   # groups of 8 codes in flight: 256 KiB each of the number and of what moves in it
@@ -111,7 +109,6 @@ def _fit(array, size):
 
 
 def _check(array, bits, itemsize):
-    assert sys.byteorder == "little"
     if not 1 <= bits <= 8:
         raise ValueError(f"bit stream: bits must be 1 to 8, got {bits}")
     if array.dtype.kind not in "iu" or array.dtype.itemsize != itemsize:

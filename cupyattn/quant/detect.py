@@ -3,7 +3,6 @@
 
 DENSE = ("float16", "bfloat16", "float32")
 FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
-_STATE = "weight.quant_state.bitsandbytes__"
 
 
 def detect(tensors, config=None):
@@ -39,7 +38,8 @@ def detect(tensors, config=None):
     if "q_weight" in names:
         return "exl2", {}
     if "W_q" in names:
-        return "hqq", _pick(config.get("weight_quant_params") or config, bits="nbits", axis="axis")
+        config = config.get("quant_config") or config
+        return "hqq", _pick(config.get("weight_quant_params") or {}, bits="nbits", axis="axis")
     if {"qweight", "qzeros", "scales"} <= names:
         return _gptq_or_awq(tensors, config)
     if {"blocks", "scales"} <= names:
@@ -78,17 +78,16 @@ def _weight(tensors, config):
     """The formats with a tensor that is called weight."""
     dtype = tensors["weight"].dtype.name
     names = tensors.keys()
-    if any(name.startswith(_STATE) for name in names):
-        return "bitsandbytes", {}
     if {"weight.absmax", "absmax"} & names:
-        return "bitsandbytes", _pick(config, kind="bnb_4bit_quant_type")
+        return "bitsandbytes", {}
     if "SCB" in names:
         raise NotImplementedError("QMatrix: tensors must be of a format that is read, got weight and SCB, "
                                   "which is LLM.int8 of bitsandbytes")
     if "weight_scale_2" in names and dtype == "uint8":
         return "nvfp4", {}
     if dtype in FLOAT8:
-        return "fp8", {}
+        block = config.get("weight_block_size") or _agreed(config, "block_structure")
+        return "fp8", {"block": tuple(block)} if block else {}
     if dtype == "int8" and "weight_scale" in names:
         return "compressed_tensors", _scheme(config)
     if dtype in DENSE:
@@ -105,11 +104,16 @@ def _quantization(config):
 
 
 def _scheme(config):
-    """bits and group_size of compressed-tensors, if all groups of layers agree."""
+    """What compressed-tensors says of bits and groups."""
+    found = {name: _agreed(config, name) for name in ("num_bits", "group_size")}
+    return _pick(found, bits="num_bits", group_size="group_size")
+
+
+def _agreed(config, name):
+    """An entry of compressed-tensors' schemes for weights, if all of them have the same."""
     schemes = [group.get("weights") or {} for group in (config.get("config_groups") or {}).values()]
-    agreed = {name: {scheme.get(name) for scheme in schemes} for name in ("num_bits", "group_size")}
-    only = {name: values.pop() for name, values in agreed.items() if len(values) == 1}
-    return _pick(only, bits="num_bits", group_size="group_size")
+    values = [scheme.get(name) for scheme in schemes]
+    return values[0] if values and values.count(values[0]) == len(values) else None
 
 
 def _pick(config, **names):

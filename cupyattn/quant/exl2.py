@@ -12,6 +12,7 @@ which ExLlamaV2 rounds too, is left exact.)
 """
 
 import math
+from itertools import pairwise
 
 import numpy as np
 
@@ -53,7 +54,7 @@ def read(tensors, out_features=None):
 
     segments = []
     edges = np.flatnonzero(np.diff(bits, prepend=0, append=0))   # between runs of equal bits
-    for first, last in zip(edges[:-1], edges[1:]):
+    for first, last in pairwise(edges.tolist()):
         stream = q_weight[words[first]:words[last], :rows]
         run = sizes[first:last]
         group = math.gcd(*run[:-1].tolist()) or int(run[0])

@@ -7,15 +7,15 @@ import numpy as np
 
 from .tensors import only
 
-UNIT = 32           # columns to which groups of odd sizes are filled
-_SMALLEST = 16      # columns of the smallest group worth repeating scales for
+UNIT = 32       # columns of the groups that groups of odd sizes are filled up to
+_DIVISOR = 16   # of the size of groups in act-order that are left as they are
 
 
 def group_columns(in_features, groups, group_size=None, g_idx=None):
     """Segments of groups of one size, whatever `g_idx` says.
 
-    Groups of different sizes are split into a size that divides them all, or, if that is less than 16, filled with
-    columns of no x.
+    Groups of different sizes are split into a size that divides them all, or, if that is no multiple of 16, filled
+    with columns of no x.
 
     Parameters
     ----------
@@ -41,17 +41,15 @@ def group_columns(in_features, groups, group_size=None, g_idx=None):
             raise ValueError(f"QMatrix: g_idx must have shape [{in_features}], got {list(g_idx.shape)}")
         if ((g_idx < -groups) | (g_idx >= groups)).any():
             raise ValueError(f"QMatrix: g_idx must be below {groups} groups, got {g_idx.min()} to {g_idx.max()}")
-        if groups == 1 or (g_idx == g_idx[0]).all():
-            g_idx = None
-    if g_idx is None:
+        g_idx = np.where(g_idx < 0, g_idx + groups, g_idx)
+    if g_idx is None or (g_idx == g_idx[0]).all():
         return _group_size(in_features, groups, group_size), np.arange(groups), None
-    g_idx = np.where(g_idx < 0, g_idx + groups, g_idx)
     order = np.argsort(g_idx, kind="stable").astype(np.int32)
     sizes = np.bincount(g_idx, minlength=groups)
     index = np.flatnonzero(sizes)
     sizes = sizes[index]
-    group = math.gcd(*sizes[:-1].tolist()) or in_features
-    if group < _SMALLEST and (sizes > group).any():
+    group = math.gcd(*sizes[:-1].tolist())
+    if group % _DIVISOR:
         order, group = _filled(order, sizes), UNIT
     index = np.repeat(index, -(-sizes // group))
     in_place = len(order) == in_features and (order == np.arange(in_features)).all()

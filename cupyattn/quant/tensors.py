@@ -30,7 +30,7 @@ def take(tensors, name, dtypes, shape):
     array = np.asarray(tensors[name])
     if array.dtype.name not in dtypes:
         raise TypeError(f"QMatrix: {name} must be {' or '.join(dtypes)}, got {array.dtype.name}")
-    if array.ndim != len(shape) or any(rule not in (None, size) for rule, size in zip(shape, array.shape)):
+    if array.ndim != len(shape) or any(rule not in (None, size) for rule, size in zip(shape, array.shape, strict=True)):
         rule = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"QMatrix: {name} must have shape [{rule}], got {list(array.shape)}")
     return array
