@@ -16,8 +16,9 @@ FOLDER = pathlib.Path(__file__).parent / "fixtures"
 PACKED = {
     "gptqmodel": """
         2bit_g16_asym_v2 2bit_g32_sym_v1 3bit_g32_asym_v1_wrapped 3bit_g32_desc_act_asym_v1 3bit_g32_sym_v1
-        3bit_g64_asym_v2 4bit_all_sym_v1 4bit_g32_asym_v1 4bit_g32_asym_v2 4bit_g32_desc_act_asym_v2 4bit_g32_desc_act_uneven_sym_v1
-        4bit_g32_sym_v1 4bit_g32_sym_v2 4bit_g64_short_group_asym_v2 8bit_g32_asym_v2 8bit_g32_sym_v1""",
+        3bit_g64_asym_v2 4bit_all_sym_v1 4bit_g32_asym_v1 4bit_g32_asym_v2 4bit_g32_desc_act_asym_v2
+        4bit_g32_desc_act_uneven_sym_v1 4bit_g32_sym_v1 4bit_g32_sym_v2 4bit_g64_short_group_asym_v2
+        8bit_g32_asym_v2 8bit_g32_sym_v1""",
     "auto_gptq": """
         2bit_g32_sym_v1 3bit_g32_desc_act_asym_v1 4bit_g32_asym_v1 4bit_g32_desc_act_uneven_sym_v1 8bit_g32_sym_v1""",
     "autoawq": "4bit_all 4bit_g32 4bit_g64",
@@ -32,6 +33,9 @@ PACKED = {
     "nvidia_modelopt": "nvfp4",
 }
 NAMES = [f"{package}_{what}" for package, names in PACKED.items() for what in names.split()]
+# Packages whose own float32 arithmetic rounds more than once: (code - zero) * scale, code * (scale * number).
+# Each rounding moves a number by 2^-24 of itself; all others agree to the bit.
+ROUNDED = ("hqq_", "compressed_tensors_nvfp4", "nvidia_modelopt_nvfp4")
 BORROWED = "gptqmodel_4bit_g32_asym_v1_borrowed"
 
 
@@ -67,11 +71,6 @@ def test_reader_says_what_the_package_says(name):
         wrong = np.abs(found - expected) > 2.0 ** -23 * np.abs(expected)
     worst = np.unravel_index(np.abs(found - expected).argmax(), found.shape)
     assert not wrong.any(), f"{wrong.sum()} differ; the worst at {worst}: {found[worst]} for {expected[worst]}"
-
-
-# Packages whose own float32 arithmetic rounds more than once: (code - zero) * scale, code * (scale * number).
-# Each rounding moves a number by 2^-24 of itself; all others agree to the bit.
-ROUNDED = ("hqq_", "compressed_tensors_nvfp4", "nvidia_modelopt_nvfp4")
 
 
 def test_folder_is_the_list():
