@@ -20,7 +20,8 @@ from .runtime.checks import (
 
 MAX_HEAD_DIM = 256
 STEP = 8   # elements a thread handles at a time; STEP of the kernels
-NO_MASK = {"data": None, "stride_seq": 0, "stride_head": 0, "stride_query": 0, "stride_key": 0, "keys": 0, "kind": 0}
+NO_MASK = {"data": None, "stride_seq": 0, "stride_head": 0, "stride_query": 0, "stride_key": 0, "queries": 0, "keys": 0,
+           "kind": 0}
 _MASK_KINDS = {"bool": 1, "float32": 2, "float16": 3, "bfloat16": 4}
 _NO_PARTIALS = {"out": None, "lse": None, "sum": None, "split_count": None, "stride_split": 0, "stride_token": 0,
                 "stride_head": 0, "lse_split": 0, "lse_token": 0, "lse_head": 0}
@@ -156,7 +157,8 @@ def mask_view(op, mask, batch, num_heads, max_q_len):
                              f"[{batch}, {num_heads}, {max_q_len}, *], got {list(mask.shape)} ({axis} {found})")
     seq, head, query, key = (0 if n == 1 else s for n, s in zip(shape, steps, strict=True))
     return {"data": mask, "stride_seq": seq, "stride_head": head, "stride_query": query,
-            "stride_key": steps[3] if shape[3] > 1 else key, "keys": shape[3], "kind": _MASK_KINDS[kind]}
+            "stride_key": steps[3] if shape[3] > 1 else key, "queries": shape[2] if shape[2] > 1 else 2**31,
+            "keys": shape[3], "kind": _MASK_KINDS[kind]}
 
 
 def check_options(op, causal, softmax_scale, window_size, softcap, head_dim):

@@ -585,7 +585,7 @@ def test_many_pieces(xp, dtype):
 
 
 def test_pieces_in_any_order():
-    """Whoever merges 70 pieces of rows that fill the threads of a block or a few of them: the same bits, and no race."""
+    """Whoever merges 70 pieces, of rows that fill the threads of a block or a few: the same bits, and no race."""
     for heads, head_dim in ((1, 8), (8, 64)):
         case = make([69 * 64 + 3], [1], heads=heads, kv_heads=1, head_dim=head_dim)
         k, v, where = case.keys(NUMPY, "dense")

@@ -20,7 +20,8 @@ from cupyattn.work_list import make_work
 
 TOLERANCE = {"float16": (1e-3, 2.0**-10), "bfloat16": (4e-3, 2.0**-8)}
 WILD = 2_147_480_000   # an id that would lead far out of any cache
-NO_MASK = {"data": None, "stride_seq": 0, "stride_head": 0, "stride_query": 0, "stride_key": 0, "keys": 0, "kind": 0}
+NO_MASK = {"data": None, "stride_seq": 0, "stride_head": 0, "stride_query": 0, "stride_key": 0, "queries": 0,
+           "keys": 0, "kind": 0}
 rng = np.random.default_rng(23)
 
 # (dtype, K, V, padded head_dim, with biases) of the versions CI compiles; the other tests take theirs from here
@@ -169,7 +170,8 @@ def run(case, *, workers=3, num_splits=None, invariant=False, prefixes=(), causa
         table={"block_table": case.table, "indptr": None, "block_ptrs": None, "row_starts": None,
                "stride_seq": case.table.shape[1], "max_pages": case.table.shape[1],
                "page_size": case.k.shape[1], "num_pages": case.k.shape[0], "reserved": 0},
-        mask=NO_MASK if mask is None else {**_mask_view(mask), "keys": mask.shape[3], "kind": 2},
+        mask=NO_MASK if mask is None else {**_mask_view(mask), "queries": mask.shape[2], "keys": mask.shape[3],
+                                               "kind": 2},
         out=_sequence_view(out),
         partials={"out": poison(np.empty((slots, 16, head_dim_v), np.float32)),
                   "lse": poison(np.empty((slots, 16), np.float32)), "sum": None, "split_count": None,
@@ -177,8 +179,9 @@ def run(case, *, workers=3, num_splits=None, invariant=False, prefixes=(), causa
                   "lse_token": 1, "lse_head": 0},
         work={name: getattr(work, name) for name in work.ARRAYS}, cu_seqlens_q=None, cache_seqlens=case.lengths,
         cache_starts=starts, key_offsets=None, key_counts=None, finished=None, tree_mask=None, alibi_slopes=alibi,
-        sinks=sinks, lse=lse, stride_seqlens=1, stride_starts=1, stride_tree=0, tokens=batch * q_len, q_len=q_len,
-        num_kv_heads=kv_heads, heads_per_kv=heads // kv_heads, head_dim=head_dim, head_dim_v=head_dim_v,
+        sinks=sinks, lse=lse, stride_seqlens=1, stride_starts=1, stride_tree=0, tree_words=0,
+        tokens=batch * q_len, q_len=q_len, num_kv_heads=kv_heads, heads_per_kv=heads // kv_heads,
+        head_dim=head_dim, head_dim_v=head_dim_v,
         causal=int(causal), window_size=window, key_stride=1, key_offset=0, num_splits=0, whole_to_out=0,
         sink_in_partials=0, softmax_scale=head_dim**-0.5 if scale is None else scale, softcap=softcap,
         lse_factor=1.0))

@@ -10,10 +10,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from compare import assert_same_bits, poison
+from compare import assert_close, assert_same_bits, poison
 from standin import install
 
 import cupyattn
+from cupyattn.reference.attention import attention as expected_attention
 from cupyattn.runtime.cpu import settings
 
 NUMBERS = (-2**31, -2_000_000_000, -1, 100_000, 2_000_000_000, 2**31 - 1)
@@ -128,6 +129,32 @@ def test_mask_and_slopes(xp, case):
         want = attend(xp, case, "dense", **extra)
         for number in NUMBERS:
             same_outside(attend(xp, case, "dense", **extra, **{name: changed(right, 2, number)}), want, [1, 2])
+
+
+@pytest.mark.parametrize("by", ["own lists", "a schedule"])
+@pytest.mark.parametrize("kind", ["mask", "tree_mask"])
+def test_max_q_len_below_the_queries(xp, case, kind, by):
+    """A mask of that many rows, or a tree mask of one word: what they have no row or bit for is as documented."""
+    q_lens, limit = np.int32([1, 3, 70, 40]), 3
+    starts, lengths = np.int32([0, *np.cumsum(q_lens)]), np.int32([30, 40, 90, 90])
+    table = rng.integers(NUM_PAGES, size=(4, 6), dtype=np.int32)
+    q = rng.standard_normal((starts[-1], HEADS, HEAD_DIM)).astype(case.dtype)
+    masks = {"mask": rng.random((4, HEADS, limit, 60)) < 0.5,
+             "tree_mask": rng.integers(1 << 32, size=(starts[-1], 1), dtype=np.uint32)}
+    lists = {"cu_seqlens_q": starts, "cache_seqlens": lengths, "block_table": table, kind: masks[kind]}
+    made = None
+    if by == "a schedule":
+        made = cupyattn.schedule(lengths, cu_seqlens_q=starts, num_heads=HEADS, num_kv_heads=KV_HEADS,
+                                 head_dim=HEAD_DIM, dtype=case.dtype, tree_mask=kind == "tree_mask", xp=xp.module)
+    out = xp.array(poison(np.empty_like(q)))
+    cupyattn.attention(xp.array(q), xp.array(case.k), xp.array(case.v), **{n: xp.array(a) for n, a in lists.items()},
+                       out=out, max_q_len=limit, schedule=made)
+    got = xp.numpy(out).astype(np.float64)
+    want = expected_attention(q, case.k, case.v, **lists)
+    written = ~np.isnan(got)
+    for b in range(4):
+        assert written[starts[b]:starts[b + 1] if made is not None else starts[b] + min(limit, q_lens[b])].all()
+    assert_close(np.where(written, got, 0), np.where(written, want, 0), 2e-3, 2e-3)
 
 
 # ---- schedules of other lengths --------------------------------------------------------------------------

@@ -29,7 +29,7 @@ struct RowBias {
   __device__ __forceinline__ RowBias(const AttentionArgs& args, const QueryRow& row) : RowBias() {
     first_new = num_tokens(args, row.seq) - num_queries(args, row.seq);
     position = first_new + row.query;
-    if (args.mask.kind != 0) {
+    if (args.mask.kind != 0 && row.query < args.mask.queries) {
       const int64_t at = row.seq * args.mask.stride_seq + row.head * args.mask.stride_head +
                          row.query * args.mask.stride_query;
       mask = static_cast<const char*>(args.mask.data) +
@@ -41,7 +41,9 @@ struct RowBias {
   // Natural score of token `token`, -inf where a mask hides it.
   __device__ __forceinline__ float apply(const AttentionArgs& args, float score, int token) const {
     const int fresh = token - first_new;
-    if (tree != nullptr && fresh >= 0 && (tree[fresh / 32] >> fresh % 32 & 1) == 0) return NEG_INF;
+    if (tree != nullptr && fresh >= 0 &&
+        (fresh / 32 >= args.tree_words || (tree[fresh / 32] >> fresh % 32 & 1) == 0))
+      return NEG_INF;
     score -= slope * static_cast<float>(position < token ? token - position : position - token);
     if (mask == nullptr || token >= args.mask.keys) return score;
     const int64_t at = token * args.mask.stride_key;

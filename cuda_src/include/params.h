@@ -67,6 +67,7 @@ struct MaskView {
   int64_t stride_head;   // elements between heads
   int64_t stride_query;  // elements between queries
   int64_t stride_key;    // elements between keys
+  int64_t queries;       // queries of a sequence the mask has rows for; to later ones all keys stay visible
   int32_t keys;          // keys of the mask; later ones stay visible
   int32_t kind;          // 0 none, 1 bool, 2 float32 added to the score, 3 float16 added, 4 bfloat16 added
 };
@@ -130,6 +131,7 @@ struct AttentionArgs {
   int64_t stride_seqlens;        // elements between entries of cache_seqlens
   int64_t stride_starts;         // elements between entries of cache_starts
   int64_t stride_tree;           // elements between rows of tree_mask
+  int64_t tree_words;            // words of such a row; new tokens past its last bit are hidden
   int32_t tokens;                // query tokens; what cu_seqlens_q says beyond them is cut
   int32_t q_len;                 // query tokens per sequence without cu_seqlens_q
   int32_t num_kv_heads;          // KV heads

@@ -60,10 +60,10 @@ def attention(q, k, v, /, *, cu_seqlens_q, cu_seqlens_k=None, cache_seqlens=None
         One more logit per head that takes probability and adds no value.
     mask : ndarray broadcastable to [batch, num_heads, max_q_len, keys], optional
         bool, True for visible, or float32, float16 or bfloat16 added to the scores. Keys past its last column stay
-        visible. Never expanded: repeated axes have stride 0.
+        visible, and all keys to queries past its last row. Never expanded: repeated axes have stride 0.
     tree_mask : ndarray [tokens, words], uint32, optional
-        Bit j of query i's words: its sequence's new token j is visible. Decides among the new tokens in place of
-        `causal`.
+        Bit j of query i's words: its sequence's new token j is visible; tokens past the last bit are not. Decides
+        among the new tokens in place of `causal`.
     alibi_slopes : ndarray [num_heads], float32, optional
     finished : ndarray [batch], bool, optional
         Sequences that give zeros and read nothing.
@@ -74,6 +74,7 @@ def attention(q, k, v, /, *, cu_seqlens_q, cu_seqlens_k=None, cache_seqlens=None
         Context parallel over contiguous shards: position of the first local key, and the number of local keys.
     max_q_len : int, optional
         Upper bound of the query tokens of a sequence: for CuPy arrays, where no length is read; default all tokens.
+        The results of tokens beyond it may stay unwritten.
     num_splits : int, optional
         Cut the keys of every query tile in so many parts of equal size. Default: by the planner, evenly over the GPU.
     invariant : bool

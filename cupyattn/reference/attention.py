@@ -87,13 +87,15 @@ def _gather(k, v, block_table, tokens):
 
 
 def _tree_bits(words, new):
-    """[q_len, keys]: new token `new` (history below 0) is visible by the bits of `words` [q_len, words]."""
+    """[q_len, keys]: new token `new` (history below 0) is visible by its bit of `words` [q_len, words], if any."""
     bits = np.unpackbits(np.ascontiguousarray(words, "<u4").view(np.uint8), axis=1, bitorder="little")
+    bits = np.pad(bits, ((0, 0), (0, 1)))
     return (new < 0) | bits[:, np.clip(new, 0, bits.shape[1] - 1)].astype(bool)
 
 
 def _masked(mask, positions, visible, bias):
-    """`visible` and `bias` with the user's mask [q_len, keys] on top; keys past its end are as they were."""
+    """`visible` and `bias` with the user's mask [queries, keys] on top; past its end they are as they were."""
+    mask = np.pad(mask, ((0, len(visible) - len(mask)), (0, 0)), constant_values=mask.dtype == bool)
     inside = positions < mask.shape[1]
     rows = mask[:, np.minimum(positions, mask.shape[1] - 1)]
     if mask.dtype == bool:
