@@ -269,6 +269,9 @@ def check_errors(w, scheme):
     assert np.isfinite(scale).all()
     if segment.super_scale is not None:
         scale = scale * segment.super_scale.astype(np.float64)
+    if segment.zero is not None:
+        zero = segment.zero.astype(np.float64) + segment.centre
+        assert "asym" in scheme and (zero == np.rint(zero)).all() and 0 <= zero.min() <= zero.max() < 2**segment.bits
     weight = coded.dequantize()
     error, w, scale = np.abs(weight - w.astype(np.float64)), np.abs(w.astype(np.float64)), np.abs(scale)
     kind = scheme.split("-")[0]
@@ -380,6 +383,17 @@ def test_scales_outside_float16_are_float32(scheme, size, dtype):
     w = np.random.default_rng(11).uniform(-size, size, (8, 64)).astype(np.float32)
     w[1] = 0
     assert check_errors(w, scheme).segments[0].scale.dtype == dtype
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_smallest_and_largest_numbers(scheme):
+    rng = np.random.default_rng(12)
+    w = rng.uniform(-1, 1, (16, 128)).astype(np.float32)
+    for size in (3e38, 1e-32):
+        check_errors(w * np.float32(size), scheme)
+    for size in (1e-36, 1e-38, 1e-40, 1e-42, 3e-45):
+        weight = quantize(w * np.float32(size), scheme).dequantize()
+        assert (np.abs(weight) <= 2e-36).all()      # and no NaN
 
 
 def test_quantize_refusals():
