@@ -23,7 +23,8 @@ PACKED = {
         2bit_g32_sym_v1 3bit_g32_desc_act_asym_v1 4bit_g32_asym_v1 4bit_g32_desc_act_uneven_sym_v1 8bit_g32_sym_v1""",
     "autoawq": "4bit_all 4bit_g32 4bit_g64",
     "compressed_tensors": """
-        fp8_block fp8_channel fp8_tensor int8_channel_asym int8_channel_sym mxfp4 nvfp4 w2a16_g32_sym w3a16_g64_asym
+        fp8_block fp8_channel fp8_tensor int8_channel_asym int8_channel_sym mxfp4 nvfp4 old_w3a16_channel_sym
+        old_w3a16_g64_asym old_w4a16_g32_actorder w2a16_g32_sym w3a16_g64_asym
         w4a16_channel_asym w4a16_g32_sym w4a16_g64_asym w6a16_g32_asym w8a16_channel_sym w8a16_g32_asym""",
     "bitsandbytes": "fp4 fp4_double_b128 nf4 nf4_double",
     "hqq": "2bit_g16 3bit_g64 4bit_g32 4bit_g64 8bit_g32",
