@@ -5,9 +5,18 @@ import numpy as np
 
 from .attention_args import NO_MASK, Keys, check_lengths, check_sides, launch_work, ragged_side, sequence_view
 from .attention_plans import Facts, legal_rows, plan_decode, plan_prefill, sm_count, tiling
-from .ops.schedule import Schedule, fill_lists
+from .ops.schedule import Schedule
 from .page_table import NO_PAGES, PageTable
-from .planning import Lengths, Limits, checked_policy, empty_lists, exact_lists, find_prefixes, list_ranges
+from .planning import (
+    Lengths,
+    Limits,
+    checked_policy,
+    empty_lists,
+    exact_lists,
+    fill_lists,
+    find_prefixes,
+    list_ranges,
+)
 from .quantized_kv import kv_side
 from .runtime import arch_of, env
 from .runtime.arrays import alignment, array_namespace, dtype_name, strides

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both work lists of a step, from the lengths of a batch: exact ones, or arrays with room for any lengths in limits."""
+"""Both work lists of a step, from the lengths of a batch: exact ones, or arrays with room for any lengths in limits.
 
+Kernel that fills those from lengths on the device: ``cuda_src/schedule.cu``.
+"""
+
+import functools
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -8,11 +12,16 @@ import numpy as np
 
 from .attention_plans import CORES_ROWS
 from .devices import to_host
+from .page_table import NO_PAGES
+from .runtime import Plan, Specialisation, arch_of, launch, make_args
 from .runtime.checks import check_flag, check_number
 from .shared_prefix import shared_prefixes
 from .work_list import CHUNK_TILES, KEY_TILE, WorkList, key_ranges, make_work
 
+SCHEDULE = Specialisation("schedule", "schedule", "ScheduleArgs", {})
 _EVERY = 2**31 - 1   # packed rows
+_NO_TARGET = {"items": None, "worker_items": None, "units": None, "pieces": None, "rows": 1, "workers": 1,
+              "least_packed": 1, "most_packed": 0, "max_units": 0, "max_items": 0}
 
 
 class Lengths(NamedTuple):
@@ -212,6 +221,42 @@ def empty_lists(xp, lengths, limits, tiles, policy, ranges):
                                              capacity(lengths, limits, policy, packed_rows, rows, workers))
                  for packed_rows, rows, workers in ((ranges[0], tiles.decode_rows, tiles.decode_workers),
                                                     (ranges[1], tiles.prefill_rows, tiles.prefill_workers)))
+
+
+@functools.lru_cache(maxsize=64)
+def _plan_schedule(lists, arch):
+    """Plan from the number of lists and arch."""
+    threads = 64 if arch == "cpu" else 512
+    return Plan(SCHEDULE, arch, (lists,), (threads,), shared_bytes=96 * 8 + 8 + threads * (64 + 8),
+                note="one block per list")
+
+
+def fill_lists(xp, lengths, limits, policy, ranges, lists):
+    """Fills `lists`, made by `empty_lists` of the same arguments, from lengths that are never read on the host."""
+    targets = []
+    for packed_rows, work in zip(ranges, lists, strict=True):
+        if work is not None:
+            units, items, *_ = capacity(lengths, limits, policy, packed_rows, work.rows, work.workers)
+            targets.append({"items": work.items, "worker_items": work.worker_items, "units": work.units,
+                            "pieces": work.pieces, "rows": work.rows, "workers": work.workers,
+                            "least_packed": packed_rows[0], "most_packed": packed_rows[1], "max_units": units,
+                            "max_items": items})
+    plan = _plan_schedule(len(targets), arch_of(xp))
+
+    def stride(array):
+        return 0 if array is None else array.strides[0] // 4
+
+    launch(plan, make_args(
+        plan, first=targets[0], second=targets[1] if len(targets) > 1 else _NO_TARGET,
+        table={**NO_PAGES, "row_starts": lengths.row_starts}, cu_seqlens_q=lengths.cu_seqlens_q,
+        cache_seqlens=lengths.cache_seqlens, cache_starts=lengths.cache_starts, key_offsets=lengths.key_offsets,
+        key_counts=lengths.key_counts, finished=None if lengths.finished is None else lengths.finished.view(np.uint8),
+        tree_mask=None, stride_seqlens=stride(lengths.cache_seqlens), stride_starts=stride(lengths.cache_starts),
+        batch=lengths.batch, tokens=limits.num_tokens, q_len=lengths.q_len,
+        max_q_len=limits.max_q_len, max_k_len=limits.max_k_len, num_kv_heads=lengths.num_kv_heads,
+        heads_per_kv=lengths.heads_per_kv, causal=int(lengths.causal), window_size=lengths.window_size,
+        key_stride=lengths.key_stride, key_offset=lengths.key_offset,
+        num_splits=policy.num_splits or 0, invariant=int(policy.invariant), reserved=0))
 
 
 def store_lists(lists, targets):

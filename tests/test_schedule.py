@@ -13,9 +13,8 @@ from standin import install
 import cupyattn
 from cupyattn.attention_plans import Tiling
 from cupyattn.devices import to_host
-from cupyattn.ops.schedule import fill_lists
 from cupyattn.page_table import PageTable
-from cupyattn.planning import Lengths, Limits, Policy, empty_lists, host_lists, list_ranges
+from cupyattn.planning import Lengths, Limits, Policy, empty_lists, fill_lists, host_lists, list_ranges
 from cupyattn.reference import schedule as reference
 from cupyattn.runtime import env
 from cupyattn.runtime.cpu import settings

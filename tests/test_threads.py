@@ -14,8 +14,7 @@ import cupyattn
 from cupyattn import attend as road
 from cupyattn import attention_plans
 from cupyattn.attention_plans import Tiling
-from cupyattn.ops.schedule import fill_lists
-from cupyattn.planning import Lengths, Limits, Policy, empty_lists, list_ranges
+from cupyattn.planning import Lengths, Limits, Policy, empty_lists, fill_lists, list_ranges
 from cupyattn.runtime.cpu import settings
 
 ORDERS = [(schedule, seed, workers) for workers in (1, 2)

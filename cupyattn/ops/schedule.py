@@ -9,21 +9,22 @@ import numpy as np
 from ..attention_args import MAX_HEAD_DIM, STEP, check_lengths, check_shards
 from ..attention_plans import Facts, sm_count, tiling
 from ..made_from import MadeFrom
-from ..page_table import NO_PAGES, PageTable
+from ..page_table import PageTable
 from ..planning import (
+    SCHEDULE,
     Lengths,
     Limits,
-    capacity,
     checked_policy,
     empty_lists,
     exact_lists,
+    fill_lists,
     find_prefixes,
     host_lists,
     list_ranges,
     store_lists,
 )
 from ..quantized_kv import FORMATS
-from ..runtime import Plan, Specialisation, arch_of, launch, make_args
+from ..runtime import arch_of
 from ..runtime.arrays import array_namespace
 from ..runtime.checks import (
     check_dtype,
@@ -36,10 +37,7 @@ from ..runtime.checks import (
 from ..runtime.plan import CUDA_TYPES
 from ..work_list import WorkList
 
-_NO_TARGET = {"items": None, "worker_items": None, "units": None, "pieces": None, "rows": 1, "workers": 1,
-              "least_packed": 1, "most_packed": 0, "max_units": 0, "max_items": 0}
-
-CORE = ALL = [Specialisation("schedule", "schedule", "ScheduleArgs", {})]
+CORE = ALL = [SCHEDULE]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -101,42 +99,6 @@ class Schedule:
         lines = [f"Schedule({self.batch} sequences, {heads}, {policy}, {self.device}"]
         lines += [f"  {name}: {work!r}" for name, work in (("decode", self.decode), ("prefill", self.prefill)) if work]
         return "\n".join(lines) + ")"
-
-
-@functools.lru_cache(maxsize=64)
-def _plan_schedule(lists, arch):
-    """Plan from the number of lists and arch."""
-    threads = 64 if arch == "cpu" else 512
-    return Plan(CORE[0], arch, (lists,), (threads,), shared_bytes=96 * 8 + 8 + threads * (64 + 8),
-                note="one block per list")
-
-
-def fill_lists(xp, lengths, limits, policy, ranges, lists):
-    """Fills `lists`, made by `empty_lists` of the same arguments, from lengths that are never read on the host."""
-    targets = []
-    for packed_rows, work in zip(ranges, lists, strict=True):
-        if work is not None:
-            units, items, *_ = capacity(lengths, limits, policy, packed_rows, work.rows, work.workers)
-            targets.append({"items": work.items, "worker_items": work.worker_items, "units": work.units,
-                            "pieces": work.pieces, "rows": work.rows, "workers": work.workers,
-                            "least_packed": packed_rows[0], "most_packed": packed_rows[1], "max_units": units,
-                            "max_items": items})
-    plan = _plan_schedule(len(targets), arch_of(xp))
-
-    def stride(array):
-        return 0 if array is None else array.strides[0] // 4
-
-    launch(plan, make_args(
-        plan, first=targets[0], second=targets[1] if len(targets) > 1 else _NO_TARGET,
-        table={**NO_PAGES, "row_starts": lengths.row_starts}, cu_seqlens_q=lengths.cu_seqlens_q,
-        cache_seqlens=lengths.cache_seqlens, cache_starts=lengths.cache_starts, key_offsets=lengths.key_offsets,
-        key_counts=lengths.key_counts, finished=None if lengths.finished is None else lengths.finished.view(np.uint8),
-        tree_mask=None, stride_seqlens=stride(lengths.cache_seqlens), stride_starts=stride(lengths.cache_starts),
-        batch=lengths.batch, tokens=limits.num_tokens, q_len=lengths.q_len,
-        max_q_len=limits.max_q_len, max_k_len=limits.max_k_len, num_kv_heads=lengths.num_kv_heads,
-        heads_per_kv=lengths.heads_per_kv, causal=int(lengths.causal), window_size=lengths.window_size,
-        key_stride=lengths.key_stride, key_offset=lengths.key_offset,
-        num_splits=policy.num_splits or 0, invariant=int(policy.invariant), reserved=0))
 
 
 # ---- the public function -----------------------------------------------------------------------------------
