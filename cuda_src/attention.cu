@@ -14,19 +14,7 @@
 //            worker_items[w] to worker_items[w + 1]
 // aliasing   out == q is allowed: a block reads its query rows before it writes them, and nobody else does
 // traffic    every visible key and value row once per tile of ROWS query rows
-#include "prelude.cuh"
-#include "params.h"
-#include "kv_format.cuh"
-
-using T = CA_T;                        // q and out
-using KF = CA_KF;                      // format of keys
-using VF = CA_VF;                      // format of values
-constexpr int ROWS = CA_ROWS;          // packed query rows of a work item
-constexpr int HEAD_DIM = CA_HEAD_DIM;  // tensor cores: both head dims padded to this; CUDA cores: 0, any
-constexpr bool ALIGNED = CA_ALIGNED;   // k, v and out rows start at multiples of 16 bytes
-constexpr bool BIAS = CA_BIAS;         // with a mask, a tree mask or ALiBi
-constexpr int STEP = 8;                // elements a thread handles at a time
-static_assert(sizeof(AttentionArgs) == CA_SIZEOF_ARGS, "attention: Python and CUDA disagree on AttentionArgs");
+#include "attention_constants.cuh"
 
 #if CA_TENSOR_CORES
 #include "attention_mma.cuh"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// attention_cores.cuh - attention on CUDA cores: any types, formats, alignments; decode and prefill alike. Included by
-// a kernel file after its constants T, KF, VF, ROWS, STEP, ALIGNED and BIAS; the kernel is one call of attend_on_cores.
+// attention_cores.cuh - attention on CUDA cores: any types, formats, alignments; decode and prefill alike. A kernel
+// is one call of attend_on_cores.
 //
 // A block takes its work items one after the other. Of an item its warps take tiles of 64 keys, counted from the
 // sequence's first local key, so that neither the batch nor the window decides which warp adds what: tile t is that of
@@ -18,6 +18,7 @@
 #ifndef CUPYATTN_ATTENTION_CORES_CUH
 #define CUPYATTN_ATTENTION_CORES_CUH
 
+#include "attention_constants.cuh"
 #include "attention_store.cuh"
 #include "attention_work.cuh"
 #include "hadamard.cuh"

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // attention_store.cuh - the ends of every attention kernel: scores with masks and biases, and how a block's results
-// reach out, partial results or the merge of a unit. Included after the kernel's constants, of which it uses
-// T (q and out), VF (format of values), ROWS, STEP, ALIGNED (out rows start at multiples of 16 bytes) and BIAS.
+// reach out, partial results or the merge of a unit.
 //
 // Merging needs no second launch: a block that has stored a partial result counts it as arrived at its unit; the last
 // to arrive merges the unit's pieces, in the order the planner gave, whoever came last.
 #ifndef CUPYATTN_ATTENTION_STORE_CUH
 #define CUPYATTN_ATTENTION_STORE_CUH
 
+#include "attention_constants.cuh"
 #include "attention_work.cuh"
 #include "eight_floats.cuh"
 #include "hadamard.cuh"

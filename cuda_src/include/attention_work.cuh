@@ -90,7 +90,9 @@ struct Visibility {
   __device__ __forceinline__ int token(int key) const { return key * stride + offset; }
 };
 
-#ifdef CA_ROWS  // the rest is for kernels that attend; ROWS is theirs
+#ifdef CA_ROWS  // the rest is for kernels that attend
+
+#include "attention_constants.cuh"
 
 // ---- work items ----------------------------------------------------------------------------------------
 
