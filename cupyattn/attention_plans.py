@@ -63,9 +63,7 @@ def tiling(facts, max_packed, sm_count):
     padded = max(facts.head_dim, facts.head_dim_v)
     if version(facts)[0] == "mma":
         prefill_rows = 64 if max_packed <= 64 or padded > 128 else 128
-        # blocks that fill a multiprocessor: MIN_BLOCKS of attention_mma.cuh, for plain rows without biases
-        prefill_blocks = (256 if padded <= 64 else 128) // prefill_rows
-        return Tiling(16, prefill_rows, 2 * sm_count, prefill_blocks * sm_count)
+        return Tiling(16, prefill_rows, 2 * sm_count, _prefill_mma_blocks(facts, prefill_rows) * sm_count)
     decode_rows = next((rows for rows in CORES_ROWS if rows >= min(max_packed, facts.heads_per_kv)), CORES_ROWS[-1])
     if facts.arch == "cpu":
         return Tiling(decode_rows, CPU_PREFILL_ROWS, 16, 16)
@@ -127,13 +125,16 @@ def _cores_launch(facts, rows):
 
 
 def _mma_spec(stem, q, k, v, rows, head_dim, bias):
+    constants = {"T": q, "KF": k, "VF": v, "ROWS": rows, "ALIGNED": 1, "BIAS": int(bias), "TENSOR_CORES": 1,
+                 "HEAD_DIM": head_dim}
     # the versions whose registers do not suffice
     spilled = 384 if stem == "paged_decode" and head_dim == 256 and bias and "KvHadamard6" in (k, v) else 0
-    if stem == "attention" and bias and "KvHadamard" in k + v:
-        spilled = 64
-    return Specialisation(stem, f"{stem}_mma", "AttentionArgs", {
-        "T": q, "KF": k, "VF": v, "ROWS": rows, "ALIGNED": 1, "BIAS": int(bias), "TENSOR_CORES": 1,
-        "HEAD_DIM": head_dim}, min_sm=80, expects=("HMMA", "LDSM", "LDGSTS"), spill_bytes=spilled)
+    if stem == "attention":
+        spilled = 64 if bias and "KvHadamard" in k + v else 0
+        launch = _prefill_mma_launch(k, v, rows, head_dim, bias)
+        constants |= {"THREADS": launch.threads, "SHARED_BYTES": launch.shared_bytes, "MIN_BLOCKS": launch.min_blocks}
+    return Specialisation(stem, f"{stem}_mma", "AttentionArgs", constants, min_sm=80,
+                          expects=("HMMA", "LDSM", "LDGSTS"), spill_bytes=spilled)
 
 
 def _scale_bytes(tag, head_dim):
@@ -152,17 +153,49 @@ def _decode_mma_launch(k, v, head_dim):
     return 32 * warps, warps * (stages * tile * (token + scales) + 32 * tile + 192) + queries + 128
 
 
-def _prefill_mma_launch(k, v, rows, head_dim):
-    """(threads, dynamic shared memory) of attention_mma.cuh for format tags and a padded head_dim."""
-    keys = 32 if head_dim > 128 else 64
-    stage = keys * (_row_bytes(k, head_dim) + _row_bytes(v, head_dim))
-    ring, queries = 2 * stage, 2 * rows * head_dim
+class _PrefillMmaLaunch(NamedTuple):
+    """What attention_mma.cuh computes too; it does not compile if the two differ."""
+
+    threads: int
+    shared_bytes: int   # dynamic ones, of a block
+    min_blocks: int     # per multiprocessor that registers are given for
+
+
+def _prefill_mma_launch(k, v, rows, head_dim, bias):
+    """Launch of attention_mma.cuh for format tags and a padded head_dim."""
+    token_scales = _scale_bytes(k, head_dim) + _scale_bytes(v, head_dim)
+    two_tiles = not bias and (head_dim == 64 or head_dim == 128 and token_scales == 0)
+    m_tiles = 2 if rows == 128 and two_tiles else 1
+    at_once = 32 if head_dim > 128 or two_tiles and (head_dim == 128 or "Hadamard" in k + v) else 64
+    token = _row_bytes(k, head_dim) + _row_bytes(v, head_dim)
+    keys = at_once if token > 256 else 64
+    ring, queries = 2 * keys * token, 2 * rows * head_dim
     padding = 8 if "Plain" in v else 16 if _row_bytes(v, 64) == 64 else 4
     outputs = 4 * rows * (head_dim + padding)
-    in_ring = head_dim == 128 and "Plain" in k and ring + queries > outputs and queries <= stage
-    scales = 2 * keys * (_scale_bytes(k, head_dim) + _scale_bytes(v, head_dim))
+    held = "Plain" in k and m_tiles * head_dim <= 128   # queries, in registers
+    in_ring = held and ring + queries > outputs and queries <= ring // 2
     factors = 0 if "Plain" in k else 8 * rows
-    return 2 * rows, (max(ring + (0 if in_ring else queries), outputs) + scales + 32 * keys + 8 * rows + 64 + factors)
+    shared = (max(ring + (0 if in_ring else queries), outputs) + 2 * keys * token_scales + 32 * keys + 8 * rows + 64 +
+              factors)
+    threads = 2 * rows // m_tiles
+    roomy = m_tiles == 1 and not bias and head_dim <= 128 and token_scales == 0
+    return _PrefillMmaLaunch(threads, shared, 1 if threads > 128 else 3 if roomy else 2)
+
+
+# KiB of shared memory of a multiprocessor, where it is less than Hopper's; a block takes one more than it asks for
+_SHARED_KIB = {"sm_80": 164, "sm_86": 100, "sm_87": 164, "sm_89": 100, "sm_120": 100, "sm_121": 100}
+
+
+def _prefill_mma_blocks(facts, rows):
+    """Blocks of attention_mma.cuh that fill a multiprocessor."""
+    launch = _prefill_mma_launch(facts.k, facts.v, rows, _mma_head_dim(facts), facts.bias)
+    shared = 1024 * _SHARED_KIB.get(facts.arch.rstrip("af"), 228)
+    return min(launch.min_blocks, shared // (launch.shared_bytes + 1024))
+
+
+def _mma_head_dim(facts):
+    """What tensor cores pad both head dims to."""
+    return next(d for d in MMA_HEAD_DIMS if d >= max(facts.head_dim, facts.head_dim_v))
 
 
 # ---- plans -----------------------------------------------------------------------------------------------
@@ -181,11 +214,11 @@ def plan_prefill(facts, rows, workers):
 @functools.lru_cache(maxsize=4096)
 def _plan(stem, facts, rows, workers, name, note):
     if name == "mma":
-        head_dim = next(d for d in MMA_HEAD_DIMS if d >= max(facts.head_dim, facts.head_dim_v))
+        head_dim = _mma_head_dim(facts)
         spec = _mma_spec(stem, facts.q, facts.k, facts.v, rows, head_dim, facts.bias)
         is_decode = stem == "paged_decode"
         threads, shared = (_decode_mma_launch(facts.k, facts.v, head_dim) if is_decode else
-                           _prefill_mma_launch(facts.k, facts.v, rows, head_dim))
+                           _prefill_mma_launch(facts.k, facts.v, rows, head_dim, facts.bias)[:2])
     else:
         spec = _cores_spec(stem, facts.q, facts.k, facts.v, rows, facts.align == 16, facts.bias)
         threads, shared = _cores_launch(facts, rows)

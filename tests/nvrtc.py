@@ -14,6 +14,7 @@ import struct
 import subprocess
 import tempfile
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,8 +126,8 @@ def _nvdisasm():
 
 
 def opcodes(cubin, kernel):
-    """Mnemonics of `kernel`'s SASS, e.g. {"HMMA", "LDSM", "LDGSTS", ...}."""
-    stored = env.cache_dir() / "nvrtc" / f"{hashlib.sha256(cubin).hexdigest()[:24]}.{kernel}"
+    """How often each mnemonic stands in `kernel`'s SASS, a Counter: {"HMMA": 128, "LDSM": 48, ...}."""
+    stored = env.cache_dir() / "nvrtc" / f"{hashlib.sha256(cubin).hexdigest()[:24]}.{kernel}.json"
     if not stored.is_file():
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(cubin)
@@ -134,9 +135,9 @@ def opcodes(cubin, kernel):
             done = subprocess.run([_nvdisasm(), "-c", file.name], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         body = re.search(rf"^\.text\.{kernel}:(.*?)(?=^\.text\.|\Z)", done.stdout, re.DOTALL | re.MULTILINE).group(1)
-        found = set(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", body))
-        _store(stored, " ".join(sorted(found)).encode())
-    return set(stored.read_text().split())
+        found = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", body))
+        _store(stored, json.dumps(found).encode())
+    return Counter(json.loads(stored.read_text()))
 
 
 def _store(path, content):

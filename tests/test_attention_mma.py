@@ -125,11 +125,13 @@ def test_splits(blocks):
     assert_close(lse, want_lse, 1e-5, 1e-6)
 
 
-@pytest.mark.parametrize("formats, cuts", [
-    (None, [0, 1, 65, 700, 1299, 1300]), (("int8", "int4"), [0, 40, 105, 700, 1250, 1300])], ids=["plain", "quantized"])
-def test_chunked_prefill_is_whole_prefill(formats, cuts, blocks):
+@pytest.mark.parametrize("formats, head_dim, cuts", [
+    (None, 64, [0, 1, 65, 700, 1299, 1300]), (None, 128, [0, 20, 300, 1290, 1300]),
+    (("int8", "int4"), 64, [0, 40, 105, 700, 1250, 1300]), (("hadamard8", "hadamard4"), 64, [0, 30, 400, 1280, 1300]),
+    (("int8_channel", "int8_channel"), 128, [0, 30, 400, 1280, 1300])], ids=str)
+def test_chunked_prefill_is_whole_prefill(formats, head_dim, cuts, blocks):
     """With invariant=True: the same bits, whatever the chunks, their tiles of rows and the number of blocks."""
-    case = make([1300], [1300], heads=2, kv_heads=1, dtype="float16")
+    case = make([1300], [1300], heads=2, kv_heads=1, head_dim=head_dim, dtype="float16")
     if formats:
         case = stored(case, *formats)
     results = []

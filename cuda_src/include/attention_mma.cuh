@@ -1,23 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 // attention_mma.cuh - attention of many packed query rows over keys of any cache format on tensor cores, as
-// FlashAttention-2 does it: mma.m16n8k16, 16 rows a warp, tiles of K and V shared by the warps and converted in
-// registers (kv_fragments.cuh).
+// FlashAttention-2 does it: mma.m16n8k16, tiles of K and V shared by the warps and converted in registers
+// (kv_fragments.cuh). A warp has 32 of 128 rows where registers suffice (M_TILES), else 16: what it reads of K and V
+// then serves two products, and shared memory keeps up with the tensor cores.
 //
 // For every item of the block:
-//   1. the queries, in the order of k slots, go through shared memory into A fragments (plain keys and HEAD_DIM 128:
-//      kept in registers, else read again for every tile); rows and scales of the first two tiles are looked up
-//   2. one tile of KEYS keys per step. While tile j is worked on, tile j + 1 is copied by cp.async to the other stage
-//      of the ring, the row addresses of tile j + 2 are published, its scales are loaded, and the page entries of
-//      tile j + 3 are on their way
-//      2a. scores = Q.K^T in float32, scales of K, softcap, biases; hidden keys -inf. A tile that every row of the warp
-//          sees whole skips hiding, one that none of them sees is skipped altogether
+//   1. the queries, in the order of k slots, go through shared memory into A fragments (with plain keys those of HELD
+//      k-steps stay in registers, the others are read again every time); rows and scales of the first two tiles are
+//      looked up
+//   2. one tile of KEYS keys per step, AT_ONCE keys at a time. While tile j is worked on, tile j + 1 is copied by
+//      cp.async to the other stage of the ring, the row addresses of tile j + 2 are published, its scales are loaded,
+//      and the page entries of tile j + 3 are on their way
+//      2a. scores = Q.K^T in float32, scales of K, softcap, biases; hidden keys -inf. Keys that every row of the warp
+//          sees skip hiding, those that none of them sees are skipped altogether
 //      2b. probabilities relative to `origin`, which follows the largest score only when that is 2^8 times ahead; times
 //          V's scales, rounded to V's operand type as the A operand of P.V
 //      2c. sums += P.V
 //   3. outputs and state go to shared memory in place of ring and queries and are stored; the last block to bring a
 //      piece of a unit merges it
-// Tiles start at multiples of KEYS, a hidden key adds exactly nothing, and origins and norms follow visible keys alone:
-// a row's bits depend on its own keys and on where its items are cut, not on the rows beside it, nor on ROWS.
+// Keys are taken at multiples of AT_ONCE, a hidden key adds exactly nothing, and origins and norms follow visible keys
+// alone: a row's bits depend on its own keys and on where its items are cut, not on the rows beside it, nor on ROWS.
 //
 // Scales of V per token: probabilities are p * s * norm in half, norm the power of two that brings the largest s a row
 // has seen to [1, 64); sums are divided by it in the end.
@@ -25,7 +27,7 @@
 // legal      T in {__half, __nv_bfloat16}; KF and VF any tags but KvPlain of another type than T; HEAD_DIM 64, 128, 256
 //            (both head dims padded to it); ROWS 64 or 128, with HEAD_DIM 256 only 64; ALIGNED 1 (rows of k, v and out
 //            at multiples of 16 bytes; q anywhere); BIAS 0, 1
-// launch     block (2 * ROWS), any grid, MIN_BLOCKS per multiprocessor fill it; 4 block barriers per item and one per
+// launch     block (THREADS), any grid, MIN_BLOCKS per multiprocessor fill it; 4 block barriers per item and one per
 //            tile, two more for a partial result, a third to merge; dynamic shared memory SHARED_BYTES, at most 99
 //            KiB, mirrored by _prefill_mma_launch in cupyattn/attention_plans.py
 #ifndef CUPYATTN_ATTENTION_MMA_CUH
@@ -35,14 +37,18 @@
 #include "attention_store.cuh"
 #include "cp_async.cuh"
 
-constexpr int THREADS = 2 * ROWS;               // a warp for 16 rows
-constexpr int KEYS = HEAD_DIM > 128 ? 32 : 64;  // of a tile
+constexpr int THREADS = ROWS / WARP_ROWS * 32;
+// Keys whose scores registers hold, the same for any ROWS: bits depend on it.
+constexpr int AT_ONCE = HEAD_DIM > 128 || (TWO_TILES && (HEAD_DIM == 128 || GROUP_SCALE)) ? 32 : 64;
+constexpr int KEYS = KTile::ROW_BYTES + VTile::ROW_BYTES > 256 ? AT_ONCE : 64;    // of a tile
 constexpr int STAGE_BYTES = KEYS * (KTile::ROW_BYTES + VTile::ROW_BYTES);         // [K, V][KEYS] rows
 constexpr int SCALE_BYTES = KEYS * (KTile::SCALE_BYTES + VTile::SCALE_BYTES);     // of a stage: [K, V][KEYS]
 constexpr int RING_BYTES = 2 * STAGE_BYTES;
 constexpr int Q_BYTES = ROWS * HEAD_DIM * 2;
 constexpr int OUT_BYTES = ROWS * OUT_STRIDE * 4;
-constexpr bool Q_IN_SHARED = HEAD_DIM != 128 || KTile::E > 2;  // else in registers
+constexpr int MOST_HELD = KTile::E > 2 || HEAD_DIM > 128 ? 0 : 8 / M_TILES;       // 32 registers
+constexpr int HELD = MOST_HELD < K_STEPS ? MOST_HELD : K_STEPS;                   // k-steps of queries in registers
+constexpr bool Q_IN_SHARED = HELD < K_STEPS;                                      // the others
 constexpr bool Q_IN_RING =                      // only staged, in the second stage
     !Q_IN_SHARED && RING_BYTES + Q_BYTES > OUT_BYTES && Q_BYTES <= STAGE_BYTES;
 // Shared memory: ring and queries, later the outputs; then
@@ -55,12 +61,14 @@ constexpr int ITEM_AT = KNOWN_AT + 32;                                  // ItemK
 constexpr int FACTORS_AT = ITEM_AT + 32;                                // float [2][ROWS], of quantized keys
 constexpr int SHARED_BYTES = FACTORS_AT + (KTile::E > 2 ? 2 * ROWS * 4 : 0);
 // Blocks per multiprocessor that registers are given for.
-constexpr int MIN_BLOCKS = HEAD_DIM == 64 && !BIAS && SCALE_BYTES == 0 ? 256 / ROWS : ROWS == 64 ? 2 : 1;
+constexpr int MIN_BLOCKS = THREADS > 128 ? 1 : M_TILES == 1 && !BIAS && HEAD_DIM <= 128 && SCALE_BYTES == 0 ? 3 : 2;
 constexpr float MAX_GROWTH = 8.0f;  // log2 of the largest probability relative to the origin
 constexpr float MAX_SCALE = 64.0f;  // of V's scales times norm; probabilities stay far below half's largest number
 static_assert((HEAD_DIM == 64 || HEAD_DIM == 128 || HEAD_DIM == 256) && ALIGNED, "attention_mma: HEAD_DIM, ALIGNED");
 static_assert(ROWS == 64 || (ROWS == 128 && HEAD_DIM < 256), "attention_mma: ROWS");
 static_assert(SHARED_BYTES <= 99 * 1024, "attention_mma: shared memory");
+static_assert(THREADS == CA_THREADS && MIN_BLOCKS == CA_MIN_BLOCKS && SHARED_BYTES == CA_SHARED_BYTES,
+              "attention_mma: Python and CUDA disagree on the launch");
 
 // Power of two 2^-e with 2^e <= x < 2^(e + 1), e from -126 to 126; x >= 0.
 __device__ __forceinline__ float inverse_power(float x) {
@@ -69,7 +77,7 @@ __device__ __forceinline__ float inverse_power(float x) {
 
 // ---- which keys a warp sees ----------------------------------------------------------------------------
 
-// Local keys the lane's rows g and g + 8 see. They wait in shared memory where the state of these rows will be:
+// Local keys the rows of the warp see. They wait in shared memory where the state of these rows will be:
 // registers are short. A row past num_rows sees what the last one sees; what comes of it is never looked at, and a warp
 // that has only such rows sees nothing.
 struct VisibleKeys {
@@ -77,124 +85,146 @@ struct VisibleKeys {
 
   __device__ __forceinline__ VisibleKeys(const AttentionArgs& args, const RowTile& tile, char* smem)
       : rows(reinterpret_cast<KeyRange*>(smem + STATE_AT)) {
-    const int r = warp_row() + threadIdx.x % 16;
-    if (threadIdx.x % 32 < 16) rows[r] = tile.keys(args, warp_row() < tile.num_rows ? min(r, tile.num_rows - 1) : ROWS);
+    const int r = warp_row() + threadIdx.x % WARP_ROWS;
+    const int seen_by = warp_row() < tile.num_rows ? min(r, tile.num_rows - 1) : ROWS;
+    if (threadIdx.x % 32 < WARP_ROWS) rows[r] = tile.keys(args, seen_by);
     __syncwarp();
   }
-  __device__ __forceinline__ KeyRange row(int half) const {
-    return rows[lane_row(half)];
-  }
-  // Of the KEYS keys from `key` on, by all rows of the warp.
+  __device__ __forceinline__ KeyRange row(int i) const { return rows[lane_row(i)]; }
+  // Of the AT_ONCE keys from `key` on, by all rows of the warp, of which a lane looks at one.
   __device__ __forceinline__ bool all_seen(int key) const {
-    const KeyRange a = row(0), b = row(1);
-    return __all_sync(FULL_MASK, key >= max(a.begin, b.begin) && key + KEYS <= min(a.end, b.end));
+    const KeyRange own = rows[warp_row() + threadIdx.x % WARP_ROWS];
+    return __all_sync(FULL_MASK, key >= own.begin && key + AT_ONCE <= own.end);
   }
   __device__ __forceinline__ bool none_seen(int key) const {
-    const KeyRange a = row(0), b = row(1);
-    return __all_sync(FULL_MASK, (key >= a.end || key + KEYS <= a.begin) && (key >= b.end || key + KEYS <= b.begin));
+    const KeyRange own = rows[warp_row() + threadIdx.x % WARP_ROWS];
+    return __all_sync(FULL_MASK, key >= own.end || key + AT_ONCE <= own.begin);
   }
 };
 
 // ---- softmax -------------------------------------------------------------------------------------------
 
-// What the lane has found for its two rows.
+// What the lane has found for its rows.
 struct RowState {
-  float origin[2];         // what probabilities are relative to, log2; follows the largest score
-  float sum[2];            // of the probabilities of the lane's own keys
-  float offset[2];         // of probability * centre of the lane's own keys, where V's format has a centre
-  float norm[2];           // of V's scales: sums are of probability * scale * norm
-  float sums[COLUMNS][4];
+  float origin[LANE_ROWS];         // what probabilities are relative to, log2; follows the largest score
+  float sum[LANE_ROWS];            // of the probabilities of the lane's own keys
+  float offset[LANE_ROWS];         // of probability * centre of the lane's own keys, where V's format has a centre
+  float norm[LANE_ROWS];           // of V's scales: sums are of probability * scale * norm
+  float sums[COLUMNS][4 * M_TILES];
 
   __device__ __forceinline__ RowState() {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      origin[half] = NEG_INF;
-      sum[half] = offset[half] = 0.0f;
-      norm[half] = inverse_power(0.0f);  // any scale is larger
+    for (int i = 0; i < LANE_ROWS; ++i) {
+      origin[i] = NEG_INF;
+      sum[i] = offset[i] = 0.0f;
+      norm[i] = inverse_power(0.0f);  // any scale is larger
     }
 #pragma unroll
     for (int n = 0; n < COLUMNS; ++n)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sums[n][j] = 0.0f;
+      for (int j = 0; j < 4 * M_TILES; ++j) sums[n][j] = 0.0f;
   }
 
-  // Moves the origins if the scores ask for it, and the norms if V's scales of visible keys do. Scores times `factor`
-  // are log2 units.
-  __device__ __forceinline__ void follow(const float (&scores)[KEYS / 8][4], const float (&factor)[2],
-                                         const char* scales) {
-    constexpr int N = VTile::TOKEN_SCALE ? 4 : 2;
-    float top[N], shrink[2];
+  // Moves the origins if the scores ask for it, and the norms if V's scales of visible keys do; `whole`: of all keys.
+  // Scores times `factor` are log2 units.
+  __device__ __forceinline__ void follow(const float (&scores)[AT_ONCE / 8][4 * M_TILES],
+                                         const float (&factor)[LANE_ROWS], const char* scales, bool whole) {
+    constexpr int N = VTile::TOKEN_SCALE ? 2 * LANE_ROWS : LANE_ROWS;
+    float top[N], shrink[LANE_ROWS];
 #pragma unroll
-    for (int i = 0; i < N; ++i) top[i] = i < 2 ? NEG_INF : 0.0f;
+    for (int i = 0; i < N; ++i) top[i] = i < LANE_ROWS ? NEG_INF : 0.0f;
 #pragma unroll
-    for (int n = 0; n < KEYS / 8; ++n) {
+    for (int n = 0; n < AT_ONCE / 8; ++n)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) top[j / 2] = fmaxf(top[j / 2], scores[n][j]);
-      if constexpr (VTile::TOKEN_SCALE) {
+      for (int j = 0; j < 4 * M_TILES; ++j) top[j / 2] = fmaxf(top[j / 2], scores[n][j]);
+    if constexpr (VTile::TOKEN_SCALE) {
+#pragma unroll
+      for (int n = 0; n < AT_ONCE / 8; ++n) {
         const Vec<float, 4> both = value_scales(scales, n);
+        if (whole) {
+          top[LANE_ROWS] = fmaxf(top[LANE_ROWS], fmaxf(fabsf(both.v[0]), fabsf(both.v[2])));
+        } else {
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-          top[2 + j / 2] = fmaxf(top[2 + j / 2], scores[n][j] == NEG_INF ? 0.0f : fabsf(both.v[j % 2 * 2]));
+          for (int j = 0; j < 4 * M_TILES; ++j)
+            top[LANE_ROWS + j / 2] =
+                fmaxf(top[LANE_ROWS + j / 2], scores[n][j] == NEG_INF ? 0.0f : fabsf(both.v[j % 2 * 2]));
+        }
       }
+#pragma unroll
+      for (int i = 1; i < LANE_ROWS; ++i)
+        if (whole) top[LANE_ROWS + i] = top[LANE_ROWS];
     }
     group_max<4>(top);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      shrink[half] = 1.0f;
-      const float found = top[half] * factor[half];
-      if (found > origin[half] + MAX_GROWTH) {
-        shrink[half] = exp2f(origin[half] - found);
-        origin[half] = found;
-        sum[half] *= shrink[half];
-        offset[half] *= shrink[half];
+    for (int i = 0; i < LANE_ROWS; ++i) {
+      shrink[i] = 1.0f;
+      const float found = top[i] * factor[i];
+      if (found > origin[i] + MAX_GROWTH) {
+        shrink[i] = exp2f(origin[i] - found);
+        origin[i] = found;
+        sum[i] *= shrink[i];
+        offset[i] *= shrink[i];
       }
       if constexpr (VTile::TOKEN_SCALE) {
-        if (top[2 + half] * norm[half] > MAX_SCALE) {
-          const float wanted = inverse_power(top[2 + half]);
-          shrink[half] *= wanted / norm[half];
-          norm[half] = wanted;
+        if (top[LANE_ROWS + i] * norm[i] > MAX_SCALE) {
+          const float wanted = inverse_power(top[LANE_ROWS + i]);
+          shrink[i] *= wanted / norm[i];
+          norm[i] = wanted;
         }
       }
     }
-    if (shrink[0] == 1.0f && shrink[1] == 1.0f) return;
+    bool all_stay = true;
+#pragma unroll
+    for (int i = 0; i < LANE_ROWS; ++i) all_stay = all_stay && shrink[i] == 1.0f;
+    if (all_stay) return;
 #pragma unroll
     for (int n = 0; n < COLUMNS; ++n)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sums[n][j] *= shrink[j / 2];
+      for (int j = 0; j < 4 * M_TILES; ++j) sums[n][j] *= shrink[j / 2];
   }
 
-  // Probabilities of 16 keys as the A operand of P.V, from their scores and V's scales.
-  __device__ __forceinline__ void make_probs(const float (&scores)[KEYS / 8][4], const float (&factor)[2],
-                                             const char* scales, int step, uint32_t (&probs)[4]) {
+  // Probabilities of 16 keys as the A operands of P.V, from their scores and V's scales.
+  __device__ __forceinline__ void make_probs(const float (&scores)[AT_ONCE / 8][4 * M_TILES],
+                                             const float (&factor)[LANE_ROWS], const char* scales, int step,
+                                             uint32_t (&probs)[4 * M_TILES]) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {  // keys 16 * step + 8 * (i / 2) + 2t and the next, row half i % 2
-      const int half = i % 2, n = 2 * step + i / 2;
-      const float from = softmax_origin(origin[half]);
-      float low = exp2f(fmaf(scores[n][2 * half], factor[half], -from));
-      float high = exp2f(fmaf(scores[n][2 * half + 1], factor[half], -from));
-      sum[half] += low + high;
-      if constexpr (VTile::TOKEN_SCALE) {
-        const Vec<float, 4> both = value_scales(scales, n);
-        if constexpr (VTile::Fragments::CENTRE != 0.0f)
-          offset[half] = fmaf(low, both.v[1], fmaf(high, both.v[3], offset[half]));
-        low *= both.v[0] * norm[half];
-        high *= both.v[2] * norm[half];
+    for (int high_keys = 0; high_keys < 2; ++high_keys) {  // keys 16 * step + 8 * high_keys + 2t and the next
+      const int n = 2 * step + high_keys;
+      Vec<float, 4> both;
+      if constexpr (VTile::TOKEN_SCALE) both = value_scales(scales, n);
+#pragma unroll
+      for (int i = 0; i < LANE_ROWS; ++i) {
+        const float from = softmax_origin(origin[i]);
+        float low = exp2f(fmaf(scores[n][2 * i], factor[i], -from));
+        float high = exp2f(fmaf(scores[n][2 * i + 1], factor[i], -from));
+        sum[i] += low + high;
+        if constexpr (VTile::TOKEN_SCALE) {
+          if constexpr (VTile::Fragments::CENTRE != 0.0f)
+            offset[i] = fmaf(low, both.v[1], fmaf(high, both.v[3], offset[i]));
+          low *= both.v[0] * norm[i];
+          high *= both.v[2] * norm[i];
+        }
+        probs[i / 2 * 4 + 2 * high_keys + i % 2] = pack_pair(low, high);
       }
-      probs[i] = pack_pair(low, high);
     }
   }
 
   // Leaves origins and sums in state [2][ROWS], outputs [ROWS][OUT_STRIDE].
   __device__ __forceinline__ void put_down(float* state, float* outputs) {
-    float totals[4] = {sum[0], sum[1], offset[0], offset[1]}, scale[2], shift[2];
+    float totals[2 * LANE_ROWS], scale[LANE_ROWS], shift[LANE_ROWS];
+#pragma unroll
+    for (int i = 0; i < LANE_ROWS; ++i) {
+      totals[i] = sum[i];
+      totals[LANE_ROWS + i] = offset[i];
+    }
     group_sum<4>(totals);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      scale[half] = VTile::TOKEN_SCALE ? 1.0f / norm[half] : 1.0f;
-      shift[half] = totals[2 + half];
+    for (int i = 0; i < LANE_ROWS; ++i) {
+      scale[i] = VTile::TOKEN_SCALE ? 1.0f / norm[i] : 1.0f;
+      shift[i] = totals[LANE_ROWS + i];
       if (threadIdx.x % 4 == 0) {
-        state[lane_row(half)] = origin[half];
-        state[ROWS + lane_row(half)] = totals[half];
+        state[lane_row(i)] = origin[i];
+        state[ROWS + lane_row(i)] = totals[i];
       }
     }
     ::put_down(sums, scale, shift, outputs);
@@ -310,43 +340,45 @@ __device__ __forceinline__ float quick_tanh(float x) {
   return 1.0f - __fdividef(2.0f, 1.0f + exp2f(2.0f * LOG2_E * x));
 }
 
-// Natural scores from dot products in units of unit[half].
-__device__ __forceinline__ void scale_scores(const AttentionArgs& args, const float (&unit)[2],
-                                             float (&scores)[KEYS / 8][4]) {
+// Natural scores from dot products in units of unit[i].
+__device__ __forceinline__ void scale_scores(const AttentionArgs& args, const float (&unit)[LANE_ROWS],
+                                             float (&scores)[AT_ONCE / 8][4 * M_TILES]) {
   const bool capped = args.softcap > 0.0f;
   const float scale = capped ? args.softmax_scale / args.softcap : args.softmax_scale;
 #pragma unroll
-  for (int n = 0; n < KEYS / 8; ++n)
+  for (int n = 0; n < AT_ONCE / 8; ++n)
 #pragma unroll
-    for (int j = 0; j < 4; ++j) scores[n][j] *= unit[j / 2] * scale;
+    for (int j = 0; j < 4 * M_TILES; ++j) scores[n][j] *= unit[j / 2] * scale;
   if (!capped) return;
 #pragma unroll
-  for (int n = 0; n < KEYS / 8; ++n)
+  for (int n = 0; n < AT_ONCE / 8; ++n)
 #pragma unroll
-    for (int j = 0; j < 4; ++j) scores[n][j] = args.softcap * quick_tanh(scores[n][j]);
+    for (int j = 0; j < 4 * M_TILES; ++j) scores[n][j] = args.softcap * quick_tanh(scores[n][j]);
 }
 
 // Of visible keys alone: only they have entries in masks.
-__device__ __forceinline__ void add_biases(const AttentionArgs& args, const RowBias (&bias)[2], const Visibility& rule,
-                                           int key, float (&scores)[KEYS / 8][4]) {
+__device__ __forceinline__ void add_biases(const AttentionArgs& args, const RowBias (&bias)[LANE_ROWS],
+                                           const Visibility& rule, int key, float (&scores)[AT_ONCE / 8][4 * M_TILES]) {
 #pragma unroll
-  for (int n = 0; n < KEYS / 8; ++n)
+  for (int n = 0; n < AT_ONCE / 8; ++n)
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
+    for (int j = 0; j < 4 * M_TILES; ++j) {
       const int token = rule.token(key + n * 8 + threadIdx.x % 4 * 2 + j % 2);
       if (scores[n][j] != NEG_INF) scores[n][j] = bias[j / 2].apply(args, scores[n][j], token);
     }
 }
 
 __device__ __forceinline__ void hide_keys(const VisibleKeys& seen, const uint32_t* known, int key,
-                                          float (&scores)[KEYS / 8][4]) {
+                                          float (&scores)[AT_ONCE / 8][4 * M_TILES]) {
   const int column = threadIdx.x % 4 * 2;
-  const KeyRange range[2] = {seen.row(0), seen.row(1)};
+  KeyRange range[LANE_ROWS];
 #pragma unroll
-  for (int n = 0; n < KEYS / 8; ++n) {
+  for (int i = 0; i < LANE_ROWS; ++i) range[i] = seen.row(i);
+#pragma unroll
+  for (int n = 0; n < AT_ONCE / 8; ++n) {
     const uint32_t found = known[n / 4] >> (n % 4 * 8 + column);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
+    for (int j = 0; j < 4 * M_TILES; ++j) {
       const int own = key + n * 8 + column + j % 2;
       const bool visible = own >= range[j / 2].begin && own < range[j / 2].end && (found >> j % 2 & 1) != 0;
       scores[n][j] = visible ? scores[n][j] : NEG_INF;
@@ -379,22 +411,22 @@ __device__ __forceinline__ void attend_keys(const AttentionArgs& args, int index
   __syncthreads();
   tiles.copy(tile);
   TokenRequest next = tiles.ask(keys, tile + 2);
-  const Queries<Q_IN_SHARED> q(staged);
+  const Queries<Q_IN_SHARED, HELD> q(staged);
   const VisibleKeys seen(args, rows, smem);
   const Visibility rule(args, rows.item.seq);
-  RowBias bias[2];
+  RowBias bias[LANE_ROWS];
   if constexpr (BIAS) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      bias[half] = RowBias(args, rows.row(args, min(lane_row(half), rows.num_rows - 1)));
+    for (int i = 0; i < LANE_ROWS; ++i)
+      bias[i] = RowBias(args, rows.row(args, min(lane_row(i), rows.num_rows - 1)));
   }
   // plain scores are scaled on their way into exp2
   const bool plain = !BIAS && args.softcap == 0.0f && args.softmax_scale > 0.0f;
-  float unit[2] = {1.0f, 1.0f}, factor[2];
+  float unit[LANE_ROWS], factor[LANE_ROWS];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if constexpr (KTile::E > 2) unit[half] = factors[lane_row(half)];
-    factor[half] = plain ? LOG2_E * args.softmax_scale * unit[half] : LOG2_E;
+  for (int i = 0; i < LANE_ROWS; ++i) {
+    unit[i] = KTile::E > 2 ? factors[lane_row(i)] : 1.0f;
+    factor[i] = plain ? LOG2_E * args.softmax_scale * unit[i] : LOG2_E;
   }
 
   // 2. one tile per step
@@ -406,20 +438,25 @@ __device__ __forceinline__ void attend_keys(const AttentionArgs& args, int index
     tiles.publish(keys, tile + 2, next);
     next_scales.load(tiles, keys, next);
     next = tiles.ask(keys, tile + 3);
-    if (seen.none_seen(tile * KEYS)) continue;
-
-    float scores[KEYS / 8][4] = {};
-    multiply_keys<KEYS>(tiles.keys(tile), tiles.key_scales(tile), q, factors, scores);
-    if (!plain) scale_scores(args, unit, scores);
-    if (!seen.all_seen(tile * KEYS) || !tiles.all_known(tile))
-      hide_keys(seen, tiles.known(tile), tile * KEYS, scores);
-    if constexpr (BIAS) add_biases(args, bias, rule, tile * KEYS, scores);
-    state.follow(scores, factor, tiles.value_scales(tile));
+#pragma unroll 1
+    for (int first = 0; first < KEYS; first += AT_ONCE) {
+      const int key = tile * KEYS + first;
+      if (seen.none_seen(key)) continue;
+      float scores[AT_ONCE / 8][4 * M_TILES] = {};
+      multiply_keys<AT_ONCE>(tiles.keys(tile) + first * KTile::ROW_BYTES,
+                             tiles.key_scales(tile) + first * KTile::SCALE_BYTES, q, factors, scores);
+      if (!plain) scale_scores(args, unit, scores);
+      const bool whole = seen.all_seen(key) && tiles.all_known(tile);
+      if (!whole) hide_keys(seen, tiles.known(tile) + first / 32, key, scores);
+      if constexpr (BIAS) add_biases(args, bias, rule, key, scores);
+      const char* scales = tiles.value_scales(tile) + first * VTile::SCALE_BYTES;
+      state.follow(scores, factor, scales, whole && !BIAS);
 #pragma unroll
-    for (int step = 0; step < KEYS / 16; ++step) {
-      uint32_t probs[4];
-      state.make_probs(scores, factor, tiles.value_scales(tile), step, probs);
-      add_values(tiles.values(tile), tiles.value_scales(tile), step, probs, state.sums);
+      for (int step = 0; step < AT_ONCE / 16; ++step) {
+        uint32_t probs[4 * M_TILES];
+        state.make_probs(scores, factor, scales, step, probs);
+        add_values(tiles.values(tile), tiles.value_scales(tile), first / 16 + step, probs, state.sums);
+      }
     }
   }
 }

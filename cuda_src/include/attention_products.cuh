@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // attention_products.cuh - queries as A operands, Q.K^T and P.V of a tile by mma.m16n8k16, and the way from a lane's
 // sums to rows in shared memory. Included by the tensor-core kernels after their constants, of which it uses T, KF, VF,
-// ROWS, HEAD_DIM and STEP. A warp works on 16 rows: on the same ones as the others when ROWS is 16, else on its own.
+// ROWS, HEAD_DIM, BIAS and STEP. A warp works on 16 * M_TILES rows: on the same ones as the others when ROWS is 16,
+// else on its own. What it reads of keys and values, and converts, serves M_TILES products.
 //
-// In a tile of scores lane (g, t) = (lane / 4, lane % 4) holds rows g and g + 8 against tokens 8n + 2t and 8n + 2t + 1.
+// In a tile of scores lane (g, t) = (lane / 4, lane % 4) holds its rows g + 8i, i < 2 * M_TILES, against tokens 8n + 2t
+// and 8n + 2t + 1: scores[n][2i] and scores[n][2i + 1]. Numbers 4m to 4m + 3 are the accumulator of m-tile m.
 #ifndef CUPYATTN_ATTENTION_PRODUCTS_CUH
 #define CUPYATTN_ATTENTION_PRODUCTS_CUH
 
@@ -22,12 +24,26 @@ using VOperand = typename VTile::Operand;
 constexpr int K_STEPS = HEAD_DIM / 16;
 constexpr int COLUMNS = HEAD_DIM / 8;  // n-tiles of the sums
 constexpr int OUT_STRIDE = HEAD_DIM + (VTile::E == 2 ? 8 : VTile::E == 4 ? 16 : 4);  // floats, against conflicts
+// Whether registers suffice for two m16 tiles a warp: biases and scales of tokens take some as well.
+constexpr bool GROUP_SCALE = KTile::GROUP_SCALE || VTile::GROUP_SCALE;
+constexpr bool ANY_SCALE = KTile::SCALE_BYTES + VTile::SCALE_BYTES > 0;
+constexpr bool TWO_TILES = !BIAS && (HEAD_DIM == 64 || (HEAD_DIM == 128 && !ANY_SCALE));
+constexpr int M_TILES = ROWS == 128 && TWO_TILES ? 2 : 1;
+constexpr int WARP_ROWS = 16 * M_TILES;
+constexpr int LANE_ROWS = 2 * M_TILES;
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 128 || HEAD_DIM == 256, "attention_products: HEAD_DIM");
-static_assert(sizeof(T) == 2 && ROWS % 16 == 0, "attention_products: 16-bit queries, 16 rows a warp");
+static_assert(sizeof(T) == 2 && ROWS % WARP_ROWS == 0, "attention_products: 16-bit queries, whole m-tiles");
 
-// First of the warp's rows, and the lane's rows g and g + 8.
-__device__ __forceinline__ int warp_row() { return ROWS > 16 ? threadIdx.x / 32 * 16 : 0; }
-__device__ __forceinline__ int lane_row(int half) { return warp_row() + threadIdx.x % 32 / 4 + 8 * half; }
+// First of the warp's rows, and row i of the lane.
+__device__ __forceinline__ int warp_row() { return ROWS > 16 ? threadIdx.x / 32 * WARP_ROWS : 0; }
+__device__ __forceinline__ int lane_row(int i) { return warp_row() + threadIdx.x % 32 / 4 + 8 * i; }
+
+// What is of m-tile m among a lane's registers.
+template <typename E, int N>
+__device__ __forceinline__ E (&of_tile(E (&x)[N], int m))[4] {
+  static_assert(N == 4 * M_TILES, "of_tile: four registers a tile");
+  return reinterpret_cast<E (&)[4]>(x[4 * m]);
+}
 
 // ---- queries -------------------------------------------------------------------------------------------
 
@@ -84,45 +100,51 @@ __device__ __forceinline__ void stage_queries(const AttentionArgs& args, const R
   }
 }
 
-// A fragments of the warp's staged queries, held in registers unless IN_SHARED.
-template <bool IN_SHARED>
+// A fragments of the warp's staged queries: of the first HELD k-steps in registers, the others read again every time.
+template <bool IN_SHARED, int HELD = IN_SHARED ? 0 : K_STEPS>
 struct Queries {
-  uint32_t held[IN_SHARED ? 1 : K_STEPS][4];
+  uint32_t held[HELD + 1][4 * M_TILES];
   char* staged;
 
   __device__ __forceinline__ explicit Queries(char* queries) : staged(queries) {
-    if constexpr (!IN_SHARED) {
 #pragma unroll
-      for (int k = 0; k < K_STEPS; ++k) load(k, held[k]);
-    }
+    for (int k = 0; k < HELD; ++k) load(k, held[k]);
   }
-  __device__ __forceinline__ void load(int k, uint32_t (&fragment)[4]) const {
+  __device__ __forceinline__ void load(int k, uint32_t (&fragments)[4 * M_TILES]) const {
     const int lane = threadIdx.x % 32;
-    ldmatrix_x4(fragment, query_piece(staged, warp_row() + lane % 16, 2 * k + lane / 16));
-  }
-  __device__ __forceinline__ void get(int k, uint32_t (&fragment)[4]) const {
-    if constexpr (IN_SHARED) {
-      load(k, fragment);
-    } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) fragment[i] = held[k][i];
-    }
+    for (int m = 0; m < M_TILES; ++m)
+      ldmatrix_x4(of_tile(fragments, m), query_piece(staged, warp_row() + 16 * m + lane % 16, 2 * k + lane / 16));
+  }
+  __device__ __forceinline__ void get(int k, uint32_t (&fragments)[4 * M_TILES]) const {
+    if (k >= HELD) return load(k, fragments);
+#pragma unroll
+    for (int i = 0; i < 4 * M_TILES; ++i) fragments[i] = held[k][i];
   }
 };
 
 // ---- products ------------------------------------------------------------------------------------------
 
+// d += a . b of every m-tile.
+template <typename E>
+__device__ __forceinline__ void multiply_tiles(float (&d)[4 * M_TILES], const uint32_t (&a)[4 * M_TILES],
+                                               const uint32_t (&b)[2]) {
+#pragma unroll
+  for (int m = 0; m < M_TILES; ++m) mma_m16n8k16<E>(of_tile(d, m), of_tile(a, m), b);
+}
+
 // scores[n] of the lane's rows against tokens 8n + 2t, 8n + 2t + 1 of the tile, in units of the rows' factors.
-template <int TOKENS, bool Q_IN_SHARED>
-__device__ __forceinline__ void multiply_keys(const char* tile, const char* scales, const Queries<Q_IN_SHARED>& q,
-                                              const float* factors, float (&scores)[TOKENS / 8][4]) {
+template <int TOKENS, bool Q_IN_SHARED, int HELD>
+__device__ __forceinline__ void multiply_keys(const char* tile, const char* scales,
+                                              const Queries<Q_IN_SHARED, HELD>& q, const float* factors,
+                                              float (&scores)[TOKENS / 8][4 * M_TILES]) {
   const float* own = reinterpret_cast<const float*>(scales);
   const int t = threadIdx.x % 4;
   // all at once, addresses would spill where registers are short
   constexpr int UNROLLED = !Q_IN_SHARED ? KTile::CHUNKS : KTile::GROUP_SCALE ? 1 : HEAD_DIM < 256 ? KTile::CHUNKS : 4;
 #pragma unroll UNROLLED
   for (int chunk = 0; chunk < KTile::CHUNKS; ++chunk) {
-    uint32_t queries[KTile::K_STEPS][4];
+    uint32_t queries[KTile::K_STEPS][4 * M_TILES];
 #pragma unroll
     for (int k = 0; k < KTile::K_STEPS; ++k) q.get(chunk * KTile::K_STEPS + k, queries[k]);
 #pragma unroll
@@ -137,35 +159,37 @@ __device__ __forceinline__ void multiply_keys(const char* tile, const char* scal
           const Vec<float, N> even = load_vec<float, N>(at), odd = load_vec<float, N>(at + KTile::GROUPS);
 #pragma unroll
           for (int g = 0; g < N; ++g) {
-            float part[4] = {};
-            mma_m16n8k16<KOperand>(part, queries[2 * g], keys[2 * g][i]);
-            mma_m16n8k16<KOperand>(part, queries[2 * g + 1], keys[2 * g + 1][i]);
+            float part[4 * M_TILES] = {};
+            multiply_tiles<KOperand>(part, queries[2 * g], keys[2 * g][i]);
+            multiply_tiles<KOperand>(part, queries[2 * g + 1], keys[2 * g + 1][i]);
 #pragma unroll
-            for (int j = 0; j < 4; ++j)
+            for (int j = 0; j < 4 * M_TILES; ++j)
               scores[n + i][j] = fmaf(j % 2 ? odd.v[g] : even.v[g], part[j], scores[n + i][j]);
           }
         } else {
 #pragma unroll
-          for (int k = 0; k < KTile::K_STEPS; ++k) mma_m16n8k16<KOperand>(scores[n + i], queries[k], keys[k][i]);
+          for (int k = 0; k < KTile::K_STEPS; ++k) multiply_tiles<KOperand>(scores[n + i], queries[k], keys[k][i]);
         }
       }
     }
   }
   if constexpr (KTile::TOKEN_SCALE) {
-    const float row_sums[2] = {factors[ROWS + lane_row(0)], factors[ROWS + lane_row(1)]};
+    float row_sums[LANE_ROWS];
+#pragma unroll
+    for (int i = 0; i < LANE_ROWS; ++i) row_sums[i] = factors[ROWS + lane_row(i)];
 #pragma unroll
     for (int n = 0; n < TOKENS / 8; ++n) {
       const Vec<float, 4> both = load_vec<float, 4>(own + (8 * n + 2 * t) * 2);  // scale and centre of two tokens
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
+      for (int j = 0; j < 4 * M_TILES; ++j)
         scores[n][j] = fmaf(both.v[j % 2 * 2], scores[n][j], both.v[j % 2 * 2 + 1] * row_sums[j / 2]);
     }
   }
 }
 
 // sums[index][part] (see value_at) += 16 probabilities . values 16 * step and on of the tile.
-__device__ __forceinline__ void add_values(const char* tile, const char* scales, int step, const uint32_t (&probs)[4],
-                                           float (&sums)[COLUMNS][4]) {
+__device__ __forceinline__ void add_values(const char* tile, const char* scales, int step,
+                                           const uint32_t (&probs)[4 * M_TILES], float (&sums)[COLUMNS][4 * M_TILES]) {
   const KvReader<VF, HEAD_DIM, true> reader(tile, 16 * step);
 #pragma unroll
   for (int chunk = 0; chunk < VTile::CHUNKS; ++chunk) {
@@ -185,7 +209,7 @@ __device__ __forceinline__ void add_values(const char* tile, const char* scales,
     }
 #pragma unroll
     for (int n = 0; n < VTile::COLUMNS; ++n)
-      mma_m16n8k16<VOperand>(sums[chunk * VTile::COLUMNS + n], probs, values[n]);
+      multiply_tiles<VOperand>(sums[chunk * VTile::COLUMNS + n], probs, values[n]);
   }
 }
 
@@ -202,12 +226,12 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
 }
 
 // sums * scale + offset of the lane's rows to outputs, float [ROWS][OUT_STRIDE].
-__device__ __forceinline__ void put_down(const float (&sums)[COLUMNS][4], const float (&scale)[2],
-                                         const float (&offset)[2], float* outputs) {
+__device__ __forceinline__ void put_down(const float (&sums)[COLUMNS][4 * M_TILES], const float (&scale)[LANE_ROWS],
+                                         const float (&offset)[LANE_ROWS], float* outputs) {
   constexpr int E = VTile::E, WIDTH = E < 4 ? E : 4;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float* to = outputs + lane_row(half) * OUT_STRIDE + threadIdx.x % 4 * E;
+  for (int row = 0; row < LANE_ROWS; ++row) {
+    float* to = outputs + lane_row(row) * OUT_STRIDE + threadIdx.x % 4 * E;
 #pragma unroll
     for (int piece = 0; piece < VTile::LOW_PIECES; ++piece)
 #pragma unroll
@@ -216,7 +240,7 @@ __device__ __forceinline__ void put_down(const float (&sums)[COLUMNS][4], const 
 #pragma unroll
         for (int i = 0; i < WIDTH; ++i) {
           const ValueAt at = value_at<VF>(piece, m + i);
-          run.v[i] = fmaf(sums[at.index][at.part + 2 * half], scale[half], offset[half]);
+          run.v[i] = fmaf(sums[at.index][at.part + 2 * row], scale[row], offset[row]);
         }
         store_vec(to + piece * 4 * E + m, run);
       }
