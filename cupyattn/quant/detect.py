@@ -60,6 +60,8 @@ def _gptq_or_awq(tensors, config):
         if config.get("dynamic"):   # rules by module name, that give modules other bits and groups
             arguments.pop("bits", None)
             arguments.pop("group_size", None)
+        if "gptqmodel:" in str((config.get("meta") or {}).get("quantizer")):   # who wrote it, as "gptqmodel:7.7.0"
+            arguments["zero_wrap"] = "word"
         return "gptq", arguments
     return "awq", _pick(config, bits="bits", group_size="group_size", version="version")
 

@@ -38,9 +38,11 @@ def read(tensors, bits=None, group_size=None, *, checkpoint_format=None, sym=Non
         2^(bits-1) - 1 is what v1 stores for a symmetric weight, 2^(bits-1) what v2 does.
     sym : bool, optional
         False: not symmetric, so the label is believed whatever the fields.
-    zero_wrap : bool
+    zero_wrap : bool or "word"
         For v1, what field 2^bits - 1 stands for: zero point 0, whose ``zero - 1`` wrapped around (True), or 2^bits,
-        as kernels read it that add 1 and wrap nothing (False).
+        as kernels read it that add 1 and wrap nothing (False). "word": the writer subtracted 1 from all fields of a
+        word at once, as GPTQModel does, and a zero point of 0 borrowed from the next field; not for 3 bits, whose
+        fields it takes one by one.
     in_features : int, optional
         K. Default the length of ``g_idx``, else what the words of ``qweight`` hold.
 
@@ -73,7 +75,7 @@ def read(tensors, bits=None, group_size=None, *, checkpoint_format=None, sym=Non
     group, index, order = group_columns(in_features, groups, group_size, g_idx)
     codes = unpack_stream(qweight, bits, 0, in_features).T
     codes = np.ascontiguousarray(codes) if order is None else np.take(codes, order, axis=1, mode="wrap")
-    zero = _zeros(unpack_stream(qzeros, bits, 1, rows), bits, checkpoint_format or "gptq", sym, zero_wrap)
+    zero = _zeros(qzeros, bits, rows, checkpoint_format or "gptq", sym, zero_wrap)
     centre = 1 << bits - 1
     scale = np.ascontiguousarray(scales[index].T)
     zero = zero_points(np.ascontiguousarray((zero - centre)[index].T), scale)
@@ -92,9 +94,9 @@ def _bits(bits, qweight, qzeros, in_features):
     return only("bits", full or fit, f"qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)}{columns}")
 
 
-def _zeros(fields, bits, convention, sym, zero_wrap):
-    """Zero points, int16, of the fields of qzeros."""
-    fields = fields.astype(np.int16)
+def _zeros(words, bits, rows, convention, sym, zero_wrap):
+    """Zero points, int16 [groups, rows], of the words of qzeros."""
+    fields = unpack_stream(words, bits, 1, rows).astype(np.int16)
     centre = 1 << bits - 1
     other = {"gptq": centre, "gptq_v2": centre - 1}[convention]   # all fields of a symmetric weight saved the other way
     if sym is not False and (fields == other).all():
@@ -103,6 +105,9 @@ def _zeros(fields, bits, convention, sym, zero_wrap):
                       f"checkpoint labelled {convention!r}; read as {actual!r} (sym=False to believe the label)",
                       stacklevel=3)
         convention = actual
+    if convention == "gptq" and zero_wrap == "word" and bits != 3:
+        ones = np.uint32(0xFFFFFFFF // ((1 << bits) - 1))   # 1 in every field
+        return unpack_stream(words.view(np.uint32) + ones, bits, 1, rows).astype(np.int16)
     if convention == "gptq":
         fields += 1
         if zero_wrap:
