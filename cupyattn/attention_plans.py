@@ -133,6 +133,8 @@ def _mma_spec(stem, q, k, v, rows, head_dim, bias):
         spilled = 64 if bias and "KvHadamard" in k + v else 0
         launch = _prefill_mma_launch(k, v, rows, head_dim, bias)
         constants |= {"THREADS": launch.threads, "SHARED_BYTES": launch.shared_bytes, "MIN_BLOCKS": launch.min_blocks}
+    else:
+        constants["SHARED_BYTES"] = _decode_mma_launch(k, v, head_dim)[1]
     return Specialisation(stem, f"{stem}_mma", "AttentionArgs", constants, min_sm=80,
                           expects=("HMMA", "LDSM", "LDGSTS"), spill_bytes=spilled)
 
@@ -144,13 +146,14 @@ def _scale_bytes(tag, head_dim):
 
 def _decode_mma_launch(k, v, head_dim):
     """(threads, dynamic shared memory) of paged_decode_mma.cuh for format tags and a padded head_dim."""
-    warps, ring = (2, 40 * 1024) if head_dim > 128 else (4, 24 * 1024)
+    warps = 2 if head_dim > 128 else 4
     token = _row_bytes(k, head_dim) + _row_bytes(v, head_dim)
-    tile = 32 if token < 256 else 16
-    stages = min(ring // (tile * token), 1 + -(-96 * 1024 // (2 * warps * tile * token)))
-    scales = _scale_bytes(k, head_dim) + _scale_bytes(v, head_dim)
-    queries = 32 * head_dim if head_dim > 128 else 0
-    return 32 * warps, warps * (stages * tile * (token + scales) + 32 * tile + 192) + queries + 128
+    with_scales = token + _scale_bytes(k, head_dim) + _scale_bytes(v, head_dim)
+    tile = 32 if head_dim <= 128 and with_scales <= 272 else 16
+    stage = tile * with_scales
+    beside = (32 * head_dim if head_dim > 128 else 0) + warps * (16 * tile + 128) + 256
+    stages = min((99 * 1024 - beside) // (warps * stage), 1 + -(-96 * 1024 // (2 * warps * tile * token)))
+    return 32 * warps, warps * stages * stage + beside
 
 
 class _PrefillMmaLaunch(NamedTuple):

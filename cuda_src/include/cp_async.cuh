@@ -12,7 +12,7 @@
 #if CA_CPU || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800)
 
 // BYTES from global to shared, or BYTES zeros.
-template <int BYTES>
+template <int BYTES, bool WHOLE_LINE = true>
 __device__ __forceinline__ void cp_async(void* shared, const void* global, bool valid) {
 #if CA_CPU && CA_CHECK
   ca::ca_cp_async(shared, global, BYTES, valid);
@@ -40,14 +40,16 @@ __device__ __forceinline__ void cp_async_wait() {
 
 #else
 
-// 16 bytes bypass L1 and bring their 128-byte line into L2; smaller copies exist only through L1.
-template <int BYTES>
+// 16 bytes bypass L1; with WHOLE_LINE they bring their 128-byte line into L2. Smaller copies exist only through L1.
+template <int BYTES, bool WHOLE_LINE = true>
 __device__ __forceinline__ void cp_async(void* shared, const void* global, bool valid) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   const int read = valid ? BYTES : 0;  // the rest of the destination is filled with zeros
-  if constexpr (BYTES == 16) {
+  if constexpr (BYTES == 16 && WHOLE_LINE) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(read)
                  : "memory");
+  } else if constexpr (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(read) : "memory");
   } else {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(BYTES), "r"(read)
                  : "memory");
@@ -65,6 +67,7 @@ __device__ __forceinline__ void cp_async_wait() {
 #endif
 
 // The first `bytes` of 16 (a multiple of 4), then zeros; only those are read.
+template <bool WHOLE_LINE = true>
 __device__ __forceinline__ void cp_async16_part(void* shared, const void* global, int bytes) {
 #if CA_CPU || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800)
   if (bytes == 0 || bytes == 16) {
@@ -75,7 +78,11 @@ __device__ __forceinline__ void cp_async16_part(void* shared, const void* global
     cp_async<4>(static_cast<char*>(shared) + at, static_cast<const char*>(global) + at, at < bytes);
 #else
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+  if constexpr (WHOLE_LINE)
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes)
+                 : "memory");
+  else
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
 #endif
 }
 
@@ -86,8 +93,9 @@ __device__ __forceinline__ void cp_async4(void* shared, const void* global, bool
 __device__ __forceinline__ void cp_async8(void* shared, const void* global, bool valid = true) {
   cp_async<8>(shared, global, valid);
 }
+template <bool WHOLE_LINE = true>
 __device__ __forceinline__ void cp_async16(void* shared, const void* global, bool valid = true) {
-  cp_async<16>(shared, global, valid);
+  cp_async<16, WHOLE_LINE>(shared, global, valid);
 }
 
 #endif  // CUPYATTN_CP_ASYNC_CUH

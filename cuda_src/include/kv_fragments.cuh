@@ -207,6 +207,7 @@ struct KvTile {
   static constexpr int HIGH_PIECES = HEAD_DIM * F::HIGH_BITS / 128;
   static constexpr int PIECES = LOW_PIECES + HIGH_PIECES;
   static constexpr int ROW_BYTES = 16 * PIECES;
+  static constexpr bool WHOLE_LINE = ROW_BYTES >= 128;  // of L2: in shorter rows half of a line is another head's
   static constexpr int CHUNKS = LOW_PIECES / 2;      // of 8E dims
   static constexpr int K_STEPS = E / 2;              // of a chunk
   static constexpr int COLUMNS = E;                  // n-tiles of a chunk
@@ -239,7 +240,7 @@ struct KvTile {
   // Starts the copies of TOKENS rows by threads `thread` of THREADS; null rows become zeros.
   template <int TOKENS, int THREADS>
   static __device__ __forceinline__ void copy(char* tile, const char* const* rows, int head_dim, int thread) {
-    if (head_dim * F::BITS % 128 == 0 && head_dim * F::HIGH_BITS % 128 == 0)
+    if (ends_with_a_piece(head_dim))
       copy_pieces<true, TOKENS, THREADS>(tile, rows, head_dim, thread);
     else
       copy_pieces<false, TOKENS, THREADS>(tile, rows, head_dim, thread);
@@ -270,8 +271,65 @@ struct KvTile {
   template <bool WHOLE>
   static __device__ __forceinline__ void copy_piece(char* to, const char* row, Source part) {
     const void* from = reinterpret_cast<const void*>(reinterpret_cast<int64_t>(row) + part.at);
-    if constexpr (WHOLE) cp_async16(to, from, row != nullptr && part.bytes > 0);
-    else cp_async16_part(to, from, row == nullptr ? 0 : part.bytes);
+    if constexpr (WHOLE) cp_async16<WHOLE_LINE>(to, from, row != nullptr && part.bytes > 0);
+    else cp_async16_part<WHOLE_LINE>(to, from, row == nullptr ? 0 : part.bytes);
+  }
+
+  // The way of a warp that looks after one token a lane: rows[row_place<TOKENS>(token)] is the row of a token, so that
+  // the rows a lane copies from are neighbours there.
+  static constexpr bool REGULAR = (PIECES & (PIECES - 1)) == 0;  // a lane copies the same piece of every row
+  static constexpr int ROWS_AT_ONCE = REGULAR ? 32 / PIECES : 1;
+  template <int TOKENS>
+  static __device__ __forceinline__ int row_place(int token) {
+    return REGULAR ? token % ROWS_AT_ONCE * (TOKENS / ROWS_AT_ONCE) + token / ROWS_AT_ONCE : token;
+  }
+  // Rows that are all there and end with a piece. A copy after a load from shared memory costs three more instructions,
+  // so the loads come first.
+  template <int TOKENS>
+  static __device__ __forceinline__ void copy_whole(char* tile, const char* const* rows, int head_dim) {
+    constexpr int COPIES = TOKENS * PIECES / 32, BATCH = COPIES < 8 ? COPIES : 8;
+    const int lane = threadIdx.x % 32;
+    if constexpr (REGULAR) {
+      const int piece = lane % PIECES, first = lane / PIECES, swizzled = (piece ^ flip(first)) * 16;
+      const bool inside = source(piece, head_dim).bytes > 0;
+      const int64_t* own = reinterpret_cast<const int64_t*>(rows) + first * COPIES;
+      char* const to = tile + first * ROW_BYTES;
+#pragma unroll
+      for (int start = 0; start < COPIES; start += BATCH) {
+        alignas(16) int64_t from[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; i += 2) store_vec(from + i, load_vec<int64_t, 2>(own + start + i));
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+          const int row = (start + i) * ROWS_AT_ONCE;
+          cp_async16<WHOLE_LINE>(to + row * ROW_BYTES + (swizzled ^ flip(row) * 16),
+                                 reinterpret_cast<const void*>(from[i] + piece * 16), inside);
+        }
+      }
+    } else {
+      int64_t from[COPIES];
+#pragma unroll
+      for (int i = 0; i < COPIES; ++i) from[i] = reinterpret_cast<int64_t>(rows[(i * 32 + lane) / PIECES]);
+#pragma unroll
+      for (int i = 0; i < COPIES; ++i) {
+        const int row = (i * 32 + lane) / PIECES, piece = i * 32 + lane - row * PIECES;
+        const Source part = source(piece, head_dim);
+        cp_async16<WHOLE_LINE>(tile + offset(row, piece), reinterpret_cast<const void*>(from[i] + part.at),
+                               part.bytes > 0);
+      }
+    }
+  }
+  // Rows of any kind: null ones and what is past head_dim become zeros.
+  template <int TOKENS>
+  static __device__ __forceinline__ void copy_any(char* tile, const char* const* rows, int head_dim) {
+#pragma unroll 1
+    for (int index = threadIdx.x % 32; index < TOKENS * PIECES; index += 32) {
+      const int row = index / PIECES, piece = index - row * PIECES;
+      copy_piece<false>(tile + offset(row, piece), rows[row_place<TOKENS>(row)], source(piece, head_dim));
+    }
+  }
+  static __device__ __forceinline__ bool ends_with_a_piece(int head_dim) {
+    return head_dim * F::BITS % 128 == 0 && head_dim * F::HIGH_BITS % 128 == 0;
   }
 };
 
@@ -370,6 +428,24 @@ __device__ __forceinline__ KvScale head_view(KvScale view, int64_t head) {
   return view;
 }
 
+// Where what a head has for the tokens lies: at base + entry * per_entry + slot * per_slot, in bytes, entry being a page
+// id or the address of a block.
+struct HeadRows {
+  int64_t base, per_entry, per_slot;
+
+  // `array` of E holds all pages, or is null and what the head has is `offset` bytes behind a block's address.
+  template <typename E>
+  static __device__ __forceinline__ HeadRows of(const void* array, int64_t offset, int64_t stride_page,
+                                                int64_t stride_token, const PageTable& table) {
+    constexpr int64_t SIZE = sizeof(E);
+    if (table.block_ptrs != nullptr && array == nullptr) return {offset, 1, stride_token * SIZE};
+    return {reinterpret_cast<int64_t>(array), stride_page * SIZE, stride_token * SIZE};
+  }
+  __device__ __forceinline__ int64_t inside(int64_t entry, int32_t slot) const {
+    return entry * per_entry + slot * per_slot;
+  }
+};
+
 template <int BYTES>
 struct SameSize {
   using Unsigned = uint32_t;
@@ -391,20 +467,38 @@ struct KvScales {
   using S = typename F::Scale;
   using Bits = typename SameSize<sizeof(S)>::Unsigned;
   static constexpr int SCALES = Tile::GROUP_SCALE ? Tile::GROUPS : Tile::TOKEN_SCALE ? 1 : 0;
-  static constexpr int WORDS = SCALES + (F::HAS_ZERO ? 1 : 0);  // a word each, the zero last
+  // a word for a scale per token and one for the zero, or one for two groups
+  static constexpr int WORDS = Tile::GROUP_SCALE ? SCALES / 2 : SCALES + (F::HAS_ZERO ? 1 : 0);
   static constexpr int WIDTH = SCALES < 4 ? (SCALES < 1 ? 1 : SCALES) : 4;
 
   // Zeros for a token in no page and for groups past head_dim.
   static __device__ __forceinline__ void load(const KvScale& view, const PageTable& table, TokenSlot slot, int head_dim,
                                               uint32_t* words) {
-    if constexpr (SCALES > 0) {
-      const bool known = slot.page >= 0;
-      const Bits* first = known ? kv_scale<const Bits>(view, table, slot, 0, 0) : nullptr;
+    const bool known = slot.page >= 0;
+    const Bits *scale = nullptr, *zero = nullptr;
+    if (SCALES > 0 && known) scale = kv_scale<const Bits>(view, table, slot, 0, 0);
+    if (F::HAS_ZERO && known) zero = kv_zero<const Bits>(view, table, slot, 0, 0);
+    load(known, scale, zero, view.stride_group, head_dim, words);
+  }
+  static __device__ __forceinline__ void load(bool known, const Bits* scale, const Bits* zero, int64_t stride_group,
+                                              int head_dim, uint32_t* words) {
 #pragma unroll
-      for (int g = 0; g < SCALES; ++g)
-        words[g] = known && (g == 0 || g * 32 < head_dim) ? first[g * view.stride_group] : 0;
+    for (int i = 0; i < WORDS; ++i) words[i] = 0;
+    if constexpr (Tile::GROUP_SCALE) {
+      if (!known) return;
+      if (stride_group == 1 && head_dim == HEAD_DIM && reinterpret_cast<uint64_t>(scale) % (4 * WORDS) == 0) {
+        const Vec<uint32_t, WORDS> all = load_vec<uint32_t, WORDS>(reinterpret_cast<const uint32_t*>(scale));
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) words[i] = all.v[i];
+      } else {
+#pragma unroll
+        for (int g = 0; g < SCALES; ++g)
+          if (g * 32 < head_dim) words[g / 2] |= static_cast<uint32_t>(scale[g * stride_group]) << g % 2 * 16;
+      }
+    } else if constexpr (Tile::TOKEN_SCALE) {
+      if (known) words[0] = *scale;
+      if (F::HAS_ZERO && known) words[SCALES] = *zero;
     }
-    if constexpr (F::HAS_ZERO) words[SCALES] = slot.page >= 0 ? *kv_zero<const Bits>(view, table, slot, 0, 0) : 0;
   }
   template <bool VALUES>
   static __device__ __forceinline__ void store(const uint32_t* words, char* scales, int token) {
@@ -420,9 +514,9 @@ struct KvScales {
         Vec<float, WIDTH> some;
 #pragma unroll
         for (int i = 0; i < WIDTH; ++i) {
-          some.v[i] = number(words[g + i]);
-          if constexpr (VALUES)
-            pairs[(token / 2 * SCALES + g + i) * 2 + token % 2] = static_cast<Bits>(words[g + i]);
+          const uint32_t own = words[(g + i) / 2] >> (g + i) % 2 * 16;
+          some.v[i] = number(own);
+          if constexpr (VALUES) pairs[(token / 2 * SCALES + g + i) * 2 + token % 2] = static_cast<Bits>(own);
         }
         if constexpr (!VALUES) store_vec(reinterpret_cast<float*>(scales) + token * SCALES + g, some);
       }
