@@ -125,16 +125,46 @@ def _nvdisasm():
     return found
 
 
+def _disassembly(cubin, kernel):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([_nvdisasm(), "-c", file.name], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return re.search(rf"^\.text\.{kernel}:(.*?)(?=^\.text\.|\Z)", done.stdout, re.DOTALL | re.MULTILINE).group(1)
+
+
+def loop_instructions(cubin, kernel, mark):
+    """Instructions on the shortest way round the loop of `kernel`'s SASS that holds the most of mnemonic `mark`, as a
+    list: branches go where less is to be done, inner loops are left aside."""
+    code, labels = [], {}
+    for line in _disassembly(cubin, kernel).splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label.group(1)] = len(code)
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(found.group(1).strip())
+    target = [labels.get(m.group(1)) if (m := re.search(r"\bBRA.*`\((\.L_x_\d+)\)", text)) else None for text in code]
+    loops = [(to, i) for i, to in enumerate(target) if to is not None and to <= i]
+    head, tail = max(loops, key=lambda loop: sum(mark in text for text in code[loop[0]:loop[1] + 1]))
+    inside = {i for a, b in loops if head < a and b < tail for i in range(a, b + 1)}
+    best = {tail: (1, None)}   # (instructions to the end, next one); jumps back are inner loops
+    for i in range(tail - 1, head - 1, -1):
+        ways = [] if re.match(r"(BRA(?!\.DIV)\S* `|EXIT|RET)", code[i]) else [i + 1]
+        ways += [] if target[i] is None or "BRA.DIV" in code[i] or target[i] <= i else [target[i]]
+        ways = [(best[way][0] + 1, way) for way in ways if way in best]
+        if ways and i not in inside:
+            best[i] = min(ways)
+    path = [head]
+    while path[-1] != tail:
+        path.append(best[path[-1]][1])
+    return [code[i] for i in path]
+
+
 def opcodes(cubin, kernel):
     """How often each mnemonic stands in `kernel`'s SASS, a Counter: {"HMMA": 128, "LDSM": 48, ...}."""
     stored = env.cache_dir() / "nvrtc" / f"{hashlib.sha256(cubin).hexdigest()[:24]}.{kernel}.json"
     if not stored.is_file():
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(cubin)
-            file.flush()
-            done = subprocess.run([_nvdisasm(), "-c", file.name], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        body = re.search(rf"^\.text\.{kernel}:(.*?)(?=^\.text\.|\Z)", done.stdout, re.DOTALL | re.MULTILINE).group(1)
+        body = _disassembly(cubin, kernel)
         found = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", body))
         _store(stored, json.dumps(found).encode())
     return Counter(json.loads(stored.read_text()))

@@ -8,10 +8,12 @@ the same bodies compare the hardware with the models, and so with the executor.
 from pathlib import Path
 
 import numpy as np
+import nvrtc
 import pytest
 from compare import assert_close, assert_same_bits, dtype_of
 
-from cupyattn.runtime import Plan, Specialisation, arch_of, launch, make_args
+from cupyattn import attention_plans
+from cupyattn.runtime import Plan, Specialisation, arch_of, cuda, launch, make_args
 from cupyattn.runtime.cpu import counters, settings
 
 SOURCE = str(Path(__file__).parent / "kernels" / "instructions.cu")
@@ -219,3 +221,19 @@ def test_tensor_core_instructions_are_counted():
         _launch(NumpyArrays(), "mma_16", np.zeros((32, 10), np.uint32), 4, 32, "float16")
         _launch(NumpyArrays(), "matrices", np.zeros((32, 8), np.uint16), 15, 32, "float16")
     assert launches[0].counts["mma"] == 1 and launches[1].counts["ldmatrix"] == 6
+
+
+# instructions of paged_decode_mma per token and KV head: what was reached, rounded up
+@pytest.mark.parametrize("tag, head_dim, allowed", [
+    ("KvPlain<__half>", 128, 22), ("KvInt8<__half>", 128, 26), ("KvInt8Sym", 128, 27), ("KvE4M3", 128, 22),
+    ("KvInt4<__half>", 128, 26), ("KvHadamard4", 128, 29), ("KvPlain<__half>", 64, 12)])
+def test_decode_takes_few_instructions_per_token(tag, head_dim, allowed):
+    spec = attention_plans._mma_spec("paged_decode", "float16", tag, tag, 16, head_dim, False)
+    compiled = nvrtc.compile_code(cuda.code(spec), cuda.options(spec, "sm_90a"), "sm_90a")
+    found = nvrtc.loop_instructions(compiled.cubin, spec.kernel, "HMMA")
+    tokens = 16 * sum("HMMA" in text for text in found) / (head_dim // 4)   # 16 take that many products, K's and V's
+    assert tokens == (16 if tag.startswith("KvPlain") and head_dim == 128 else 32)
+    assert len(found) <= allowed * tokens, f"{len(found)} instructions for {tokens:g} tokens"
+    copies = sum("LDGSTS" in text for text in found)
+    waits = sum("@!PT LDS RZ" in text for text in found)   # ahead of a copy that follows a load from shared memory
+    assert copies * 512 >= tokens * attention_plans._row_bytes(tag, head_dim) * 2 and waits <= copies
