@@ -4,7 +4,8 @@
 //   lse[t,h] = log(sum_s exp(partial_lse[s,t,h]))
 //   out[t,h] = sum_s exp(partial_lse[s,t,h] - lse[t,h]) * partial_out[s,t,h]      (s: all splits of all parts)
 //   with sinks: out[t,h] *= exp(lse[t,h]) / (exp(lse[t,h]) + exp(sinks[h])); lse stays that of the keys
-//   A split with lse = -inf is not read. All splits -inf: out = 0, lse = -inf. Order of the sum: part by part.
+//   A split with lse = -inf counts nothing, whatever its out. All splits -inf: out = 0, lse = -inf. Order of the sum:
+//   part by part.
 //   With sums a split's out is yet to be divided by its sum: its weight in lse is sum * exp(partial_lse).
 //   With split_counts only the first split_counts[t] splits count, and a row without any stays as it is.
 //
@@ -15,10 +16,29 @@
 #include "prelude.cuh"
 #include "params.h"
 #include "online_softmax.cuh"
+#include "partial_merge.cuh"
 
 using U = CA_U;                // out
 constexpr int VEC = CA_VEC;    // elements per load and store; divides head_dim
 static_assert(sizeof(SplitReduceArgs) == CA_SIZEOF_ARGS, "split_reduce: Python and CUDA disagree on SplitReduceArgs");
+
+// The splits of one part that a row of the output is made of.
+struct Splits {
+  const PartialView& part;
+  const float* lses;
+  const float* sums;  // null for 1
+  const float* out;
+  float lse_scale;
+
+  __device__ __forceinline__ Splits(const SplitReduceArgs& args, const PartialView& p, int64_t token, int64_t head)
+      : part(p), lses(p.lse + token * p.lse_token + head * p.lse_head),
+        sums(p.sum == nullptr ? nullptr : p.sum + token * p.sum_token + head * p.sum_head),
+        out(p.out + token * p.stride_token + head * p.stride_head), lse_scale(args.lse_scale) {}
+  __device__ __forceinline__ int at(int split) const { return split; }
+  __device__ __forceinline__ float lse(int split) const { return lse_scale * lses[split * part.lse_split]; }
+  __device__ __forceinline__ float sum(int split) const { return sums == nullptr ? 1.0f : sums[split * part.sum_split]; }
+  __device__ __forceinline__ const float* values(int split) const { return out + split * part.stride_split; }
+};
 
 CA_KERNEL __launch_bounds__(128) void split_reduce(const __grid_constant__ SplitReduceArgs args) {
   const PartialView* parts = reinterpret_cast<const PartialView*>(&args.parts);
@@ -40,37 +60,20 @@ CA_KERNEL __launch_bounds__(128) void split_reduce(const __grid_constant__ Split
 
     // 1. the largest lse: every thread of a row reads all of them, which is cheaper than agreeing on one reader
     float top = NEG_INF;
-    for (int p = 0; p < args.num_parts; ++p) {
-      const float* lse = parts[p].lse + token * parts[p].lse_token + head * parts[p].lse_head;
-      for (int s = 0; s < splits; ++s) top = fmaxf(top, args.lse_scale * lse[s * parts[p].lse_split]);
-    }
+    for (int p = 0; p < args.num_parts; ++p)
+      top = fmaxf(top, largest_lse(Splits(args, parts[p], token, head), splits));
 
     // 2. weighted sum
     PartialMerge<VEC> merge(top);
-    for (int p = 0; p < args.num_parts; ++p) {
-      const PartialView& part = parts[p];
-      const float* lse = part.lse + token * part.lse_token + head * part.lse_head;
-      const float* sum = part.sum + (part.sum == nullptr ? 0 : token * part.sum_token + head * part.sum_head);
-      const float* values = part.out + token * part.stride_token + head * part.stride_head + dim;
-      for (int s = 0; s < splits; ++s) {
-        const float weight = lse[s * part.lse_split];
-        if (weight == NEG_INF) continue;
-        merge.add(load_vec<float, VEC>(values + s * part.stride_split).v, args.lse_scale * weight,
-                  part.sum == nullptr ? 1.0f : sum[s * part.sum_split]);
-      }
-    }
+    for (int p = 0; p < args.num_parts; ++p) merge.add(Splits(args, parts[p], token, head), splits, dim);
     const float lse = merge.finish();
 
     // 3. sink, store
-    if (args.sinks != nullptr) {
-      const float share = sink_share(lse, args.sinks[head]);
-#pragma unroll
-      for (int j = 0; j < VEC; ++j) merge.acc[j] *= share;
-    }
+    if (args.sinks != nullptr) merge.acc *= sink_share(lse, args.sinks[head]);
     const int64_t seq = token / args.q_len;
     U* out = static_cast<U*>(args.out.data) + seq * args.out.stride_seq +
              (token - seq * args.q_len) * args.out.stride_token + head * args.out.stride_head + dim;
-    store_vec(out, from_float<U, VEC>(merge.acc));
+    store_vec(out, merge.acc.to<U>());
     if (args.lse != nullptr && dim == 0) args.lse[row] = lse;
   }
 }

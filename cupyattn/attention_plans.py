@@ -117,7 +117,7 @@ def _cores_launch(facts, rows):
     warp = max(2 * 64 * key_bytes, groups * facts.head_dim_v * rows * 4)   # slices of keys, or outputs
     warp += 3 * 64 * sum(8 if tag.startswith("KvPlain") or "Channel" in tag else 16 for tag in (facts.k, facts.v))
     warp += 64 * (rows if rows <= 4 else rows + 4) * 4 + 2 * rows * 4      # probabilities, state
-    block = rows * facts.head_dim * 4 + (32 * rows if facts.bias else 0) + 4 * 4 * rows
+    block = rows * facts.head_dim * 4 + (32 * rows if facts.bias else 0) + 2 * 4 * rows
     # On the CPU an idle warp costs 32 fibers; on a GPU blocks stay below 48 KiB where they can.
     warps = 1 if facts.arch == "cpu" else max(1, min(4, (48 * 1024 - block) // warp))
     return 32 * warps, warps * warp + block

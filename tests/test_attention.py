@@ -565,6 +565,43 @@ def test_splits(splits):
     assert_close(lse, want_lse, 2e-6, 1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])   # CUDA cores, tensor cores
+def test_many_pieces(xp, dtype):
+    """More pieces than a warp has lanes, some without a visible key: the bits of split_reduce in float32."""
+    case = make([71 * 64 - 5, 3 * 64], [2, 1], dtype=dtype)
+    mask = np.ones((2, 1, 1, 71 * 64), bool)
+    mask[0, ..., 10 * 64:33 * 64] = False
+    check(case, xp, mask=mask, sinks=SINKS, how={"num_splits": 71})
+    k, v, where = case.keys(xp, "dense")
+    call = functools.partial(cupyattn.attention, xp.array(case.q), k, v, cu_seqlens_q=xp.array(case.cu), num_splits=71,
+                             mask=xp.array(mask), sinks=xp.array(SINKS), **where)
+    parts = [xp.array(np.full(shape, np.nan, np.float32)) for shape in ((71, 3, 4, 64), (71, 3, 4))]
+    call(partials=tuple(parts))
+    empty = np.isneginf(xp.numpy(parts[1]))
+    assert empty[10:33].all() and not empty[:3].any() and not empty[33:, :2].any()
+    for merged, want in zip(call(return_lse=True),
+                            cupyattn.split_reduce(*parts, sinks=xp.array(SINKS), return_lse=True), strict=True):
+        assert_same_bits(xp.numpy(merged), xp.numpy(want).astype(merged.dtype))
+
+
+def test_pieces_in_any_order():
+    """Whoever merges 70 pieces of rows that fill the threads of a block or a few of them: the same bits, and no race."""
+    for heads, head_dim in ((1, 8), (8, 64)):
+        case = make([69 * 64 + 3], [1], heads=heads, kv_heads=1, head_dim=head_dim)
+        k, v, where = case.keys(NUMPY, "dense")
+        made = cupyattn.schedule(case.lengths, num_heads=heads, num_kv_heads=1, head_dim=head_dim, dtype="float32",
+                                 cu_seqlens_q=case.cu, num_workers=72)
+        assert made.decode.units[0, 1] == 70
+        for options in ({"check": True}, {"workers": 2}):
+            results = []
+            for order, seed in (("forward", 0), ("reverse", 0), ("random", 1)):
+                with settings(schedule=order, seed=seed, **options):
+                    results.append(cupyattn.attention(case.q, k, v, cu_seqlens_q=case.cu, schedule=made,
+                                                      return_lse=True, **where))
+            assert_all_same(results)
+            assert_close(results[0][0], case.expected()[0], *TOLERANCE["float32"])
+
+
 def test_order_of_threads():
     """Any order of threads and any number of workers: the same bits."""
     case = make([45, 1500, 0, 130], [3, 5, 1, 130])

@@ -13,7 +13,8 @@
 //
 // launch  grid (workers), block (32 * warps), dynamic shared memory as struct Layout: _cores_launch in
 //         cupyattn/attention_plans.py
-// meets   per tile 2 of the warp and one per slice of keys; per item 2 of the block, 2 more for a partial result
+// meets   per tile 2 of the warp and one per slice of keys; per item 2 of the block, 2 more for a partial result,
+//         1 more to merge
 #ifndef CUPYATTN_ATTENTION_CORES_CUH
 #define CUPYATTN_ATTENTION_CORES_CUH
 
@@ -45,9 +46,8 @@ struct Layout {
   int places;      // [warps][3] TilePlaces
   int probs;       // float [warps][TILE][PROB_STRIDE]
   int q;           // float, see BY_ROWS
-  int state;       // float [warps][2][ROWS]: top and sum of each warp
+  int state;       // float [warps][2][ROWS]: top and sum of each warp; then finish_item's
   int keys;        // int [2][ROWS]: first visible key, first one after
-  int arrived;     // int [ROWS]
   int biases;      // RowBias [ROWS] where BIAS
 
   __device__ __forceinline__ Layout(int head_dim, int head_dim_v, int warps) {
@@ -62,7 +62,6 @@ struct Layout {
     biases = q + ROWS * head_dim * static_cast<int>(sizeof(float));
     state = biases + (BIAS ? ROWS * static_cast<int>(sizeof(RowBias)) : 0);
     keys = state + warps * 2 * ROWS * static_cast<int>(sizeof(float));
-    arrived = keys + 2 * ROWS * static_cast<int>(sizeof(int));
   }
 };
 
@@ -312,7 +311,7 @@ __device__ __forceinline__ void attend_to_item(const AttentionArgs& args, int it
   // 4. merge and store. The next item writes nothing that is read here before the block has met again.
   const RowTile again(args, item);  // worked out anew: in registers it would keep keys out
   merge_and_store(args, again, {states, smem + at.stage, warps, at.warp_bytes, args.head_dim_v, at.groups});
-  finish_item(args, again, reinterpret_cast<int*>(smem + at.arrived));
+  finish_item(args, again, reinterpret_cast<int*>(states));
 }
 
 __device__ __forceinline__ void attend_on_cores(const AttentionArgs& args) {

@@ -26,8 +26,8 @@
 //            (both head dims padded to it); ROWS 64 or 128, with HEAD_DIM 256 only 64; ALIGNED 1 (rows of k, v and out
 //            at multiples of 16 bytes; q anywhere); BIAS 0, 1
 // launch     block (2 * ROWS), any grid, MIN_BLOCKS per multiprocessor fill it; 4 block barriers per item and one per
-//            tile, two more when a unit is merged; dynamic shared memory SHARED_BYTES, at most 99 KiB, mirrored by
-//            _prefill_mma_launch in cupyattn/attention_plans.py
+//            tile, two more for a partial result, a third to merge; dynamic shared memory SHARED_BYTES, at most 99
+//            KiB, mirrored by _prefill_mma_launch in cupyattn/attention_plans.py
 #ifndef CUPYATTN_ATTENTION_MMA_CUH
 #define CUPYATTN_ATTENTION_MMA_CUH
 

@@ -13,6 +13,7 @@
 #include "hadamard.cuh"
 #include "kv_format.cuh"
 #include "online_softmax.cuh"
+#include "partial_merge.cuh"
 
 // ---- scores --------------------------------------------------------------------------------------------
 
@@ -71,19 +72,20 @@ __device__ __forceinline__ Vec<E, STEP> load_step(const E* p) {
   return out;
 }
 
-template <bool IS_ALIGNED, typename E>
-__device__ __forceinline__ void store_step(E* p, const Vec<E, STEP>& x) {
-  constexpr int WIDTH = IS_ALIGNED ? 16 / static_cast<int>(sizeof(E)) : 1;
+template <bool IS_ALIGNED, typename E, int N>
+__device__ __forceinline__ void store_step(E* p, const Vec<E, N>& x) {
+  constexpr int PIECE = 16 / static_cast<int>(sizeof(E)), WIDTH = !IS_ALIGNED ? 1 : N < PIECE ? N : PIECE;
 #pragma unroll
-  for (int i = 0; i < STEP; i += WIDTH) store_vec(p + i, load_vec<E, WIDTH>(x.v + i));
+  for (int i = 0; i < N; i += WIDTH) store_vec(p + i, load_vec<E, WIDTH>(x.v + i));
 }
 
-// 8 outputs of a row from `dim` on and, once per row, its lse.
-__device__ __forceinline__ void store_final(const AttentionArgs& args, const QueryRow& row, int dim,
-                                            EightFloats values, float lse) {
+// N outputs of a row from `dim` on and, once per row, its lse.
+template <int N>
+__device__ __forceinline__ void store_final(const AttentionArgs& args, const QueryRow& row, int dim, Floats<N> values,
+                                            float lse) {
   if (args.sinks != nullptr) values *= sink_share(lse, args.sinks[row.head]);
   T* out = static_cast<T*>(const_cast<void*>(query_pointer(args.out, args, row, sizeof(T))));
-  store_step<ALIGNED>(out + dim, values.to<T>());
+  store_step<ALIGNED>(out + dim, values.template to<T>());
   if (dim == 0 && args.lse != nullptr)
     args.lse[row.token * (args.num_kv_heads * args.heads_per_kv) + row.head] = lse;
 }
@@ -135,41 +137,68 @@ __device__ __forceinline__ void store_split_counts(const AttentionArgs& args, co
 
 // ---- merging -------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void merge_unit(const AttentionArgs& args, const RowTile& rows, int unit, int first_of_unit,
-                                           int num_rows) {
-  const int32_t* pieces = args.work.pieces + args.work.units[2 * unit];
-  const int num_pieces = args.work.units[2 * unit + 1];
-  const int steps = args.head_dim_v / STEP;
+// The partial results of one row of a unit.
+struct RowPieces {
+  const AttentionArgs& args;
+  const int32_t* pieces;  // partial rows of the unit's row 0
+  int r;                  // row of the unit
+  int count;
+
+  __device__ __forceinline__ RowPieces(const AttentionArgs& a, int unit, int row)
+      : args(a), pieces(a.work.pieces + a.work.units[2 * unit]), r(row), count(a.work.units[2 * unit + 1]) {}
+  __device__ __forceinline__ int at(int p) const {
+    const uint32_t first = pieces[p];  // of a slot's rows; they would not suffice if the list is of other lengths
+    return first + min(static_cast<uint32_t>(r), ROWS - 1 - first % ROWS);
+  }
+  __device__ __forceinline__ float lse(int at) const { return args.partials.lse[at]; }
+  __device__ __forceinline__ float sum(int) const { return 1.0f; }
+  __device__ __forceinline__ const float* values(int at) const {
+    return args.partials.out + static_cast<int64_t>(at) * args.head_dim_v;
+  }
+};
+
+// Integers in the order of the floats whose bits they are made of, and back.
+__device__ __forceinline__ int ordered(int bits) { return bits ^ (bits >> 31 & 0x7fffffff); }
+
+// Merges the rows whose units are complete. units: of every member, or of the item; -1 where pieces are missing.
+// tops: int [ROWS] of shared memory, all ordered(-inf).
+__device__ __forceinline__ void merge_rows(const AttentionArgs& args, const RowTile& rows, const int* units,
+                                           int* tops) {
+  const int num_rows = rows.num_rows, rows_each = rows.item.members > 0 ? rows.rows_each : ROWS;
+
+  // 1. the largest lse of every row. All threads have part, neighbours read neighbouring rows
+  const int threads = max(1, static_cast<int>(blockDim.x) / max(1, num_rows));  // of a row
+  for (int i = threadIdx.x; i < threads * num_rows; i += blockDim.x) {
+    const int share = i / num_rows, r = i - share * num_rows;
+    const int unit = units[r / rows_each];
+    if (unit < 0) continue;
+    const RowPieces pieces(args, unit, r % rows_each);
+    atomicMax(tops + r, ordered(__float_as_int(largest_lse(pieces, pieces.count, share, threads))));
+  }
+  __syncthreads();
+
+  // 2. weighted sums. A thread has few outputs, so that a single row too keeps most of them at work
+  constexpr int WIDTH = 4;
+  const int steps = args.head_dim_v / WIDTH;
   for (int i = threadIdx.x; i < num_rows * steps; i += blockDim.x) {
-    const int r = i / steps;
-    const int dim = (i - r * steps) * STEP;
-    float top = NEG_INF;
-    for (int p = 0; p < num_pieces; ++p)  // of a shared prefix rows past its slot exist if the list is of other lengths
-      if (pieces[p] % ROWS + r < ROWS) top = fmaxf(top, args.partials.lse[pieces[p] + r]);
-    PartialMerge<STEP> merge(top);
-    for (int p = 0; p < num_pieces; ++p) {
-      if (pieces[p] % ROWS + r >= ROWS) continue;
-      const float lse = args.partials.lse[pieces[p] + r];
-      if (lse == NEG_INF) continue;
-      float values[STEP];
-      const float* from = args.partials.out + static_cast<int64_t>(pieces[p] + r) * args.head_dim_v + dim;
-#pragma unroll
-      for (int j = 0; j < STEP; j += 4) store_vec(values + j, load_vec<float, 4>(from + j));
-      merge.add(values, lse);
-    }
+    const int r = i / steps, dim = (i - r * steps) * WIDTH;
+    const int unit = units[r / rows_each];
+    if (unit < 0) continue;
+    const RowPieces pieces(args, unit, r % rows_each);
+    PartialMerge<WIDTH> merge(__int_as_float(ordered(tops[r])));
+    merge.add(pieces, pieces.count, dim);
     const float lse = merge.finish();
-    EightFloats merged;
-#pragma unroll
-    for (int j = 0; j < STEP; ++j) merged.x[j] = merge.acc[j];
-    store_final(args, rows.row(args, first_of_unit + r), dim, merged, lse);
+    store_final(args, rows.row(args, r), dim, merge.acc, lse);
   }
 }
 
 // Counts this item's partial result as arrived and merges every unit that is complete. Called by all threads after
-// their store_row calls; `arrived` is int [ROWS] of shared memory that is free.
-__device__ __forceinline__ void finish_item(const AttentionArgs& args, const RowTile& rows, int* arrived) {
+// their store_row calls; `scratch` is int [2][ROWS] of shared memory that is free once all threads are here.
+__device__ __forceinline__ void finish_item(const AttentionArgs& args, const RowTile& rows, int* scratch) {
   store_split_counts(args, rows);
   if (rows.item.unit < 0) return;
+  int* complete = scratch;
+  int* tops = scratch + ROWS;
   const bool shared_keys = rows.item.members > 0;
   const int num_units = shared_keys ? rows.item.members : 1;
   __threadfence();  // what this thread stored is visible before the block is counted
@@ -180,14 +209,16 @@ __device__ __forceinline__ void finish_item(const AttentionArgs& args, const Row
     const int before = atomicAdd(args.work.counters + unit, 1);
     const bool last = before + 1 == args.work.units[2 * unit + 1];
     if (last) args.work.counters[unit] = 0;
-    arrived[i] = last ? unit : -1;
+    complete[i] = last ? unit : -1;
   }
+#pragma unroll 1
+  for (int r = threadIdx.x; r < ROWS; r += blockDim.x) tops[r] = ordered(__float_as_int(NEG_INF));
   __threadfence();  // what the others stored is visible from here on
   __syncthreads();
-  for (int i = 0; i < num_units; ++i) {
-    const int each = shared_keys ? rows.rows_each : rows.num_rows;
-    if (arrived[i] >= 0) merge_unit(args, rows, arrived[i], i * each, each);
-  }
+  bool merges = false;
+#pragma unroll 1
+  for (int i = 0; i < num_units; ++i) merges |= complete[i] >= 0;
+  if (merges) merge_rows(args, rows, complete, tops);
 }
 
 // ---- results of several warps --------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// online_softmax.cuh - softmax over keys that arrive in pieces: running state of a row, and merging of pieces.
+// online_softmax.cuh - softmax over keys that arrive in pieces: the state of a row.
 //
 // A piece is (top, sum, acc): scores s are kept times log2(e), top = max s, sum = sum 2^(s - top),
 // acc = sum 2^(s - top) v. No key yet: top = -inf, sum = 0, acc = 0. Results are out = acc / sum and the natural
@@ -24,34 +24,5 @@ __device__ __forceinline__ float natural_lse(float top, float sum) {
 __device__ __forceinline__ float sink_share(float lse, float sink) {
   return lse == NEG_INF ? 0.0f : 1.0f / (1.0f + exp2f(LOG2_E * (sink - lse)));
 }
-
-// Weighted sum of N outputs of partial results, taken in a fixed order. Merging one partial gives its bits back.
-template <int N>
-struct PartialMerge {
-  float acc[N];
-  float total;
-  float top;  // largest natural lse of all partials
-
-  __device__ __forceinline__ explicit PartialMerge(float largest_lse) : total(0.0f), top(largest_lse) {
-#pragma unroll
-    for (int j = 0; j < N; ++j) acc[j] = 0.0f;
-  }
-
-  // `lse` > -inf; `values` are yet to be divided by `sum`
-  __device__ __forceinline__ void add(const float (&values)[N], float lse, float sum = 1.0f) {
-    const float weight = exp2f(LOG2_E * (lse - top));
-    total += weight * sum;
-#pragma unroll
-    for (int j = 0; j < N; ++j) acc[j] += weight * values[j];
-  }
-
-  // Normalises acc; returns the merged natural lse.
-  __device__ __forceinline__ float finish() {
-    const float scale = total == 0.0f ? 0.0f : 1.0f / total;
-#pragma unroll
-    for (int j = 0; j < N; ++j) acc[j] *= scale;
-    return total == 0.0f ? NEG_INF : top + LN_2 * log2f(total);
-  }
-};
 
 #endif  // CUPYATTN_ONLINE_SOFTMAX_CUH

@@ -83,7 +83,7 @@ def split_reduce(partial_out, partial_lse, /, *, partial_sum=None, lse_scale=1.0
         Normalised attention over each key set. Any strides with a contiguous last axis; a list is read in place, and
         its arrays may be [tokens, heads, head_dim].
     partial_lse : ndarray [splits, tokens, heads], float32, or a list like partial_out
-        Natural log-sum-exp of each key set. Where it is ``-inf``, `partial_out` is not read.
+        Natural log-sum-exp of each key set. Where it is ``-inf``, `partial_out` may be anything.
     partial_sum : ndarray [splits, tokens, heads], float32, or a list like partial_out, optional
         For partials that are not normalised: what `partial_out` is yet to be divided by, when `partial_lse` is only the
         largest score of each key set. Their share in lse is ``partial_sum[s] * exp(partial_lse[s])``.

@@ -106,7 +106,8 @@ class CodedWeight:
     segments : tuple of Segment
         Side by side along the columns.
     order : ndarray [columns], int32, optional
-        Column k of the segments multiplies ``x[..., order[k]]``; every column of x occurs once. None: in order.
+        Column k of the segments multiplies ``x[..., order[k]]``, or 0 where ``order[k]`` is -1: groups of odd sizes
+        are filled with such columns. Every column of x occurs once. None: in order.
     """
 
     format: str
@@ -120,5 +121,6 @@ class CodedWeight:
         if self.order is None:
             return columns
         weight = np.empty(self.shape, np.float64)
-        weight[:, self.order] = columns
+        real = self.order >= 0
+        weight[:, self.order[real]] = columns[:, real]
         return weight

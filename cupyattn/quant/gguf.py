@@ -1,20 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GGUF blocks: 32 numbers along a row behind a float16 scale.
+"""GGUF blocks: 32, 64 or 256 numbers along a row behind their scales, little-endian.
 
-    Q4_0   scale, 16 bytes    (q - 8) * scale
-    Q4_1   scale, min, 16 bytes    q * scale + min
-    Q8_0   scale, 32 int8    q * scale
+    blocks of 32, d and m float16
+    Q4_0   d, 16 bytes                      d * (q - 8)
+    Q4_1   d, m, 16 bytes                   d * q + m
+    Q5_0   d, 32 fifth bits, 16 bytes       d * (q - 16)
+    Q5_1   d, m, 32 fifth bits, 16 bytes    d * q + m
+    Q8_0   d, 32 int8                       d * q
+    IQ4_NL d, 16 bytes                      d * TABLES["iq4"][q]
+    MXFP4  e8m0, 16 bytes                   2**(e - 127) * e2m1
+    blocks of 64
+    NVFP4  4 unsigned e4m3, 32 bytes        s * e2m1, s of 16 numbers
+    blocks of 256: integers s and m of 16 (32 in Q4_K, Q5_K, IQ4_XS) numbers, d and dmin of all
+    Q2_K   16 x (s, m) of 4 bits, 64 bytes, d, dmin               d * s * q - dmin * m
+    Q3_K   32 bytes third bits, 64 bytes, 16 x s of 6 bits, d     d * (s - 32) * (q - 4)
+    Q4_K   d, dmin, 8 x (s, m) of 6 bits, 128 bytes               d * s * q - dmin * m
+    Q5_K   d, dmin, 8 x (s, m), 32 bytes fifth bits, 128 bytes    d * s * q - dmin * m
+    Q6_K   128 bytes, 64 bytes upper bits, 16 x s int8, d         d * s * (q - 32)
+    IQ4_XS d, 8 x s of 6 bits (2 bytes upper, 4 lower), 128 bytes d * (s - 32) * TABLES["iq4"][q]
 
-Low nibbles are numbers 0-15 of the block, high nibbles 16-31.
+Codes lie in planes: a run of bytes holds the lowest bits of as many neighbouring numbers, above them those of the
+next run's worth of numbers, and so on.
 """
 
+import ml_dtypes
 import numpy as np
 
 from . import layout
+from .coded import CodedWeight, Segment
 
-BLOCK_BYTES = {"q4_0": 18, "q4_1": 20, "q8_0": 34}
+BLOCK_BYTES = {"q4_0": 18, "q4_1": 20, "q8_0": 34}   # types `pack` knows
 DENSE = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
-_NUMBERS = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 8: "q8_0", 30: "bf16"}
+_NUMBERS = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 10: "q2_k", 11: "q3_k",
+            12: "q4_k", 13: "q5_k", 14: "q6_k", 20: "iq4_nl", 23: "iq4_xs", 30: "bf16", 39: "mxfp4", 40: "nvfp4"}
 _CHUNK_BYTES = 1 << 20   # packed at a time, so that the steps of the packer meet in the cache
 
 
@@ -24,13 +42,188 @@ def type_name(kind):
     Raises
     ------
     NotImplementedError
-        No kernel reads the type; lists the ones there are.
+        The type has no reader; lists those that have.
     """
     name = kind.lower() if isinstance(kind, str) else _NUMBERS.get(int(kind), getattr(kind, "name", str(kind)))
-    if name not in BLOCK_BYTES and name not in DENSE:
-        known = ", ".join(n.upper() for n in (*BLOCK_BYTES, *DENSE))
-        raise NotImplementedError(f"QMatrix: type must be one of {known}, got {kind!r}")
+    if name not in BLOCKS and name not in DENSE:
+        raise NotImplementedError(_one_of((*BLOCKS, *DENSE), kind))
     return name
+
+
+def _one_of(names, kind):
+    return f"QMatrix: type must be one of {', '.join(n.upper() for n in names)}, got {kind!r}"
+
+
+def read(data, name, shape):
+    """The weight that raw GGUF blocks stand for.
+
+    Parameters
+    ----------
+    data : ndarray, uint8
+        Blocks of N rows in order, any shape. Left as it is.
+    name : str
+        A key of `BLOCKS`.
+    shape : (int, int)
+        (N, K): GGUF's ``ne`` reversed. K is a multiple of the block's numbers.
+
+    Returns
+    -------
+    CodedWeight
+    """
+    if name not in BLOCKS:
+        raise NotImplementedError(_one_of(BLOCKS, name))
+    columns, size, fields = BLOCKS[name]
+    rows = shape[0]
+    blocks = _blocks(data, name, shape, columns, size)
+    found = fields(blocks)
+    found = {key: value.reshape(rows, -1) if isinstance(value, np.ndarray) else value for key, value in found.items()}
+    return CodedWeight(name, tuple(shape), (Segment(**found),))
+
+
+def _blocks(data, name, shape, columns, size):
+    """`data` as [N, K / columns, size]."""
+    rows, width = shape
+    if rows < 1 or width < 1 or width % columns:
+        raise ValueError(f"QMatrix: shape must have in_features a multiple of {columns} for {name.upper()}, "
+                         f"got {list(shape)}")
+    if data.dtype != np.uint8:
+        raise TypeError(f"QMatrix: data must be uint8, got {data.dtype.name}")
+    if data.size != rows * width // columns * size:
+        raise ValueError(f"QMatrix: data must hold {rows * width // columns} blocks of {size} bytes, "
+                         f"got {data.size} bytes")
+    return np.ascontiguousarray(data).reshape(rows, width // columns, size)
+
+
+def _planes(data, run, bits):
+    """Fields of `bits` bits out of bytes [..., n], run by run, lowest plane first: [..., 8 / bits * n]."""
+    runs = data.reshape(*data.shape[:-1], -1, run)
+    out = np.empty((*runs.shape[:-1], 8 // bits, run), np.uint8)
+    for plane in range(8 // bits):
+        field = out[..., plane, :]
+        np.right_shift(runs, plane * bits, out=field)
+        if plane < 8 // bits - 1:
+            field &= (1 << bits) - 1
+    return out.reshape(*data.shape[:-1], -1)
+
+
+def _float16(blocks, at):
+    return np.ascontiguousarray(blocks[..., at:at + 2]).view(np.float16)
+
+
+def _join(low, high, bits):
+    """low | high << bits, in the memory of `high`."""
+    high <<= bits
+    high |= low
+    return high
+
+
+def _q4_0(blocks):
+    return {"codes": _planes(blocks[..., 2:], 16, 4), "bits": 4, "kind": "int", "centre": 8, "group": 32,
+            "scale": _float16(blocks, 0)}
+
+
+def _q4_1(blocks):
+    return {"codes": _planes(blocks[..., 4:], 16, 4), "bits": 4, "kind": "int", "group": 32,
+            "scale": _float16(blocks, 0), "minimum": _float16(blocks, 2)}
+
+
+def _five_bits(blocks, at):
+    fifth = np.unpackbits(np.ascontiguousarray(blocks[..., at:at + 4]), axis=-1, bitorder="little")
+    return _join(_planes(blocks[..., at + 4:], 16, 4), fifth, 4)
+
+
+def _q5_0(blocks):
+    return {"codes": _five_bits(blocks, 2), "bits": 5, "kind": "int", "centre": 16, "group": 32,
+            "scale": _float16(blocks, 0)}
+
+
+def _q5_1(blocks):
+    return {"codes": _five_bits(blocks, 4), "bits": 5, "kind": "int", "group": 32, "scale": _float16(blocks, 0),
+            "minimum": _float16(blocks, 2)}
+
+
+def _q8_0(blocks):
+    return {"codes": blocks[..., 2:] ^ 128, "bits": 8, "kind": "int", "centre": 128, "group": 32,
+            "scale": _float16(blocks, 0)}
+
+
+def _iq4_nl(blocks):
+    return {"codes": _planes(blocks[..., 2:], 16, 4), "bits": 4, "kind": "iq4", "group": 32,
+            "scale": _float16(blocks, 0)}
+
+
+def _mxfp4(blocks):
+    return {"codes": _planes(blocks[..., 1:], 16, 4), "bits": 4, "kind": "e2m1", "group": 32,
+            "scale": blocks[..., :1].copy().view(ml_dtypes.float8_e8m0fnu)}
+
+
+def _nvfp4(blocks):
+    scale = blocks[..., :4] & 127            # unsigned; a NaN stands for 0 here
+    scale[scale == 127] = 0
+    return {"codes": _planes(blocks[..., 4:], 8, 4), "bits": 4, "kind": "e2m1", "group": 16,
+            "scale": scale.view(ml_dtypes.float8_e4m3fn)}
+
+
+def _minima(scale, minimum, d):
+    """Fields of s, m [..., n] below 64 and the pair (d, dmin) [..., 2]."""
+    return {"scale": scale.view(np.int8), "minimum": -minimum.view(np.int8),
+            "super_scale": d[..., :1], "super_minimum": d[..., 1:], "super_group": 256}
+
+
+def _q2_k(blocks):
+    d = np.ascontiguousarray(blocks[..., 80:]).view(np.float16)
+    return {"codes": _planes(blocks[..., 16:80], 32, 2), "bits": 2, "kind": "int", "group": 16,
+            **_minima(blocks[..., :16] & 15, blocks[..., :16] >> 4, d)}
+
+
+def _q3_k(blocks):
+    scale = _join(_planes(blocks[..., 96:104], 8, 4), _planes(blocks[..., 104:108], 4, 2), 4)
+    return {"codes": _join(_planes(blocks[..., 32:96], 32, 2), _planes(blocks[..., :32], 32, 1), 2),
+            "bits": 3, "kind": "int", "centre": 4, "group": 16, "scale": scale.view(np.int8) - np.int8(32),
+            "super_scale": _float16(blocks, 108), "super_group": 256}
+
+
+def _scales_of_4_and_5(blocks):
+    """d, dmin and the 12 bytes of 6-bit s and m.
+
+    Byte i of the first four holds s[i] and the upper bits of s[i + 4], of the next four likewise m; of the last four
+    the lower bits of s[i + 4] and, above, m[i + 4].
+    """
+    s, m, low = blocks[..., 4:8], blocks[..., 8:12], blocks[..., 12:16]
+    return _minima(np.concatenate([s & 63, (low & 15) | (s >> 2 & 48)], axis=-1),
+                   np.concatenate([m & 63, (low >> 4) | (m >> 2 & 48)], axis=-1),
+                   np.ascontiguousarray(blocks[..., :4]).view(np.float16))
+
+
+def _q4_k(blocks):
+    return {"codes": _planes(blocks[..., 16:], 32, 4), "bits": 4, "kind": "int", "group": 32,
+            **_scales_of_4_and_5(blocks)}
+
+
+def _q5_k(blocks):
+    return {"codes": _join(_planes(blocks[..., 48:], 32, 4), _planes(blocks[..., 16:48], 32, 1), 4), "bits": 5,
+            "kind": "int", "group": 32, **_scales_of_4_and_5(blocks)}
+
+
+def _q6_k(blocks):
+    return {"codes": _join(_planes(blocks[..., :128], 64, 4), _planes(blocks[..., 128:192], 32, 2), 4), "bits": 6,
+            "kind": "int", "centre": 32, "group": 16, "scale": blocks[..., 192:208].copy().view(np.int8),
+            "super_scale": _float16(blocks, 208), "super_group": 256}
+
+
+def _iq4_xs(blocks):
+    scale = _join(_planes(blocks[..., 4:8], 1, 4), _planes(blocks[..., 2:4], 1, 2), 4)
+    return {"codes": _planes(blocks[..., 8:], 16, 4), "bits": 4, "kind": "iq4", "group": 32,
+            "scale": scale.view(np.int8) - np.int8(32), "super_scale": _float16(blocks, 0), "super_group": 256}
+
+
+# name: (numbers, bytes of a block, fields of its Segment)
+BLOCKS = {
+    "q4_0": (32, 18, _q4_0), "q4_1": (32, 20, _q4_1), "q5_0": (32, 22, _q5_0), "q5_1": (32, 24, _q5_1),
+    "q8_0": (32, 34, _q8_0), "q2_k": (256, 84, _q2_k), "q3_k": (256, 110, _q3_k), "q4_k": (256, 144, _q4_k),
+    "q5_k": (256, 176, _q5_k), "q6_k": (256, 210, _q6_k), "iq4_nl": (32, 18, _iq4_nl), "iq4_xs": (256, 136, _iq4_xs),
+    "mxfp4": (32, 17, _mxfp4), "nvfp4": (64, 36, _nvfp4),
+}
 
 
 def pack(data, name, shape):
@@ -45,6 +238,8 @@ def pack(data, name, shape):
     shape : (int, int)
         (N, K).
     """
+    if name not in BLOCK_BYTES:
+        raise NotImplementedError(_one_of((*BLOCK_BYTES, *DENSE), name.upper()))
     rows, columns = shape
     size = BLOCK_BYTES[name]
     if columns % layout.GROUP:

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dense bit stream of GPTQ, EXL2 and compressed-tensors.
+
+Code e of a vector is bits [e * bits, (e + 1) * bits) of its little-endian 32-bit words, lowest bit first, so 32 codes
+fill `bits` words and a code may lie across two of them.
+"""
+
+import numpy as np
+
+_CHUNK = 1 << 15   # groups of 8 codes in flight: 256 KiB each of the number and of what moves in it
+
+
+def unpack_stream(words, bits, axis=-1, count=None):
+    """Codes of a stream, uint8.
+
+    Parameters
+    ----------
+    words : ndarray, int32 or uint32
+        Streams along `axis`; left as it is.
+    bits : int
+        1 to 8.
+    axis : int
+    count : int, optional
+        Codes of a stream. Default as many as the words hold.
+
+    Returns
+    -------
+    ndarray, uint8
+        Shape of `words` but for `axis`, whose elements lie side by side in memory whatever `axis` is.
+    """
+    _check(words, bits, 4)
+    words = np.ascontiguousarray(np.moveaxis(words, axis, -1))
+    held = words.shape[-1] * 32 // bits
+    count = held if count is None else count
+    if count > held:
+        raise ValueError(f"unpack_stream: count must be at most {held} for {words.shape[-1]} words, got {count}")
+    units = -(-count // 8)   # of 8 codes in `bits` bytes
+    stream = _fit(words.view(np.uint8), units * bits).reshape(-1, bits)
+    codes = np.empty((*words.shape[:-1], 8 * units), np.uint8)
+    numbers = codes.reshape(-1).view("<u8")
+    for start in range(0, len(numbers), _CHUNK):
+        part = numbers[start:start + _CHUNK]
+        part[:] = 0
+        lanes = part.view(np.uint8).reshape(-1, 8)
+        for byte in range(bits):
+            lanes[:, byte] = stream[start:start + _CHUNK, byte]
+        _spread(part, bits)
+    return np.moveaxis(codes[..., :count], -1, axis)
+
+
+def pack_stream(codes, bits, axis=-1):
+    """The words of codes below ``2 ** bits``: what `unpack_stream` undoes.
+
+    Parameters
+    ----------
+    codes : ndarray, uint8
+    bits, axis
+        As in `unpack_stream`.
+
+    Returns
+    -------
+    ndarray, int32
+        ``ceil(count * bits / 32)`` words along `axis`; bits past the last code are 0.
+    """
+    _check(codes, bits, 1)
+    codes = np.moveaxis(codes, axis, -1)
+    count = codes.shape[-1]
+    units, width = -(-count // 8), -(-count * bits // 32)
+    numbers = np.array(_fit(np.ascontiguousarray(codes), 8 * units)).reshape(-1).view("<u8")
+    stream = np.empty((len(numbers), bits), np.uint8)
+    for start in range(0, len(numbers), _CHUNK):
+        part = numbers[start:start + _CHUNK]
+        _gather(part, bits)
+        stream[start:start + _CHUNK] = part.view(np.uint8).reshape(-1, 8)[:, :bits]
+    stream = _fit(stream.reshape(*codes.shape[:-1], units * bits), 4 * width)
+    return np.moveaxis(np.ascontiguousarray(stream).view(np.int32), -1, axis)
+
+
+def _spread(numbers, bits):
+    """Eight codes in the low ``8 * bits`` bits of each number become its eight bytes: halves part three times."""
+    for half, place in ((4, 32), (2, 16), (1, 8)):
+        low = _lanes((1 << half * bits) - 1, 2 * place)
+        upper = numbers & ~low
+        numbers &= low
+        upper <<= np.uint64(place - half * bits)
+        numbers |= upper
+
+
+def _gather(numbers, bits):
+    """What `_spread` undoes."""
+    for half, place in ((1, 8), (2, 16), (4, 32)):
+        low = _lanes((1 << half * bits) - 1, 2 * place)
+        upper = numbers >> np.uint64(place - half * bits)
+        upper &= ~low & _lanes((1 << 2 * half * bits) - 1, 2 * place)
+        numbers &= low
+        numbers |= upper
+
+
+def _lanes(mask, width):
+    return np.uint64(sum(mask << at for at in range(0, 64, width)))
+
+
+def _fit(array, size):
+    """The last axis cut or filled with zeros to `size`."""
+    short = size - array.shape[-1]
+    if short <= 0:
+        return array[..., :size]
+    return np.concatenate([array, np.zeros((*array.shape[:-1], short), array.dtype)], axis=-1)
+
+
+def _check(array, bits, itemsize):
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bit stream: bits must be 1 to 8, got {bits}")
+    if array.dtype.kind not in "iu" or array.dtype.itemsize != itemsize:
+        raise TypeError(f"bit stream: array must be {'words of 32 bits' if itemsize == 4 else 'uint8'}, "
+                        f"got {array.dtype.name}")
