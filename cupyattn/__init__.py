@@ -9,6 +9,7 @@ from .cache_iterators import BlockIteratorParams, LinearIteratorParams, QuantPol
 from .context_parallel import contiguous_shards, merge_shards, rank_result, round_robin
 from .errors import CompileError, KernelCheckError
 from .ops.attention import attention
+from .ops.dequantize import dequantize
 from .ops.embedding import embedding
 from .ops.kv_append import kv_append
 from .ops.kv_flatten import kv_flatten
@@ -32,8 +33,8 @@ __all__ = [
     "AttentionParams", "BlockIteratorParams", "BlockKV", "CompileError", "KernelCheckError", "LinearIteratorParams",
     "PagedParams", "PageManager", "PageTable", "Params", "QMatrix", "QuantPolicy", "QuantizedKV", "RopeKernelParam",
     "RopeParams", "Schedule",
-    "attention", "embedding", "kv_append", "kv_flatten", "layer_norm", "paged_decode", "quant_gemm", "rms_norm",
-    "rope", "schedule", "silu_mul", "split_reduce",
+    "attention", "dequantize", "embedding", "kv_append", "kv_flatten", "layer_norm", "paged_decode", "quant_gemm",
+    "rms_norm", "rope", "schedule", "silu_mul", "split_reduce",
     "contiguous_shards", "create_cache_iter_factory", "flatten_kv", "invoke_attention", "invoke_decoding",
     "merge_shards", "process_kv", "rank_result", "reduce_split_k", "round_robin",
 ]

@@ -68,6 +68,17 @@ def test_order_of_columns():
     assert_same_bits(packed_order[packed_order >= 0], order)
 
 
+@pytest.mark.parametrize("group", [24, 32])
+def test_columns_of_no_x(group):
+    weight = coded_weight("int4 zero float16", 24, 96, group=group)
+    order = np.full(96, -1, np.int32)
+    order[np.arange(96) % group < 20] = np.random.default_rng(1).permutation(np.count_nonzero(np.arange(96) % group < 20))
+    weight = replace(weight, order=order, shape=(24, int(order.max()) + 1))
+    (packed,), packed_order = layout.pack(weight)
+    back = layout.unpack((packed,), packed_order, weight.format, weight.shape)
+    assert_same_bits(back.dequantize(), weight.dequantize())
+
+
 def test_segments_side_by_side():
     parts = [coded_weight(f"int{bits} plain float16", 24, columns, group=32).segments[0]
              for bits, columns in ((6, 96), (3, 40), (2, 64))]

@@ -316,8 +316,9 @@ struct QuantGemmArgs {
   const RowView x;           // T [tokens, columns] activations
   RowView out;               // U [tokens, rows] x @ W.T
   const WeightView weight;   // the segment
+  const int32_t* order;      // int32 [columns of out] for gather_columns: column of x, -1 for zeros; else null
   const void* bias;          // B [rows] added to every row of out; null for none
-  float* partials;           // float32 [tiles of out, pieces, M_TILE, rows of a tile] sums; null for one piece
+  float* partials;           // float32 sums of pieces, placed as the kernel likes; null for one piece
   int32_t* counters;         // int32 [tiles of out] pieces that have arrived; zero before and after
   int64_t stride_bias;       // elements between entries of bias
   int32_t tokens;            // rows of x
@@ -341,6 +342,16 @@ struct EmbeddingArgs {
   int32_t rows;             // rows of the table
   int32_t columns;          // of the segment
   int32_t out_columns;      // length of a row of out
+};
+
+struct DequantizeArgs {
+  RowView out;              // U [rows, columns of the weight]
+  const WeightView weight;  // the segment
+  const int32_t* order;     // int32 [columns of the segment] column of out of each, -1 for none; null: as they are
+  int32_t first_row;        // of the weight
+  int32_t rows;             // rows of out
+  int32_t columns;          // of the segment
+  int32_t reserved;         // zero
 };
 
 // ---- TurboMind's parameters, for C callers; no kernel here reads them ------------------------------------

@@ -24,17 +24,18 @@ Groups that are no multiple of 16 columns are filled up to one; `order`, the col
 multiplies, is -1 there.
 """
 
+import itertools
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .coded import TABLES, CodedWeight, Segment
+from .coded import FLOAT8, TABLES, CodedWeight, Segment
 
 TILE_ROWS, TILE_COLUMNS = 16, 64
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,), 16: (16,), 32: (32,)}
 DENSE = {"float16": 16, "bfloat16": 16, "float32": 32}
 _CUDA = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float", "int8": "int8_t",
-         "float8_e4m3fn": "__nv_fp8_e4m3", "float8_e8m0fnu": "E8M0"}
+         "float8_e4m3fn": "E4M3", "float8_e8m0fnu": "E8M0"}
 _CHUNK_BYTES = 1 << 20              # of codes packed at a time, so that the steps of the packer meet in the cache
 # (t, c) of the words of a row of 64 columns, in the order (c, t) of the lanes; and back, as it is its own inverse
 _LANES = np.arange(16).reshape(4, 4).T.reshape(-1)
@@ -115,6 +116,25 @@ class Form:
         return bits
 
 
+def _traits():
+    """Of every form that a reader of checkpoints makes, and then some."""
+    integers = [(bits, centre) for bits in (2, 3, 4, 5, 6, 8) for centre in (0, 2 ** (bits - 1))]
+    kinds = [*((bits, "int", centre) for bits, centre in integers), *((4, name, 0) for name in TABLES),
+             *((8, name, 0) for name in FLOAT8)]
+    for bits, kind, centre in kinds:
+        modes = ("PLAIN",) if kind != "int" else ("PLAIN", "ZERO") if centre else ("MINIMUM",)
+        for mode, groups, scale in itertools.product(modes, (1, 2, 4), ("float16", "bfloat16", "float32")):
+            yield Form(bits, kind, centre, scale, mode, groups)
+        if kind != "e2m1":
+            yield from (Form(bits, kind, centre, "int8", modes[0], groups, "float16") for groups in (2, 4))
+    yield from (Form(4, "e2m1", 0, "float8_e8m0fnu", "PLAIN", groups) for groups in (1, 2))
+    yield from (Form(4, "e2m1", 0, "float8_e4m3fn", "PLAIN", 4, above) for above in (None, "float32"))
+    yield from (Form(bits, name) for name, bits in DENSE.items())
+
+
+TRAITS = tuple(dict.fromkeys(form.trait for form in _traits()))
+
+
 @dataclass(frozen=True, eq=False)
 class PackedSegment:
     """Columns of a packed weight that are coded alike.
@@ -133,6 +153,19 @@ class PackedSegment:
     supers: np.ndarray | None
     form: Form
     columns: int
+
+    def view(self):
+        """Fields of the kernels' ``WeightView``."""
+        row_tiles, column_tiles = self.codes.shape[:2]
+        return {"codes": self.codes, "scales": self.scales, "supers": self.supers, "row_tiles": row_tiles,
+                "column_tiles": column_tiles, "tiles_per_scale": self.form.tiles_per_scale,
+                "tiles_per_super": self.form.tiles_per_super}
+
+    def with_arrays(self, change):
+        """This segment with `change(array)` for each of its arrays."""
+        return replace(self, **{name: None if array is None else change(array)
+                                for name, array in (("codes", self.codes), ("scales", self.scales),
+                                                    ("supers", self.supers))})
 
 
 def dtype(name):
@@ -385,7 +418,7 @@ def pack(weight):
     -------
     segments : tuple of PackedSegment
     order : ndarray [columns of all segments, each a multiple of 64], int32, or None
-        Column of x that each column multiplies, -1 for none. None where the one segment takes x as it is.
+        Column of x that each column multiplies, -1 for 0. None where the one segment takes x as it is.
     """
     filled = [_filled(segment) for segment in weight.segments]
     packed = [_pack_segment(segment, min(before.group, before.codes.shape[1]))
@@ -404,6 +437,15 @@ def pack(weight):
     return tuple(packed), np.concatenate(parts)
 
 
+def stacked(xp, parts):
+    """One segment with the rows of all `parts`: segments of one form, all but the last of full row tiles."""
+    def joined(arrays):
+        return None if arrays[0] is None else xp.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+
+    return replace(parts[0], codes=joined([part.codes for part in parts]),
+                   scales=joined([part.scales for part in parts]), supers=joined([part.supers for part in parts]))
+
+
 def pack_dense(weight):
     """The one segment of an uncompressed weight [N, K], float16, bfloat16 or float32."""
     form = Form(DENSE[weight.dtype.name], weight.dtype.name)
@@ -412,19 +454,29 @@ def pack_dense(weight):
 
 def unpack(segments, order, format, shape):
     """The CodedWeight behind what `pack` returned. Not for uncompressed weights."""
-    parts, first = [], 0
+    parts, columns, first = [], [], 0
     for packed in segments:
-        kept = slice(packed.columns) if order is None else order[first:first + packed.columns] >= 0
+        part = None if order is None else order[first:first + packed.columns]
+        kept = _kept(packed, part)
         parts.append(_unpack_segment(packed, shape[0], kept))
+        columns.append(None if order is None else part[kept])
         first += packed.columns
-    return CodedWeight(format, shape, tuple(parts), None if order is None else order[order >= 0])
+    return CodedWeight(format, shape, tuple(parts), None if order is None else np.concatenate(columns))
+
+
+def _kept(packed, order):
+    """Columns of the segment that `_filled` and the tiles have not added."""
+    if order is None:
+        return np.arange(packed.columns)
+    at = np.arange(np.flatnonzero(order >= 0)[-1] + 1)
+    return at[at % _wide(packed.form.group, len(at)) < packed.form.group]
 
 
 def _unpack_segment(packed, rows, kept):
     form = packed.form
     codes = unpack_codes(packed.codes, form)[:rows, kept]
     columns, group = codes.shape[1], form.group
-    wide = _wide(group, columns)
+    wide = _wide(group, kept[-1] + 1)
     parameters = _get_rows(packed.scales, form.scale, form.parameters, form.groups, False)[:, :rows]
     behind = np.arange(-(-columns // group)) * wide * form.groups // (64 * form.tiles_per_scale)
     scale, *second = parameters[:, :, behind]

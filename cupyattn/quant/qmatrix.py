@@ -5,28 +5,33 @@ import sys
 
 import numpy as np
 
-from . import dense, gguf, layout
+from . import gguf, layout
+
+_CHUNK_BYTES = 1 << 20   # of codes read at a time, so that reader and packer meet in the cache
 
 
 class QMatrix:
     """A weight matrix in the kernels' layout; ``y = x @ W.T`` by `matmul`.
 
-    Made by `from_gguf`, `from_dense` or `concat`.
+    Made by `from_gguf`, `from_dense`, `from_coded` or `concat`.
 
     Attributes
     ----------
     format : str
-        ``"q4_0"``, ``"q4_1"``, ``"q8_0"``, ``"float16"``, ``"bfloat16"`` or ``"float32"``.
+        Name of the checkpoint's format, ``"q4_0"`` for instance, or the dtype of an uncompressed weight.
     shape : (int, int)
         (out_features, in_features), padding not counted.
-    packed : ndarray [row tiles, column tiles, tile bytes], uint8
-        See ``cupyattn/quant/layout.py``.
+    segments : tuple of PackedSegment
+        Columns that are coded alike, side by side; see ``cupyattn/quant/layout.py``.
+    order : ndarray [columns of all segments], int32, optional
+        Column of x that each multiplies, -1 for 0. None: as they are.
     """
 
-    def __init__(self, format, shape, packed):
+    def __init__(self, format, shape, segments, order=None):
         self.format = format
         self.shape = tuple(int(n) for n in shape)
-        self.packed = packed
+        self.segments = tuple(segments)
+        self.order = order
 
     @classmethod
     def from_gguf(cls, data, type, shape, *, xp=None):
@@ -35,10 +40,9 @@ class QMatrix:
         Parameters
         ----------
         data : ndarray, uint8
-            Blocks of N rows, K/32 blocks each, any shape in that order. Not changed. (F16, BF16 and F32: the
-            values' bytes.)
+            Blocks of N rows, any shape in that order. Not changed. (F16, BF16 and F32: the values' bytes.)
         type : GGMLQuantizationType, int or str
-            Q4_0, Q4_1, Q8_0, F16, BF16 or F32.
+            Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4, NVFP4, F16, BF16 or F32.
         shape : (int, int)
             (out_features, in_features): GGUF's ``ne`` reversed.
         xp : module, optional
@@ -49,7 +53,7 @@ class QMatrix:
         NotImplementedError
             Another type.
         ValueError
-            `data` and `shape` disagree, or in_features is no multiple of 32 (8 for F16, BF16, F32).
+            `data` and `shape` disagree, or in_features is no multiple of the block's numbers (8 for F16, BF16, F32).
         """
         shape = _shape(shape)
         name = gguf.type_name(type)
@@ -58,12 +62,19 @@ class QMatrix:
             raise TypeError(f"QMatrix: data must be uint8, got {host.dtype.name}")
         host = host.view(np.uint8)
         if name in gguf.DENSE:
-            dtype = _dtype(gguf.DENSE[name])
+            dtype = layout.dtype(gguf.DENSE[name])
             if host.size != shape[0] * shape[1] * dtype.itemsize:
                 raise ValueError(f"QMatrix: data must hold {shape[0] * shape[1] * dtype.itemsize} bytes, "
                                  f"got {host.size}")
             return cls.from_dense(np.ascontiguousarray(host).reshape(-1).view(dtype).reshape(shape), xp=xp)
-        return cls(name, shape, gguf.pack(host, name, shape)).to(xp)
+        blocks = gguf.blocks(host, name, shape)
+        step = max(1, _CHUNK_BYTES // (16 * shape[1])) * 16
+        parts = []
+        for start in range(0, shape[0], step):
+            rows = blocks[start:start + step]
+            (part,), _ = layout.pack(gguf.read(rows, name, (len(rows), shape[1])))
+            parts.append(part)
+        return cls(name, shape, (layout.stacked(np, parts),)).to(xp)
 
     @classmethod
     def from_dense(cls, w, *, xp=None):
@@ -74,7 +85,20 @@ class QMatrix:
         host, xp = _host(w, xp)
         if host.ndim != 2:
             raise ValueError(f"QMatrix: w must be [out_features, in_features], got shape {list(host.shape)}")
-        return cls(host.dtype.name, _shape(host.shape), dense.pack(host)).to(xp)
+        if host.dtype.name not in layout.DENSE:
+            raise TypeError(f"QMatrix: w must be {' or '.join(layout.DENSE)}, got {host.dtype.name}")
+        _check_columns("w", host.shape)
+        return cls(host.dtype.name, _shape(host.shape), (layout.pack_dense(np.ascontiguousarray(host)),)).to(xp)
+
+    @classmethod
+    def from_coded(cls, weight, *, xp=None):
+        """From a ``cupyattn.quant.coded.CodedWeight``, whose in_features must be a multiple of 8.
+
+        `xp` is numpy or cupy, default numpy.
+        """
+        _check_columns("weight", weight.shape)
+        segments, order = layout.pack(weight)
+        return cls(weight.format, _shape(weight.shape), segments, order).to(xp or np)
 
     @classmethod
     def concat(cls, matrices):
@@ -83,21 +107,26 @@ class QMatrix:
         Raises
         ------
         ValueError
-            Formats or in_features differ, or a matrix but the last has out_features no multiple of 16.
+            Formats, in_features or the orders of columns differ, or a matrix but the last has out_features no
+            multiple of 16.
         """
         matrices = list(matrices)
         if not matrices:
             raise ValueError("QMatrix: matrices must hold at least one QMatrix, got none")
         first = matrices[0]
         for m in matrices[1:]:
-            if (m.format, m.shape[1]) != (first.format, first.shape[1]):
+            if (m.format, m.shape[1], m._forms) != (first.format, first.shape[1], first._forms):
                 raise ValueError(f"QMatrix: matrices must agree in format and in_features, got {first!r} and {m!r}")
+            if m.order is not first.order and (m.order is None or first.order is None
+                                               or not bool((m.order == first.order).all())):
+                raise ValueError(f"QMatrix: matrices must agree in the order of their columns, got {first!r} and {m!r} "
+                                 "of different orders")
         odd = next((m for m in matrices[:-1] if m.shape[0] % layout.TILE_ROWS), None)
         if odd is not None:
             raise ValueError(f"QMatrix: matrices but the last must have out_features a multiple of 16, got {odd!r}")
-        xp = _module(first.packed)
         return cls(first.format, (sum(m.shape[0] for m in matrices), first.shape[1]),
-                   xp.concatenate([m.packed for m in matrices]))
+                   [layout.stacked(first.xp, parts) for parts in zip(*(m.segments for m in matrices), strict=True)],
+                   first.order)
 
     def matmul(self, x, /, *, bias=None, accumulate=False, out=None):
         """``x @ W.T``: the same as `cupyattn.quant_gemm` ``(x, self, ...)``."""
@@ -105,50 +134,40 @@ class QMatrix:
 
         return quant_gemm(x, self, bias=bias, accumulate=accumulate, out=out)
 
-    def reconstruct(self):
-        """The weight as a float32 array [out_features, in_features] of the same kind as `packed`.
+    def reconstruct(self, *, out_dtype=np.float32):
+        """The weight as an array [out_features, in_features] of this matrix's kind: `cupyattn.dequantize`."""
+        from ..ops.dequantize import dequantize
 
-        Computed on the host: for looking at a weight, not for use in a step.
-        """
-        xp = _module(self.packed)
-        packed = self.packed if xp is np else xp.asnumpy(self.packed)
-        form = layout.FORMATS[self.format]
-        if form.scales == 0:
-            values = layout.get_codes(packed, _dtype(self.format)).astype(np.float32)
-        elif form.code_bits == 4:
-            values = layout.get_nibbles(packed).astype(np.float32)
-        else:
-            values = layout.get_codes(packed, np.int8).astype(np.float32)
-        if self.format == "q4_0":
-            values -= 8
-        if form.scales:
-            scale, *minimum = layout.get_scales(packed, form).astype(np.float32)
-            groups = values.reshape(*scale.shape, layout.GROUP)
-            groups *= scale[..., None]
-            if minimum:
-                groups += minimum[0][..., None]
-        values = np.ascontiguousarray(values[:self.shape[0], :self.shape[1]])
-        return values if xp is np else xp.asarray(values)
+        return dequantize(self, out_dtype=out_dtype)
 
     def to(self, xp):
-        """This matrix with its array on `xp` (numpy or cupy); itself when it is there."""
-        here = _module(self.packed)
+        """This matrix with its arrays on `xp` (numpy or cupy); itself when it is there."""
+        here = self.xp
         if here is xp:
             return self
-        return QMatrix(self.format, self.shape, here.asnumpy(self.packed) if xp is np else xp.asarray(self.packed))
+        move = here.asnumpy if xp is np else xp.asarray
+        return QMatrix(self.format, self.shape, [segment.with_arrays(move) for segment in self.segments],
+                       None if self.order is None else move(self.order))
+
+    @property
+    def xp(self):
+        """numpy or cupy, where the arrays are."""
+        return np if isinstance(self.segments[0].codes, np.ndarray) else sys.modules["cupy"]
 
     @property
     def nbytes(self):
-        """Bytes of the packed array, padding included."""
-        return self.packed.nbytes
+        """Bytes of all arrays, padding included."""
+        arrays = [self.order, *(a for s in self.segments for a in (s.codes, s.scales, s.supers))]
+        return sum(array.nbytes for array in arrays if array is not None)
+
+    @property
+    def _forms(self):
+        return [(segment.form, segment.columns) for segment in self.segments]
 
     def __repr__(self):
-        bits = 8 * layout.FORMATS[self.format].tile_bytes / (layout.TILE_ROWS * layout.TILE_COLUMNS)
-        return f"QMatrix({self.format}, {self.shape[0]}x{self.shape[1]}, {bits:g} bits per weight)"
-
-
-def _module(array):
-    return np if isinstance(array, np.ndarray) else sys.modules["cupy"]
+        bits = sum(s.columns * s.form.bits_per_weight for s in self.segments) / sum(s.columns for s in self.segments)
+        return (f"QMatrix({self.format}, {self.shape[0]}x{self.shape[1]}, {bits:.4g} bits per weight, "
+                f"{self.nbytes} bytes)")
 
 
 def _host(array, xp):
@@ -167,9 +186,6 @@ def _shape(shape):
     return tuple(int(n) for n in shape)
 
 
-def _dtype(name):
-    if name == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)
+def _check_columns(name, shape):
+    if shape[1] % 8:
+        raise ValueError(f"QMatrix: {name} must have in_features a multiple of 8, got {list(shape)}")
