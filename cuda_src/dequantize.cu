@@ -26,7 +26,7 @@ CA_KERNEL __launch_bounds__(32 * WARPS) void dequantize(const __grid_constant__ 
   const int first = row_tile * TILE_ROWS + lane / 4 - args.first_row;  // row of out
   for (int t = blockIdx.y * WARPS + warp; t < args.weight.column_tiles; t += gridDim.y * WARPS) {
     LaneTile<Format> tile;
-    tile.load(args.weight, row_tile, t, lane);
+    tile.load(args.weight, row_tile, 0, t, lane);
     Run weights[2];
     tile.dequantize(weights);
 #pragma unroll

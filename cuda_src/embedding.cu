@@ -25,7 +25,7 @@ __device__ __forceinline__ void copy_packed_row(const EmbeddingArgs& args, int64
   const int row_tile = static_cast<int>(row / TILE_ROWS), c = threadIdx.x % 4;
   for (int t = threadIdx.x / 4; t < args.weight.column_tiles; t += blockDim.x / 4) {
     LaneTile<Format> tile;
-    tile.load(args.weight, row_tile, t, row % 8 * 4 + c);
+    tile.load(args.weight, row_tile, 0, t, row % 8 * 4 + c);
     Run weights[2];
     tile.dequantize(weights);
     store_run<VEC>(row % TILE_ROWS < 8 ? weights[0] : weights[1], out, t, c, args.order, args.columns);

@@ -56,7 +56,7 @@ CA_KERNEL __launch_bounds__(256) void gather_columns(const __grid_constant__ Qua
 #if CA_TENSOR_CORES
 #include "quant_gemm_mma.cuh"
 
-CA_KERNEL __launch_bounds__(32 * WARPS, 4) void quant_gemm_mma(const __grid_constant__ QuantGemmArgs args) {
+CA_KERNEL __launch_bounds__(32 * WARPS, 2) void quant_gemm_mma(const __grid_constant__ QuantGemmArgs args) {
   multiply_on_tensor_cores(args);
 }
 #else
@@ -135,7 +135,7 @@ CA_KERNEL __launch_bounds__(32 * WARPS) void quant_gemm(const __grid_constant__ 
 #pragma unroll 2
       for (int t = warp; t < tiles; t += WARPS) {
         LaneTile<Format> tile;
-        tile.load(args.weight, first_row_tile + i, slice + t, lane);
+        tile.load(args.weight, first_row_tile + i, slice, t, lane);
         Run weights[2];
         tile.dequantize(weights);
 #pragma unroll

@@ -30,9 +30,10 @@ struct LaneTile {
   LaneCodes<Format::Codes::BITS> codes;
   typename Format::Scales scales;
 
-  __device__ __forceinline__ void load(const WeightView& weight, int row_tile, int column_tile, int lane) {
-    codes.load(codes_of<Format>(weight, row_tile, column_tile), lane);
-    scales.load(weight, row_tile, column_tile, lane / 4);
+  // Column tile first + t, where t is what changes in a loop.
+  __device__ __forceinline__ void load(const WeightView& weight, int row_tile, int first, int t, int lane) {
+    codes.load(codes_of<Format>(weight, row_tile, first) + t * Format::TILE_BYTES, lane);
+    scales.load(weight, row_tile, first, t, lane / 4);
   }
   // The lane's weights of row r (weights[0]) and row r + 8 (weights[1]).
   __device__ __forceinline__ void dequantize(Run (&weights)[2]) const {

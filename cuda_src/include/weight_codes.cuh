@@ -20,7 +20,7 @@ __host__ __device__ constexpr int low_plane(int bits) { return bits < 4 ? 2 : bi
 template <int BITS>
 struct LaneCodes {
   static constexpr int LOW = low_plane(BITS), HIGH = BITS - LOW;
-  uint32_t words[BITS];
+  alignas(BITS % 4 == 0 ? 16 : 4) uint32_t words[BITS];
 
   __device__ __forceinline__ void load(const uint8_t* tile, int lane) {
     if constexpr (LOW == 2) {
@@ -36,8 +36,12 @@ struct LaneCodes {
   template <int N>
   __device__ __forceinline__ void load_words(const uint8_t* chunk, int lane, int first) {
     const Vec<uint32_t, N> part = load_vec<uint32_t, N>(reinterpret_cast<const uint32_t*>(chunk) + N * lane);
+#if CA_CPU
+    __builtin_memcpy(words + first, &part, sizeof(part));  // as one vector
+#else
 #pragma unroll
     for (int i = 0; i < N; ++i) words[first + i] = part.v[i];
+#endif
   }
 };
 
@@ -91,17 +95,19 @@ CA_INLINE Ints16 sixteen_of_plane(const uint32_t* words, int half) {
   }
 }
 
-template <int BITS>
+// Less CENTRE.
+template <int BITS, int CENTRE>
 CA_INLINE Ints16 sixteen_codes(const uint32_t (&words)[BITS], int half) {
   if constexpr (BITS == 8) {
     Bytes16 bytes;
     __builtin_memcpy(&bytes, words + 4 * half, sizeof(bytes));
-    return widen_bytes(bytes);
+    if constexpr (CENTRE == 128) return widen_bytes(bit_cast<SignedBytes16>(bytes ^ 128));
+    return widen_bytes(bytes) - CENTRE;
   } else {
     constexpr int LOW = low_plane(BITS);
     Ints16 codes = sixteen_of_plane<LOW>(words, half);
     if constexpr (BITS > LOW) codes |= sixteen_of_plane<BITS - LOW>(words + LOW, half) << LOW;
-    return codes;
+    return codes - CENTRE;
   }
 }
 }  // namespace ca
@@ -114,7 +120,7 @@ struct Ints {
   static __device__ __forceinline__ Run values(const uint32_t (&words)[BITS], int half) {
     Run run;
 #if CA_CPU && CA_FUSED
-    run.v = __builtin_convertvector(ca::sixteen_codes<BITS>(words, half) - CENTRE, ca::Floats16);
+    run.v = __builtin_convertvector(ca::sixteen_codes<BITS, CENTRE>(words, half), ca::Floats16);
 #else
 #pragma unroll
     for (int t = 0; t < 4; ++t) bytes_to_float<CENTRE>(four_codes<BITS>(words, t, half), run.v + 4 * t);
@@ -159,7 +165,7 @@ struct Table {
   static __device__ __forceinline__ Run values(const uint32_t (&words)[BITS], int half) {
     Run run;
 #if CA_CPU && CA_FUSED
-    const ca::Ints16 codes = ca::sixteen_codes<BITS>(words, half);
+    const ca::Ints16 codes = ca::sixteen_codes<BITS, 0>(words, half);
 #if defined(__clang__)
     for (int i = 0; i < RUN; ++i) run.v[i] = Name::numbers()[codes[i]];
 #else
@@ -209,7 +215,7 @@ struct Float8 {
     Run run;
 #if CA_CPU && CA_FUSED
     typedef ca::Lanes<16> Lanes;
-    const Lanes::u32 codes = ca::bit_cast<Lanes::u32>(ca::sixteen_codes<BITS>(words, half));
+    const Lanes::u32 codes = ca::bit_cast<Lanes::u32>(ca::sixteen_codes<BITS, 0>(words, half));
     const Lanes::u16 halves = Lanes::narrow(Name::half_bits(codes));
     run.v = ca::widen_numbers(reinterpret_cast<const __half*>(&halves)) * Name::SCALE;
     if (Name::SCALE != 1.0f) {

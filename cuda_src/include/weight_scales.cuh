@@ -2,8 +2,8 @@
 // weight_scales.cuh - scales, zeros and minima of a packed weight (cupyattn/quant/layout.py).
 //
 // A kind of scales is a struct with
-//   load(weight, row_tile, column_tile, r)   the record of rows r and r + 8
-//   apply(run, half)                         makes weights of the values of row r + 8 * half, in float32
+//   load(weight, row_tile, first, t, r)   the record of rows r and r + 8 in column tile first + t
+//   apply<HALF>(run)                      makes weights of the values of row r + 8 * HALF, in float32
 // GROUPS (1, 2, 4) is how many groups a tile has.
 #ifndef CUPYATTN_WEIGHT_SCALES_CUH
 #define CUPYATTN_WEIGHT_SCALES_CUH
@@ -94,12 +94,16 @@ struct Numbers {
   }
 };
 
-__device__ __forceinline__ int span_of(int tile, int tiles) { return tiles == 1 ? tile : tile / tiles; }
+// tile / tiles, where (tile + 1) * tiles < 2^32; all but a multiplication can leave a loop over tiles.
+__device__ __forceinline__ int span_of(int tile, int tiles) {
+  return static_cast<int>(__umulhi(static_cast<uint32_t>(tile) + 1, 0xffffffffu / static_cast<uint32_t>(tiles)));
+}
 
-// Where rows r and r + 8 of a row of tiles have their record: `bytes` each, `tiles` tiles a record.
+// Where rows r and r + 8 have their record in column tile first + t: `bytes` each, `tiles` tiles a record.
 __device__ __forceinline__ const uint8_t* record_of(const uint8_t* records, const WeightView& weight, int tiles,
-                                                    int row_tile, int column_tile, int r, int bytes) {
-  const int64_t span = int64_t{row_tile} * ceil_div(weight.column_tiles, tiles) + span_of(column_tile, tiles);
+                                                    int row_tile, int first, int t, int r, int bytes) {
+  if (tiles == 1) return records + ((int64_t{row_tile} * weight.column_tiles + first) * 8 + r) * bytes + t * (8 * bytes);
+  const int64_t span = int64_t{row_tile} * ceil_div(weight.column_tiles, tiles) + span_of(first + t, tiles);
   return records + (span * 8 + r) * bytes;
 }
 
@@ -136,7 +140,7 @@ __device__ __forceinline__ void scale_values(Run& run, const Run& scale, const R
 
 struct NoScales {
   static constexpr int GROUPS = 1;
-  __device__ __forceinline__ void load(const WeightView&, int, int, int) {}
+  __device__ __forceinline__ void load(const WeightView&, int, int, int, int) {}
   template <int HALF>
   __device__ __forceinline__ void apply(Run&) const {}
 };
@@ -149,8 +153,9 @@ struct Scales {
   static constexpr int BYTES = COUNT * sizeof(typename ScaleType<S>::Bits);
   Numbers<S, COUNT> numbers;  // [scale, zero or minimum][row r, row r + 8][group]
 
-  __device__ __forceinline__ void load(const WeightView& weight, int row_tile, int column_tile, int r) {
-    numbers.load(record_of(weight.scales, weight, weight.tiles_per_scale, row_tile, column_tile, r, BYTES));
+  __device__ __forceinline__ void load(const WeightView& weight, int row_tile, int first, int t, int r) {
+    const int tiles = GROUPS > 1 ? 1 : weight.tiles_per_scale;
+    numbers.load(record_of(weight.scales, weight, tiles, row_tile, first, t, r, BYTES));
   }
   template <int HALF>
   __device__ __forceinline__ void apply(Run& run) const {
@@ -173,9 +178,9 @@ struct SuperScales {
   Scales<S, MODE, GROUPS> scales;
   Numbers<Super, SUPERS> supers;  // [row r, row r + 8][scale, minimum]
 
-  __device__ __forceinline__ void load(const WeightView& weight, int row_tile, int column_tile, int r) {
-    scales.load(weight, row_tile, column_tile, r);
-    supers.load(record_of(weight.supers, weight, weight.tiles_per_super, row_tile, column_tile, r,
+  __device__ __forceinline__ void load(const WeightView& weight, int row_tile, int first, int t, int r) {
+    scales.load(weight, row_tile, first, t, r);
+    supers.load(record_of(weight.supers, weight, weight.tiles_per_super, row_tile, first, t, r,
                           SUPERS * sizeof(Super)));
   }
   template <int HALF>
