@@ -68,7 +68,8 @@ def read(data, name, shape):
     CodedWeight
     """
     rows = shape[0]
-    found = BLOCKS[name][2](blocks(data, name, shape))
+    held = blocks(data, name, shape)
+    found = BLOCKS[name][2](held)
     found = {key: value.reshape(rows, -1) if isinstance(value, np.ndarray) else value for key, value in found.items()}
     return CodedWeight(name, tuple(shape), (Segment(**found),))
 
@@ -90,16 +91,23 @@ def blocks(data, name, shape):
     return np.ascontiguousarray(data).reshape(rows, width // columns, size)
 
 
+def _words(data):
+    """Bytes [..., n] in one piece as words of 8 bytes, or of 1 where n is no multiple of 8. NumPy copies whole records
+    and shifts whole words much faster than bytes."""
+    size = data.shape[-1]
+    return np.ascontiguousarray(data.view(f"V{size}")).view("u8" if size % 8 == 0 else "u1")
+
+
 def _planes(data, run, bits):
     """Fields of `bits` bits out of bytes [..., n], run by run, lowest plane first: [..., 8 / bits * n]."""
-    runs = data.reshape(*data.shape[:-1], -1, run)
-    out = np.empty((*runs.shape[:-1], 8 // bits, run), np.uint8)
+    words = _words(data)
+    mask = np.full(words.itemsize, (1 << bits) - 1, np.uint8).view(words.dtype)
+    out = np.empty((*data.shape[:-1], data.shape[-1] // run, 8 // bits), f"V{run}")
     for plane in range(8 // bits):
-        field = out[..., plane, :]
-        np.right_shift(runs, plane * bits, out=field)
-        if plane < 8 // bits - 1:
-            field &= (1 << bits) - 1
-    return out.reshape(*data.shape[:-1], -1)
+        field = words >> words.dtype.type(plane * bits)
+        field &= mask
+        out[..., plane] = field.view(f"V{run}")
+    return out.view(np.uint8).reshape(*data.shape[:-1], -1)
 
 
 def _float16(blocks, at):
@@ -107,9 +115,11 @@ def _float16(blocks, at):
 
 
 def _join(low, high, bits):
-    """low | high << bits, in the memory of `high`."""
-    high <<= bits
-    high |= low
+    """low | high << bits, all below 256, in the memory of `high`."""
+    word = np.dtype("u8" if high.shape[-1] % 8 == 0 else "u1")
+    words = high.view(word)
+    words <<= word.type(bits)
+    words |= low.view(word)
     return high
 
 
@@ -139,7 +149,7 @@ def _q5_1(blocks):
 
 
 def _q8_0(blocks):
-    return {"codes": blocks[..., 2:] ^ 128, "bits": 8, "kind": "int", "centre": 128, "group": 32,
+    return {"codes": _words(blocks[..., 2:]).view(np.uint8) ^ np.uint8(128), "bits": 8, "kind": "int", "centre": 128, "group": 32,
             "scale": _float16(blocks, 0)}
 
 

@@ -31,12 +31,14 @@ import numpy as np
 
 from .coded import FLOAT8, TABLES, CodedWeight, Segment
 
+LAYOUT_VERSION = 1   # of the files QMatrix.save writes; raise it with every change of the layout
 TILE_ROWS, TILE_COLUMNS = 16, 64
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,), 16: (16,), 32: (32,)}
 DENSE = {"float16": 16, "bfloat16": 16, "float32": 32}
 _CUDA = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float", "int8": "int8_t",
          "float8_e4m3fn": "E4M3", "float8_e8m0fnu": "E8M0"}
-_CHUNK_BYTES = 1 << 20              # of codes packed at a time, so that the steps of the packer meet in the cache
+_EVERY_BYTE = 0x0101010101010101
+_CHUNK_BYTES = 1 << 19              # of codes packed at a time, so that the steps of the packer meet in the cache
 # (t, c) of the words of a row of 64 columns, in the order (c, t) of the lanes; and back, as it is its own inverse
 _LANES = np.arange(16).reshape(4, 4).T.reshape(-1)
 
@@ -161,11 +163,15 @@ class PackedSegment:
                 "column_tiles": column_tiles, "tiles_per_scale": self.form.tiles_per_scale,
                 "tiles_per_super": self.form.tiles_per_super}
 
+    @property
+    def arrays(self):
+        """(codes, scales, supers)"""
+        return self.codes, self.scales, self.supers
+
     def with_arrays(self, change):
         """This segment with `change(array)` for each of its arrays."""
-        return replace(self, **{name: None if array is None else change(array)
-                                for name, array in (("codes", self.codes), ("scales", self.scales),
-                                                    ("supers", self.supers))})
+        return PackedSegment(*(None if array is None else change(array) for array in self.arrays), self.form,
+                             self.columns)
 
 
 def dtype(name):
@@ -196,7 +202,9 @@ def _padded(array, rows, columns):
 
 def _swapped(words):
     """32-bit words with their bytes in the order 0, 2, 1, 3, in place; its own inverse."""
-    moved = (words ^ words >> np.uint32(8)) & np.uint32(0xFF00)
+    moved = words >> np.uint32(8)
+    moved ^= words
+    moved &= np.uint32(0xFF00)
     words ^= moved
     moved <<= np.uint32(8)
     words ^= moved
@@ -209,10 +217,9 @@ def _lane_words(words):
 
 
 def _put_plane(out, values, bits):
-    """`values` [Nt, 2, 8, 64 Kt] below 2^bits, 1, 2 or 4, into `out` [Nt, Kt, 128 * bits] bytes; spoils `values`."""
-    top = values[:, 1]
-    top <<= np.uint8(bits)
-    both = values[:, 0] | top                                          # [tile row, r, column]
+    """`values` [Nt, 2, 8, 64 Kt] below 2^bits, 1, 2 or 4, into `out` [Nt, Kt, 128 * bits] bytes."""
+    both = values[:, 1].view("u8") << np.uint64(bits)                  # [tile row, r, column]
+    both |= values[:, 0].view("u8")
     if bits == 4:
         words = _lane_words(both.view("u4"))
     else:
@@ -224,7 +231,7 @@ def _put_plane(out, values, bits):
             steps |= steps >> np.uint32(12)
             words = np.ascontiguousarray(steps.view("u2")[..., ::2])
     words = _swapped(words.view("u4")).reshape(*values.shape[::2], -1, 4 * bits)
-    out.view("u4").reshape(*out.shape[:2], 8, 4 * bits)[...] = words.transpose(0, 2, 1, 3)
+    np.moveaxis(out.view("u4").reshape(*out.shape[:2], 8, 4 * bits), 1, 2)[...] = words
 
 
 def _get_plane(packed, bits):
@@ -294,14 +301,14 @@ def _pack_codes(codes, form):
         elif form.bits == 8:
             _put_bytes(part, some)
         else:
-            at, shift = 0, 0
+            at, left = 0, some
             for bits in PLANES[form.bits]:
-                plane = some >> np.uint8(shift)
-                plane &= np.uint8(2**bits - 1)
-                words = np.empty((*part.shape[:2], 128 * bits), np.uint8)
-                _put_plane(words, plane, bits)
-                part[..., at:at + 128 * bits] = words
-                at, shift = at + 128 * bits, shift + bits
+                plane = left
+                if bits != form.bits:
+                    plane = (left.view("u8") & np.uint64((2**bits - 1) * _EVERY_BYTE)).view("u1")
+                    left = (left.view("u8") >> np.uint64(bits) & np.uint64((255 >> bits) * _EVERY_BYTE)).view("u1")
+                _put_plane(part[..., at:at + 128 * bits], plane, bits)
+                at += 128 * bits
     return packed
 
 
@@ -444,6 +451,19 @@ def stacked(xp, parts):
 
     return replace(parts[0], codes=joined([part.codes for part in parts]),
                    scales=joined([part.scales for part in parts]), supers=joined([part.supers for part in parts]))
+
+
+def pack_by_rows(rows, parts):
+    """One segment of `rows` rows from an iterator of those of 16, 32, ... rows each, as in `stacked`, held one by one."""
+    whole, at = None, 0
+    for part in parts:
+        if whole is None:
+            whole = part.with_arrays(lambda array: np.empty((-(-rows // TILE_ROWS), *array.shape[1:]), np.uint8))
+        for to, array in zip(whole.arrays, part.arrays, strict=True):
+            if to is not None:
+                to[at:at + len(array)] = array
+        at += len(part.codes)
+    return whole
 
 
 def pack_dense(weight):
