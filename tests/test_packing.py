@@ -89,6 +89,14 @@ def test_segments_side_by_side():
     assert_same_bits(packed_order[packed_order >= 0], np.arange(200, dtype=np.int32))
 
 
+@pytest.mark.parametrize("shape", [(16, 64), (24, 96), (5, 136), (33, 584)])
+@pytest.mark.parametrize("group", [16, 24, 40])
+def test_one_super_of_all_columns(shape, group):
+    """Filling the groups up leaves it the only one."""
+    (segment,), _ = _assert_round_trip(coded_weight("e2m1 plain float8_e4m3fn float32", *shape, group=group))
+    assert segment.form.tiles_per_super == segment.codes.shape[1] and segment.supers.shape[1] == 1
+
+
 @pytest.mark.parametrize("bits", INTEGERS)
 def test_integers_lie_where_the_layout_says(bits):
     weight = coded_weight(f"int{bits} plain float16", 16, 64)

@@ -355,50 +355,68 @@ def _wide(group, columns):
     return group if group >= columns else -(-group // 16) * 16
 
 
-def _filled(segment):
-    """(segment with groups as `_wide` wants them, where its columns are now or None)."""
-    columns, group = segment.codes.shape[1], segment.group
-    wide = _wide(group, columns)
-    if wide == group:
-        return segment, None
-    at = np.arange(columns)
-    at = at // group * wide + at % group
-    codes = np.zeros((segment.codes.shape[0], at[-1] + 1), np.uint8)
-    codes[:, at] = segment.codes
-    return replace(segment, codes=codes, group=wide, super_group=segment.super_group // group * wide), at
+def form_of(segment, scale_dtype=None):
+    """Form of a Segment, and its columns once the groups are filled; supers as `with_whole_supers` leaves them.
+
+    `scale_dtype` names the numbers in `scale`, ``segment.scale.dtype.name`` by default.
+    """
+    last = segment.codes.shape[1] - 1
+    group = _wide(segment.group, last + 1)
+    columns = last // segment.group * group + last % segment.group + 1
+    column_tiles = -(-columns // TILE_COLUMNS)
+    groups = 1 if group >= columns or group % 64 == 0 else 2 if group % 32 == 0 else 4
+    mode = "ZERO" if segment.zero is not None else "MINIMUM" if segment.minimum is not None else "PLAIN"
+    tiles_per_scale = 1 if groups > 1 else min(column_tiles, -(-group // 64))
+    super_scale, tiles_per_super = None, 1
+    if segment.super_scale is not None:
+        super_scale, tiles_per_super = segment.super_scale.dtype.name, column_tiles
+        if segment.super_group <= last:
+            tiles_per_super = segment.super_group // segment.group * group // 64
+    return Form(segment.bits, segment.kind, segment.centre, scale_dtype or segment.scale.dtype.name, mode, groups,
+                super_scale, tiles_per_scale, tiles_per_super, min(segment.group, last + 1)), columns
 
 
-def _without_supers(segment):
-    """The same weights with float32 scales and no supers."""
+def with_whole_supers(segment):
+    """This segment; with float32 scales and no supers where the layout has no place for them.
+
+    It has none for those of columns that are no multiple of a tile's, or of scales but not of minima.
+    """
+    if segment.super_scale is None:
+        return segment
+    columns, ratio = segment.codes.shape[1], -(-segment.super_group // segment.group)
+    whole = segment.super_group >= columns or ratio * _wide(segment.group, columns) % 64 == 0
+    if whole and (segment.minimum is None) == (segment.super_minimum is None):
+        return segment
+
     def above(array, super_array):
-        wide = np.repeat(super_array.astype(np.float32), segment.super_group // segment.group, axis=1)
-        return array.astype(np.float32) * wide[:, :array.shape[1]]
+        return array.astype("float32") * super_array.astype("float32").repeat(ratio, axis=1)[:, :array.shape[1]]
 
     minimum = segment.minimum
     if minimum is not None and segment.super_minimum is not None:
         minimum = above(minimum, segment.super_minimum)
     return replace(segment, scale=above(segment.scale, segment.super_scale), minimum=minimum,
-                   zero=None if segment.zero is None else segment.zero.astype(np.float32), super_scale=None,
+                   zero=None if segment.zero is None else segment.zero.astype("float32"), super_scale=None,
                    super_minimum=None, super_group=0)
 
 
-def _pack_segment(segment, group_before):
-    columns = segment.codes.shape[1]
-    row_tiles, column_tiles = tiles(segment.codes.shape)
-    if segment.super_scale is not None and (
-            (segment.super_group % 64 and segment.super_group < columns)
-            or (segment.minimum is None) != (segment.super_minimum is None)):
-        segment = _without_supers(segment)
-    group = segment.group
-    groups = 1 if group >= columns or group % 64 == 0 else 2 if group % 32 == 0 else 4
-    tiles_per_scale = 1 if groups > 1 else min(column_tiles, -(-group // 64))
-    mode = "ZERO" if segment.zero is not None else "MINIMUM" if segment.minimum is not None else "PLAIN"
-    form = Form(segment.bits, segment.kind, segment.centre, segment.scale.dtype.name, mode, groups,
-                None if segment.super_scale is None else segment.super_scale.dtype.name, tiles_per_scale,
-                1 if segment.super_scale is None else min(column_tiles, -(-segment.super_group // 64)), group_before)
+def _filled_at(segment):
+    """Where the columns of a segment are once its groups are filled."""
+    columns = np.arange(segment.codes.shape[1])
+    return columns // segment.group * _wide(segment.group, len(columns)) + columns % segment.group
 
-    spans = -(-column_tiles // tiles_per_scale)
-    source = np.arange(spans * groups) * (64 // groups * tiles_per_scale) // group  # group of x behind each of ours
+
+def pack_segment(segment):
+    """A Segment as a PackedSegment. Its columns are the segment's with the groups filled to multiples of 16."""
+    segment = with_whole_supers(segment)
+    form, columns = form_of(segment)
+    codes, group = segment.codes, _wide(segment.group, segment.codes.shape[1])
+    if group != segment.group:
+        codes = np.zeros((len(codes), columns), np.uint8)
+        codes[:, _filled_at(segment)] = segment.codes
+    row_tiles, column_tiles = tiles(codes.shape)
+
+    spans = -(-column_tiles // form.tiles_per_scale)
+    source = np.arange(spans * form.groups) * (64 // form.groups * form.tiles_per_scale) // group   # group of each
     known = source < segment.scale.shape[1]
 
     def spread(array):
@@ -407,19 +425,25 @@ def _pack_segment(segment, group_before):
         return wide
 
     parameters = [a for a in (segment.scale, segment.zero, segment.minimum) if a is not None]
-    scales = _put_rows([spread(a) for a in parameters], row_tiles, groups, False)
+    scales = _put_rows([spread(a) for a in parameters], row_tiles, form.groups, False)
     supers = None
     if segment.super_scale is not None:
         above = [a for a in (segment.super_scale, segment.super_minimum) if a is not None]
         supers = _put_rows([a.astype(segment.super_scale.dtype, copy=False) for a in above], row_tiles, 1, True)
-    return PackedSegment(_pack_codes(segment.codes, form), scales, supers, form, columns)
+    return PackedSegment(_pack_codes(codes, form), scales, supers, form, columns)
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------
 
 
-def pack(weight):
+def pack(weight, pack_segment=pack_segment):
     """A CodedWeight in this layout.
+
+    Parameters
+    ----------
+    weight : CodedWeight
+    pack_segment : callable
+        Makes a PackedSegment of each Segment: `pack_segment`, or on the device `cupyattn.repack`.
 
     Returns
     -------
@@ -427,19 +451,16 @@ def pack(weight):
     order : ndarray [columns of all segments, each a multiple of 64], int32, or None
         Column of x that each column multiplies, -1 for 0. None where the one segment takes x as it is.
     """
-    filled = [_filled(segment) for segment in weight.segments]
-    packed = [_pack_segment(segment, min(before.group, before.codes.shape[1]))
-              for before, (segment, _) in zip(weight.segments, filled, strict=True)]
-    if len(packed) == 1 and weight.order is None and filled[0][1] is None:
+    packed = [pack_segment(segment) for segment in weight.segments]
+    if len(packed) == 1 and weight.order is None and packed[0].columns == weight.segments[0].codes.shape[1]:
         return tuple(packed), None
     order = np.arange(weight.shape[1], dtype=np.int32) if weight.order is None else weight.order
     first, parts = 0, []
-    for before, (_, at) in zip(weight.segments, filled, strict=True):
-        columns = before.codes.shape[1]
-        part = np.full(-(-(columns if at is None else int(at[-1]) + 1) // 64) * 64, -1, np.int32)
-        part[np.arange(columns) if at is None else at] = order[first:first + columns]
+    for before, after in zip(weight.segments, packed, strict=True):
+        part = np.full(-(-after.columns // 64) * 64, -1, np.int32)
+        part[_filled_at(before)] = order[first:first + before.codes.shape[1]]
         parts.append(part)
-        first += columns
+        first += before.codes.shape[1]
     packed = (replace(segment, columns=len(part)) for segment, part in zip(packed, parts, strict=True))
     return tuple(packed), np.concatenate(parts)
 
@@ -485,7 +506,7 @@ def unpack(segments, order, format, shape):
 
 
 def _kept(packed, order):
-    """Columns of the segment that `_filled` and the tiles have not added."""
+    """Columns of the segment that `_filled_at` and the tiles have not added."""
     if order is None:
         return np.arange(packed.columns)
     at = np.arange(np.flatnonzero(order >= 0)[-1] + 1)
