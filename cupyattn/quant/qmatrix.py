@@ -5,15 +5,17 @@ import sys
 
 import numpy as np
 
-from . import gguf, layout
+from . import gguf, layout, packed_file, shards
+from .constructors import Constructors
 
-_CHUNK_BYTES = 1 << 20   # of codes read at a time, so that reader and packer meet in the cache
+_CHUNK_BYTES = 1 << 19   # of codes read at a time, so that reader and packer meet in the cache
 
 
-class QMatrix:
+class QMatrix(Constructors):
     """A weight matrix in the kernels' layout; ``y = x @ W.T`` by `matmul`.
 
-    Made by `from_gguf`, `from_dense`, `from_coded` or `concat`.
+    Made from a checkpoint by `from_safetensors`, or from arrays by the `from_` of their format; from numbers by
+    `quantize` and `from_dense`; from others by `concat`, `row_shard` and `column_shard`; from a file by `load`.
 
     Attributes
     ----------
@@ -69,12 +71,9 @@ class QMatrix:
             return cls.from_dense(np.ascontiguousarray(host).reshape(-1).view(dtype).reshape(shape), xp=xp)
         blocks = gguf.blocks(host, name, shape)
         step = max(1, _CHUNK_BYTES // (16 * shape[1])) * 16
-        parts = []
-        for start in range(0, shape[0], step):
-            rows = blocks[start:start + step]
-            (part,), _ = layout.pack(gguf.read(rows, name, (len(rows), shape[1])))
-            parts.append(part)
-        return cls(name, shape, (layout.stacked(np, parts),)).to(xp)
+        some = (blocks[start:start + step] for start in range(0, shape[0], step))
+        parts = (layout.pack(gguf.read(rows, name, (len(rows), shape[1])))[0][0] for rows in some)
+        return cls(name, shape, (layout.pack_by_rows(shape[0], parts),)).to(xp)
 
     @classmethod
     def from_dense(cls, w, *, xp=None):
@@ -128,6 +127,89 @@ class QMatrix:
                    [layout.stacked(first.xp, parts) for parts in zip(*(m.segments for m in matrices), strict=True)],
                    first.order)
 
+    def row_shard(self, rank, size):
+        """The rows of one of `size` ranks: tensor parallel over out_features.
+
+        Parameters
+        ----------
+        rank : int
+            0 to size - 1.
+        size : int
+            At most out_features / 16.
+
+        Returns
+        -------
+        QMatrix
+            Rows in sixteens, as evenly as they go: all ranks have as many where 16 * size divides out_features.
+            A view of this matrix's arrays. It multiplies all of x, and gives the columns of y it has the rows of.
+
+        Notes
+        -----
+        Take shards of q, k and v, gate and up before `concat`, not after.
+        """
+        start, stop = shards.shard_range(self.shape[0], rank, size)
+        segments = shards.slice_rows(self.segments, start, stop)
+        return QMatrix(self.format, (stop - start, self.shape[1]), segments, self.order)
+
+    def column_shard(self, rank, size):
+        """The columns of one of `size` ranks: tensor parallel over in_features.
+
+        Parameters
+        ----------
+        rank : int
+            0 to size - 1.
+        size : int
+            At most in_features / 16.
+
+        Returns
+        -------
+        QMatrix
+            It multiplies ``x[..., start:stop]``, columns in x's own order also with act-order: the very columns a
+            layer before it with out_features = in_features gives as its ``row_shard(rank, size)``. The sum of all
+            ranks' results is y. ``[start, stop)`` are sixteens, as evenly as they go.
+
+        Notes
+        -----
+        `order` of the shard counts within that slice. Groups that are cut keep their scales, by repeating them; the
+        parts of groups in act-order, of any size, are filled up to a multiple of 32 columns each, so such a shard is
+        larger than its share.
+        """
+        start, stop = shards.shard_range(self.shape[1], rank, size)
+        here = self.to(np)
+        if here.segments[0].form.kind in layout.DENSE:
+            (segment,) = here.segments
+            weight = layout.unpack_codes(segment.codes, segment.form)[:self.shape[0], start:stop]
+            return QMatrix.from_dense(weight, xp=self.xp)
+        weight = layout.unpack(here.segments, here.order, self.format, self.shape)
+        return QMatrix.from_coded(shards.slice_columns(weight, start, stop), xp=self.xp)
+
+    def save(self, path):
+        """Write the packed matrix to a .safetensors file that `load` maps into memory.
+
+        Parameters
+        ----------
+        path : str or Path
+        """
+        here = self.to(np)
+        packed_file.save(path, self.format, self.shape, here.segments, here.order)
+
+    @classmethod
+    def load(cls, path, *, xp=None):
+        """The matrix `save` wrote.
+
+        Parameters
+        ----------
+        path : str or Path
+        xp : module, optional
+            numpy, the default: arrays are read-only and mapped, read as they are used; or cupy.
+
+        Raises
+        ------
+        ValueError
+            Not such a file, a damaged one, or one of another version of the layout.
+        """
+        return cls(*packed_file.load(path)).to(xp or np)
+
     def matmul(self, x, /, *, bias=None, accumulate=False, out=None):
         """``x @ W.T``: the same as `cupyattn.quant_gemm` ``(x, self, ...)``."""
         from ..ops.quant_gemm import quant_gemm
@@ -157,7 +239,7 @@ class QMatrix:
     @property
     def nbytes(self):
         """Bytes of all arrays, padding included."""
-        arrays = [self.order, *(a for s in self.segments for a in (s.codes, s.scales, s.supers))]
+        arrays = [self.order, *(array for segment in self.segments for array in segment.arrays)]
         return sum(array.nbytes for array in arrays if array is not None)
 
     @property
