@@ -4,14 +4,16 @@
 import functools
 import itertools
 
+from ..matmul_plans import Partition, mma_specs, partition, plan_mma, tile_of_out
 from ..quant import QMatrix
 from ..quant.layout import TRAITS
-from ..runtime import Plan, Specialisation, arch_of, launch, make_args, workspace
+from ..runtime import Plan, Specialisation, arch_of, arrival_counters, launch, make_args, workspace
 from ..runtime.arrays import alignment, array_namespace, as_rows, dtype_name, row_view
 from ..runtime.checks import FLOATS, check_dtype, check_element_strides, check_shape, check_writeable
 
 _MAX_TOKENS = 2**18        # rows of x per launch: grid.y ends at 65535 tiles
 _WORKSPACE_TOKENS = 2**12  # rows of x per launch that takes scratch for them
+_WORKSPACE_BYTES = 2**26   # of a launch's sums
 _SLICE_TILES = 24          # MAX_SLICE_TILES of the kernel
 _WARPS = 4                 # of a block on a GPU
 
@@ -47,7 +49,7 @@ CORE = [*(_spec(*case) for case in (
     ("bfloat16", "bfloat16", "float32", "Weights<Table<NF4>,Scales<float,PLAIN,1>>", 1, 4, 1, 8),
     ("float32", "float16", "float32", "Weights<Table<E2M1>,SuperScales<E4M3,float,PLAIN,4>>", 8, 1, 4, 1),
     ("float16", "float16", "float16", "Weights<Float8<E4M3>,Scales<float,PLAIN,1>>", 2, 1, 4, 8),
-)), _gather_spec("float16"), _gather_spec("float32")]
+)), _gather_spec("float16"), _gather_spec("float32"), *mma_specs(core=True)]
 
 
 def _all():
@@ -63,11 +65,24 @@ def _all():
                         yield _spec(x, out, bias, trait, m_tile, row_tiles, 1, vec)
     for i, trait in enumerate(TRAITS):
         yield _spec(FLOATS[i % 3], "float32", "float32", trait, 1 << i % 4, 1, _WARPS, 1)
+    yield from mma_specs(core=False)
 
 
-def _version(trait, x, arch):
-    """("core", why)."""
-    return "core", "CUDA cores"
+def _version(forms, x, align, arch):
+    """("mma" or "core", why)."""
+    kinds = {form.kind for form in forms}
+    if x == "float32" or "float32" in kinds:
+        return "core", "CUDA cores: float32 is not rounded for tensor cores"
+    other = kinds & set(FLOATS) - {x}
+    if other:
+        return "core", f"CUDA cores: {other.pop()} weights with {x} x"
+    if arch == "cpu":
+        return "core", "CUDA cores, the faster version on the CPU"
+    if int(arch[3:].rstrip("af")) < 80:
+        return "core", f"CUDA cores: {arch} is older than sm_80"
+    if align < 16:
+        return "core", f"CUDA cores: rows of x are aligned to {align} bytes, tensor cores need 16"
+    return "mma", "tensor cores"
 
 
 ALL = list(dict.fromkeys((*CORE, *_all())))
@@ -127,8 +142,10 @@ def quant_gemm(x, qmatrix, /, *, bias=None, accumulate=False, out=None):
 
     Notes
     -----
-    Products and sums are float32, weights are never rounded; the store is the only rounding. A row of `out` has the
-    same bits whatever the number of rows. On CuPy arrays asynchronous on the current stream. Kernel: ``cuda_src/quant_gemm.cu``.
+    Products and sums are float32, weights are never rounded; the store is the only rounding. float16 and bfloat16 `x`
+    run on tensor cores from sm_80 on (numbers of NF4 and FP4 are then within 2^-17 of the largest), all else on CUDA
+    cores. A row of `out` has the same bits whatever the number of rows. On CuPy arrays asynchronous on the current
+    stream. Kernel: ``cuda_src/quant_gemm.cu``.
 
     Examples
     --------
@@ -162,39 +179,59 @@ def quant_gemm(x, qmatrix, /, *, bias=None, accumulate=False, out=None):
     out_rows = as_rows("quant_gemm", "out", out if out.ndim > 1 else out[None])
     fields = {"bias": bias, "stride_bias": 0 if bias is None else bias.strides[0] // bias.itemsize, "rows": rows,
               "accumulate": int(accumulate)}
+    arch = arch_of(xp)
+    version = _version([segment.form for segment in qmatrix.segments], dtype,
+                       16 if qmatrix.order is not None else alignment(x_rows), arch)
+    cuts = [_cut(rows, segment, version) for segment in qmatrix.segments]
     step = _MAX_TOKENS if qmatrix.order is None else _WORKSPACE_TOKENS
+    if version[0] == "mma" and sum(cut.pieces for cut in cuts) > 1:
+        step = min(step, max(128, _WORKSPACE_BYTES // (4 * rows * sum(cut.pieces for cut in cuts)) // 64 * 64))
     for start in range(0, x_rows.shape[0], step):
-        _launch(xp, x_rows[start:start + step], qmatrix, out_rows[start:start + step], bias_dtype, fields)
+        _launch(xp, x_rows[start:start + step], qmatrix, out_rows[start:start + step], version, cuts, bias_dtype, fields)
     return out
 
 
-def _launch(xp, x, qmatrix, out, bias_dtype, fields):
+def _cut(rows, segment, version):
+    """Partition of a segment; CUDA cores sum it as one piece."""
+    column_tiles = segment.codes.shape[1]
+    return partition(rows, column_tiles, segment.form) if version[0] == "mma" else Partition(1, 1, column_tiles, 0)
+
+
+def _launch(xp, x, qmatrix, out, version, cuts, bias_dtype, fields):
     """One launch per segment, behind one that puts the columns of `x` in order if the weight has an order."""
-    arch, dtype, tokens, pieces = arch_of(xp), dtype_name(x), x.shape[0], len(qmatrix.segments)
-    partials = None
-    if qmatrix.order is not None:
-        x, partials = _gathered(xp, x, qmatrix, arch)
-    first = 0
-    for piece, segment in enumerate(qmatrix.segments):
-        some = x[:, first:first + segment.columns]
-        version = _version(segment.form.trait, dtype, arch)
-        plan = _plan_quant_gemm(tokens, segment.codes.shape[0], segment.form.trait, dtype, dtype_name(out), bias_dtype,
-                                alignment(some), arch, version)
-        launch(plan, make_args(plan, x=row_view(some), out=row_view(out), weight=segment.view(), order=None,
-                               partials=partials, counters=None, tokens=tokens, columns=segment.columns, pieces=pieces,
-                               first_piece=piece, tiles_per_piece=segment.codes.shape[1], units_per_chunk=0, **fields))
-        first += segment.columns
+    arch, dtype, tokens, (rows, _) = arch_of(xp), dtype_name(x), x.shape[0], qmatrix.shape
+    align, pieces = 16 if qmatrix.order is not None else alignment(x), sum(cut.pieces for cut in cuts)
+    if version[0] == "mma":
+        plans = [plan_mma(tokens, rows, cut.pieces, cut.unit, segment.form, dtype, dtype_name(out), bias_dtype, arch,
+                          version[1]) for cut, segment in zip(cuts, qmatrix.segments, strict=True)]
+        tiles = plans[0].grid[0] * plans[0].grid[1]
+        m_tile, block_rows = tile_of_out(plans[0])
+        sums = 0 if pieces == 1 else 4 * tiles * pieces * m_tile * block_rows
+    else:
+        plans = [_plan_quant_gemm(tokens, segment.codes.shape[0], segment.form.trait, dtype, dtype_name(out),
+                                  bias_dtype, align, arch, version) for segment in qmatrix.segments]
+        tiles, sums = 0, 4 * (pieces - 1) * tokens * rows
+    x, partials = _scratch(xp, x, qmatrix.order, sums, arch)
+    arrived = arrival_counters(xp, tiles) if tiles and partials is not None else None
+    column = piece = 0
+    for plan, cut, segment in zip(plans, cuts, qmatrix.segments, strict=True):
+        launch(plan, make_args(plan, x=row_view(x[:, column:column + segment.columns]), out=row_view(out),
+                               weight=segment.view(), order=None, partials=partials, counters=arrived, tokens=tokens,
+                               columns=segment.columns, pieces=pieces, first_piece=piece,
+                               tiles_per_piece=cut.tiles_per_piece, units_per_chunk=cut.units_per_chunk, **fields))
+        column, piece = column + segment.columns, piece + cut.pieces
 
 
-def _gathered(xp, x, qmatrix, arch):
-    """(x in the order of the weight's columns, room for the sums of all segments but the last), both scratch."""
-    tokens, columns, (rows, _) = x.shape[0], qmatrix.order.size, qmatrix.shape
+def _scratch(xp, x, order, sums, arch):
+    """(x in the `order` of the weight's columns, itself without one; float32 room of `sums` bytes or None)."""
+    if order is None:
+        return x, workspace(xp, sums)[:sums].view("float32") if sums else None
+    tokens, columns = x.shape[0], order.size
     nbytes = -(-tokens * columns * x.itemsize // 16) * 16
-    sums = 4 * (len(qmatrix.segments) - 1) * tokens * rows
     scratch = workspace(xp, nbytes + sums)
     gathered = scratch[:tokens * columns * x.itemsize].view(x.dtype).reshape(tokens, columns)
     plan = _plan_gather(tokens, columns, dtype_name(x), arch)
-    launch(plan, make_args(plan, x=row_view(x), out=row_view(gathered), weight=None, order=qmatrix.order, bias=None,
+    launch(plan, make_args(plan, x=row_view(x), out=row_view(gathered), weight=None, order=order, bias=None,
                            stride_bias=0, rows=columns, accumulate=0, partials=None, counters=None, tokens=tokens,
                            columns=columns, pieces=1, first_piece=0, tiles_per_piece=0, units_per_chunk=0))
     return gathered, scratch[nbytes:nbytes + sums].view("float32") if sums else None
