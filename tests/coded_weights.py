@@ -28,6 +28,11 @@ FORMS = {
     "e5m2 plain float16": (8, "e5m2", 0, "float16", "plain", None, 128),
 }
 
+# a few that between them have every kind of codes, scales and modes
+SOME = ("int2 minimum int8 float16", "int3 plain bfloat16", "int4 zero float16", "int5 minimum float16",
+        "int6 plain int8 float16", "int8 zero float16", "nf4 plain float32", "e2m1 plain float8_e8m0fnu",
+        "e2m1 plain float8_e4m3fn float32", "e4m3 plain float32")
+
 
 def coded_weight(name, rows, columns, group=None, seed=0):
     """A CodedWeight [rows, columns] of form `name`; its weights are of size 1 or so."""
