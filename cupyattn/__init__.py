@@ -16,6 +16,7 @@ from .ops.kv_flatten import kv_flatten
 from .ops.layer_norm import layer_norm
 from .ops.paged_decode import paged_decode
 from .ops.quant_gemm import quant_gemm
+from .ops.repack import repack
 from .ops.rms_norm import rms_norm
 from .ops.rope import rope
 from .ops.schedule import Schedule, schedule
@@ -34,7 +35,7 @@ __all__ = [
     "PagedParams", "PageManager", "PageTable", "Params", "QMatrix", "QuantPolicy", "QuantizedKV", "RopeKernelParam",
     "RopeParams", "Schedule",
     "attention", "dequantize", "embedding", "kv_append", "kv_flatten", "layer_norm", "paged_decode", "quant_gemm",
-    "rms_norm", "rope", "schedule", "silu_mul", "split_reduce",
+    "repack", "rms_norm", "rope", "schedule", "silu_mul", "split_reduce",
     "contiguous_shards", "create_cache_iter_factory", "flatten_kv", "invoke_attention", "invoke_decoding",
     "merge_shards", "process_kv", "rank_result", "reduce_split_k", "round_robin",
 ]

@@ -354,6 +354,33 @@ struct DequantizeArgs {
   int32_t reserved;         // zero
 };
 
+struct MatrixView {
+  void* data;             // T [rows, columns] any strides
+  int64_t stride_row;     // elements between rows
+  int64_t stride_column;  // elements between columns
+};
+
+struct RepackArgs {
+  const MatrixView values;         // uint8 codes, or the 16- or 32-bit numbers themselves [rows, columns]
+  const MatrixView scale;          // bytes of numbers [rows, ceil(columns / group)]; null for none
+  const MatrixView second;         // zeros or minima like scale; null for none
+  const MatrixView super_scale;    // bytes of numbers [rows, supers of a row]; null for none
+  const MatrixView super_minimum;  // like super_scale; null for none
+  uint8_t* codes;                  // uint8 [row tiles, column_tiles, bytes of a tile's codes]
+  uint8_t* scales;                 // uint8 [row tiles, spans of tiles_per_scale, bytes of a record]; null for none
+  uint8_t* supers;                 // uint8 [row tiles, spans of tiles_per_super, bytes of a record]; null for none
+  int32_t rows;                    // of values
+  int32_t columns;                 // of values
+  int32_t group;                   // columns of values that share a scale
+  int32_t filled_group;            // packed columns of a group
+  int32_t column_tiles;            // ceil(packed columns / 64)
+  int32_t tiles_per_scale;         // tiles of a row that share a record of scales
+  int32_t tiles_per_super;         // tiles of a row that share a record of supers
+  int32_t scale_bytes_log2;        // of a scale, zero or minimum
+  int32_t super_bytes_log2;        // of a super
+  int32_t groups_log2;             // groups of a tile
+};
+
 // ---- TurboMind's parameters, for C callers; no kernel here reads them ------------------------------------
 //
 // The layout of the C struct with its own types (char**, bool, pointers to T): what its compiler pads is spelled out.

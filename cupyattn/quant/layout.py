@@ -355,13 +355,18 @@ def _wide(group, columns):
     return group if group >= columns else -(-group // 16) * 16
 
 
+def filled_group(segment):
+    """Packed columns of a group of a Segment: a multiple of 16, but for the only group, which has all."""
+    columns = segment.codes.shape[1]
+    return _wide(min(segment.group, columns), columns)
+
+
 def form_of(segment, scale_dtype=None):
     """Form of a Segment, and its columns once the groups are filled; supers as `with_whole_supers` leaves them.
 
     `scale_dtype` names the numbers in `scale`, ``segment.scale.dtype.name`` by default.
     """
-    last = segment.codes.shape[1] - 1
-    group = _wide(segment.group, last + 1)
+    last, group = segment.codes.shape[1] - 1, filled_group(segment)
     columns = last // segment.group * group + last % segment.group + 1
     column_tiles = -(-columns // TILE_COLUMNS)
     groups = 1 if group >= columns or group % 64 == 0 else 2 if group % 32 == 0 else 4
@@ -384,7 +389,7 @@ def with_whole_supers(segment):
     if segment.super_scale is None:
         return segment
     columns, ratio = segment.codes.shape[1], -(-segment.super_group // segment.group)
-    whole = segment.super_group >= columns or ratio * _wide(segment.group, columns) % 64 == 0
+    whole = segment.super_group >= columns or ratio * filled_group(segment) % 64 == 0
     if whole and (segment.minimum is None) == (segment.super_minimum is None):
         return segment
 
@@ -402,15 +407,15 @@ def with_whole_supers(segment):
 def _filled_at(segment):
     """Where the columns of a segment are once its groups are filled."""
     columns = np.arange(segment.codes.shape[1])
-    return columns // segment.group * _wide(segment.group, len(columns)) + columns % segment.group
+    return columns // segment.group * filled_group(segment) + columns % segment.group
 
 
 def pack_segment(segment):
     """A Segment as a PackedSegment. Its columns are the segment's with the groups filled to multiples of 16."""
     segment = with_whole_supers(segment)
     form, columns = form_of(segment)
-    codes, group = segment.codes, _wide(segment.group, segment.codes.shape[1])
-    if group != segment.group:
+    codes, group = segment.codes, filled_group(segment)
+    if columns != codes.shape[1]:
         codes = np.zeros((len(codes), columns), np.uint8)
         codes[:, _filled_at(segment)] = segment.codes
     row_tiles, column_tiles = tiles(codes.shape)
