@@ -128,15 +128,40 @@ def opcodes(cubin, kernel):
     """Mnemonics of `kernel`'s SASS, e.g. {"HMMA", "LDSM", "LDGSTS", ...}."""
     stored = env.cache_dir() / "nvrtc" / f"{hashlib.sha256(cubin).hexdigest()[:24]}.{kernel}"
     if not stored.is_file():
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(cubin)
-            file.flush()
-            done = subprocess.run([_nvdisasm(), "-c", file.name], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        body = re.search(rf"^\.text\.{kernel}:(.*?)(?=^\.text\.|\Z)", done.stdout, re.DOTALL | re.MULTILINE).group(1)
-        found = set(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", body))
+        found = {mnemonic(line).split(".")[0] for line in _lines(cubin, kernel) if not line.startswith(".L")}
         _store(stored, " ".join(sorted(found)).encode())
     return set(stored.read_text().split())
+
+
+def mnemonic(instruction):
+    """``"LDG.E.128"`` of ``"@P0 LDG.E.128 R4, [R2]"``."""
+    return re.match(r"(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", instruction).group(1)
+
+
+def loops(cubin, kernel):
+    """Instructions of every loop of `kernel`, the shortest first."""
+    instructions, labels, found = [], {}, []
+    for line in _lines(cubin, kernel):
+        if line.startswith(".L"):
+            labels[line] = len(instructions)
+            continue
+        instructions.append(line)
+        target = re.search(r"\bBRA\b.*`\((\.L\w+)\)", line)
+        if target and target.group(1) in labels:   # backwards
+            found.append(instructions[labels[target.group(1)]:])
+    return sorted(found, key=len)
+
+
+def _lines(cubin, kernel):
+    """Instructions and labels (``".L_x_1"``) of `kernel`, in order."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([_nvdisasm(), "-c", file.name], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    body = re.search(rf"^\.text\.{kernel}:(.*?)(?=^\.text\.|\Z)", done.stdout, re.DOTALL | re.MULTILINE).group(1)
+    return [label or instruction.strip()
+            for label, instruction in re.findall(r"^(\.L\w+):|^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", body, re.MULTILINE)]
 
 
 def _store(path, content):
