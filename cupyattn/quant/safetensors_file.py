@@ -7,6 +7,7 @@ data. Large models are several files, with ``model.safetensors.index.json`` sayi
 """
 
 import difflib
+import functools
 import json
 import math
 import mmap
@@ -111,13 +112,18 @@ class Safetensors(Mapping):
         ValueError
             No tensor begins so; names close prefixes.
         """
-        names = {name: name[len(prefix) + 1:] for name in self._places
-                 if name.startswith(prefix + ".") or name in (prefix + "_blocks", prefix + "_scales")}
-        layers = {_layer_of(name) for name in self._places}
-        if not names or prefix not in layers:
+        if prefix not in self._layers:
             raise ValueError(f"QMatrix: prefix must be that of a layer in {self.path}, got {prefix!r}"
-                             f"{_close(prefix, layers)}")
-        return {short: self[name] for name, short in names.items() if _layer_of(name) == prefix}
+                             f"{_close(prefix, self._layers)}")
+        return {name[len(prefix) + 1:]: self[name] for name in self._layers[prefix]}
+
+    @functools.cached_property
+    def _layers(self):
+        """Names of the tensors of each layer."""
+        layers = {}
+        for name in self._places:
+            layers.setdefault(_layer_of(name), []).append(name)
+        return layers
 
 
 class _File:
