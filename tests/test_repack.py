@@ -127,6 +127,31 @@ def test_weights_of_several_segments(with_order):
     assert_same_bits(columns, want_columns)
 
 
+@pytest.mark.parametrize("name", ["int3 plain int8 float16", "int4 zero float16", "e2m1 plain float8_e8m0fnu",
+                                  "e2m1 plain float8_e4m3fn float32"])
+@pytest.mark.parametrize("group", [16, 24])
+def test_matrix_packed_where_it_lives(xp, name, group):
+    weight = coded_weight(name, 24, 136, group=group)
+    if group == 24:
+        weight = replace(weight, order=np.random.default_rng(2).permutation(136).astype(np.int32))
+    want, matrix = cupyattn.QMatrix.from_coded(weight), cupyattn.QMatrix.from_coded(weight, xp=xp.module)
+    assert matrix.xp is xp.module and matrix.shape == want.shape
+    assert_packed(matrix.segments[0], want.segments[0], xp)
+    assert (matrix.order is None) == (group == 16)
+    if group == 24:
+        assert_same_bits(xp.numpy(matrix.order), want.order)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_uncompressed_matrix_packed_where_it_lives(xp, dtype):
+    w = np.random.default_rng(3).standard_normal((24, 136), np.float32).astype(dtype_of(dtype))
+    for given, module in ((w, xp.module), (xp.array(w), None), (xp.array(w).T, None), (xp.array(w), np)):
+        matrix = cupyattn.QMatrix.from_dense(given, xp=module)
+        assert matrix.xp is (module or xp.module)
+        want = layout.pack_dense(w if given.shape == w.shape else np.ascontiguousarray(w.T))
+        assert_packed(matrix.segments[0], want, xp if module is not np else None)
+
+
 def test_supers_within_a_tile_join_the_scales():
     segment = segment_of("int4 plain int8 float16", 16, 256)
     odd = replace(segment, super_group=32, super_scale=segment.super_scale.repeat(8, axis=1))

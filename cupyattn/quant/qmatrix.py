@@ -2,6 +2,7 @@
 """QMatrix: a weight [out_features, in_features], quantized or not, packed for the kernels."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 
@@ -9,6 +10,7 @@ from . import gguf, layout, packed_file, shards
 from .constructors import Constructors
 
 _CHUNK_BYTES = 1 << 19   # of codes read at a time, so that reader and packer meet in the cache
+_SEGMENT_ARRAYS = ("codes", "scale", "zero", "minimum", "super_scale", "super_minimum")
 
 
 class QMatrix(Constructors):
@@ -81,23 +83,31 @@ class QMatrix(Constructors):
 
         in_features must be a multiple of 8. `xp` as in `from_gguf`.
         """
-        host, xp = _host(w, xp)
-        if host.ndim != 2:
-            raise ValueError(f"QMatrix: w must be [out_features, in_features], got shape {list(host.shape)}")
-        if host.dtype.name not in layout.DENSE:
-            raise TypeError(f"QMatrix: w must be {' or '.join(layout.DENSE)}, got {host.dtype.name}")
-        _check_columns("w", host.shape)
-        return cls(host.dtype.name, _shape(host.shape), (layout.pack_dense(np.ascontiguousarray(host)),)).to(xp)
+        cupy = _cupy_of(w)
+        w = w if cupy else np.asarray(w)
+        if w.ndim != 2:
+            raise ValueError(f"QMatrix: w must be [out_features, in_features], got shape {list(w.shape)}")
+        if w.dtype.name not in layout.DENSE:
+            raise TypeError(f"QMatrix: w must be {' or '.join(layout.DENSE)}, got {w.dtype.name}")
+        _check_columns("w", w.shape)
+        shape, xp = _shape(w.shape), xp or cupy or np
+        if xp is np:
+            segment = layout.pack_dense(np.ascontiguousarray(w if cupy is None else cupy.asnumpy(w)))
+        else:
+            segment = _repack(xp.asarray(w))
+        return cls(w.dtype.name, shape, (segment,))
 
     @classmethod
     def from_coded(cls, weight, *, xp=None):
-        """From a ``cupyattn.quant.coded.CodedWeight``, whose in_features must be a multiple of 8.
+        """From a ``cupyattn.quant.coded.CodedWeight`` of NumPy arrays, whose in_features must be a multiple of 8.
 
-        `xp` is numpy or cupy, default numpy.
+        `xp` is numpy or cupy, default numpy; with cupy the packing is done on the device.
         """
         _check_columns("weight", weight.shape)
-        segments, order = layout.pack(weight)
-        return cls(weight.format, _shape(weight.shape), segments, order).to(xp or np)
+        if xp is None or xp is np:
+            return cls(weight.format, _shape(weight.shape), *layout.pack(weight))
+        segments, order = layout.pack(weight, lambda segment: _repacked(segment, xp))
+        return cls(weight.format, _shape(weight.shape), segments, None if order is None else xp.asarray(order))
 
     @classmethod
     def concat(cls, matrices):
@@ -256,10 +266,33 @@ def _host(array, xp):
     """`array` on the host, and the module its matrix shall live in."""
     if isinstance(array, np.ndarray):
         return array, xp or np
-    cupy = sys.modules.get("cupy")
-    if cupy is not None and isinstance(array, cupy.ndarray):
+    cupy = _cupy_of(array)
+    if cupy is not None:
         return cupy.asnumpy(array), xp or cupy
     return np.asarray(array), xp or np
+
+
+def _cupy_of(array):
+    """cupy if `array` is one of its arrays, else None."""
+    cupy = sys.modules.get("cupy")
+    return cupy if cupy is not None and isinstance(array, cupy.ndarray) else None
+
+
+def _repack(weights, **keywords):
+    from ..ops.repack import repack
+
+    return repack(weights, **keywords)
+
+
+def _repacked(segment, cupy):
+    """A Segment of NumPy arrays as a PackedSegment on the device: moved as it is and packed there."""
+    segment = layout.with_whole_supers(segment)
+    arrays = {name: getattr(segment, name) for name in _SEGMENT_ARRAYS if getattr(segment, name) is not None}
+    scale_dtype = segment.scale.dtype.name if segment.scale.dtype.name.startswith("float8") else None
+    if scale_dtype is not None:   # CuPy has no such dtype
+        arrays["scale"] = segment.scale.view(np.uint8)
+    moved = {name: cupy.asarray(array) for name, array in arrays.items()}
+    return _repack(replace(segment, **moved), scale_dtype=scale_dtype)
 
 
 def _shape(shape):
