@@ -246,7 +246,7 @@ def test_errors():
     ("q8_0", "float16", 16, "cpu", "faster version on the CPU")])
 def test_the_version_and_why(format, x, align, arch, why):
     (segment,) = _weight(format, 40, 96)[0].segments
-    version = op._version([segment.form], x, align, arch)
+    version = op._version((segment.form.kind,), x, align, arch)
     assert version[0] == ("core" if why else "mma")
     if why:
         plan = op._plan_quant_gemm(9, 36, segment.form.trait, x, "float32", "float32", align, arch, version)

@@ -101,7 +101,7 @@ def dequantize(qmatrix, /, *, rows=None, out_dtype=None, out=None):
     for segment in qmatrix.segments:
         plan = _plan_dequantize(row_tiles, segment.codes.shape[1], dtype, segment.form.trait, align, arch)
         order = None if qmatrix.order is None else qmatrix.order[start:start + segment.columns]
-        launch(plan, make_args(plan, out=row_view(out_rows), weight=segment.view(), order=order, first_row=first,
+        launch(plan, make_args(plan, out=row_view(out_rows), weight=segment.view, order=order, first_row=first,
                                rows=last - first, columns=segment.columns, reserved=0))
         start += segment.columns
     return out

@@ -122,7 +122,7 @@ def embedding(ids, table, /, *, out_dtype=None, out=None):
         plan = _plan_embedding(flat_ids.size, segment.columns, "float32", segment.form.trait, dtype, ids_dtype,
                                alignment(out_rows), arch_of(xp))
         order = None if table.order is None else table.order[first:first + segment.columns]
-        launch(plan, make_args(plan, table=None, weight=segment.view(), order=order, columns=segment.columns, **fields))
+        launch(plan, make_args(plan, table=None, weight=segment.view, order=order, columns=segment.columns, **fields))
         first += segment.columns
     return out
 

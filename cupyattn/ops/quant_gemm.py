@@ -16,6 +16,7 @@ _WORKSPACE_TOKENS = 2**12  # rows of x per launch that takes scratch for them
 _WORKSPACE_BYTES = 2**26   # of a launch's sums
 _SLICE_TILES = 24          # MAX_SLICE_TILES of the kernel
 _WARPS = 4                 # of a block on a GPU
+_WHOLE = Partition(1, 1, 0, 0)   # how CUDA cores, which do not look at it, sum a segment: as one piece
 
 
 def _spec(x, out, bias, trait, m_tile, row_tiles, warps, vec):
@@ -68,14 +69,14 @@ def _all():
     yield from mma_specs(core=False)
 
 
-def _version(forms, x, align, arch):
-    """("mma" or "core", why)."""
-    kinds = {form.kind for form in forms}
+@functools.lru_cache(maxsize=1024)
+def _version(kinds, x, align, arch):
+    """("mma" or "core", why) from the kinds of the weight's codes, x's dtype name and alignment, and arch."""
     if x == "float32" or "float32" in kinds:
         return "core", "CUDA cores: float32 is not rounded for tensor cores"
-    other = kinds & set(FLOATS) - {x}
+    other = [kind for kind in kinds if kind in FLOATS and kind != x]
     if other:
-        return "core", f"CUDA cores: {other.pop()} weights with {x} x"
+        return "core", f"CUDA cores: {other[0]} weights with {x} x"
     if arch == "cpu":
         return "core", "CUDA cores, the faster version on the CPU"
     if int(arch[3:].rstrip("af")) < 80:
@@ -179,46 +180,44 @@ def quant_gemm(x, qmatrix, /, *, bias=None, accumulate=False, out=None):
     out_rows = as_rows("quant_gemm", "out", out if out.ndim > 1 else out[None])
     fields = {"bias": bias, "stride_bias": 0 if bias is None else bias.strides[0] // bias.itemsize, "rows": rows,
               "accumulate": int(accumulate)}
-    arch = arch_of(xp)
-    version = _version([segment.form for segment in qmatrix.segments], dtype,
-                       16 if qmatrix.order is not None else alignment(x_rows), arch)
-    cuts = [_cut(rows, segment, version) for segment in qmatrix.segments]
+    arch, align = arch_of(xp), 16 if qmatrix.order is not None else alignment(x_rows)
+    version = _version(qmatrix.kinds, dtype, align, arch)
     step = _MAX_TOKENS if qmatrix.order is None else _WORKSPACE_TOKENS
-    if version[0] == "mma" and sum(cut.pieces for cut in cuts) > 1:
-        step = min(step, max(128, _WORKSPACE_BYTES // (4 * rows * sum(cut.pieces for cut in cuts)) // 64 * 64))
+    if version[0] == "core":
+        cuts = [_WHOLE] * len(qmatrix.segments)
+    else:
+        cuts = [partition(rows, segment.codes.shape[1], segment.form) for segment in qmatrix.segments]
+        pieces = sum(cut.pieces for cut in cuts)
+        if pieces > 1:
+            step = min(step, max(128, _WORKSPACE_BYTES // (4 * rows * pieces) // 64 * 64))
     for start in range(0, x_rows.shape[0], step):
-        _launch(xp, x_rows[start:start + step], qmatrix, out_rows[start:start + step], version, cuts, bias_dtype, fields)
+        _launch(xp, x_rows[start:start + step], qmatrix, out_rows[start:start + step], version, cuts, align, arch,
+                (dtype, out_dtype, bias_dtype), fields)
     return out
 
 
-def _cut(rows, segment, version):
-    """Partition of a segment; CUDA cores sum it as one piece."""
-    column_tiles = segment.codes.shape[1]
-    return partition(rows, column_tiles, segment.form) if version[0] == "mma" else Partition(1, 1, column_tiles, 0)
-
-
-def _launch(xp, x, qmatrix, out, version, cuts, bias_dtype, fields):
+def _launch(xp, x, qmatrix, out, version, cuts, align, arch, dtypes, fields):
     """One launch per segment, behind one that puts the columns of `x` in order if the weight has an order."""
-    arch, dtype, tokens, (rows, _) = arch_of(xp), dtype_name(x), x.shape[0], qmatrix.shape
-    align, pieces = 16 if qmatrix.order is not None else alignment(x), sum(cut.pieces for cut in cuts)
+    tokens, (rows, _), pieces = x.shape[0], qmatrix.shape, sum(cut.pieces for cut in cuts)
     if version[0] == "mma":
-        plans = [plan_mma(tokens, rows, cut.pieces, cut.unit, segment.form, dtype, dtype_name(out), bias_dtype, arch,
-                          version[1]) for cut, segment in zip(cuts, qmatrix.segments, strict=True)]
+        plans = [plan_mma(tokens, rows, cut.pieces, cut.unit, segment.form, *dtypes, arch, version[1])
+                 for cut, segment in zip(cuts, qmatrix.segments, strict=True)]
         tiles = plans[0].grid[0] * plans[0].grid[1]
         m_tile, block_rows = tile_of_out(plans[0])
         sums = 0 if pieces == 1 else 4 * tiles * pieces * m_tile * block_rows
     else:
-        plans = [_plan_quant_gemm(tokens, segment.codes.shape[0], segment.form.trait, dtype, dtype_name(out),
-                                  bias_dtype, align, arch, version) for segment in qmatrix.segments]
+        plans = [_plan_quant_gemm(tokens, segment.codes.shape[0], segment.form.trait, *dtypes, align, arch, version)
+                 for segment in qmatrix.segments]
         tiles, sums = 0, 4 * (pieces - 1) * tokens * rows
     x, partials = _scratch(xp, x, qmatrix.order, sums, arch)
     arrived = arrival_counters(xp, tiles) if tiles and partials is not None else None
     column = piece = 0
     for plan, cut, segment in zip(plans, cuts, qmatrix.segments, strict=True):
-        launch(plan, make_args(plan, x=row_view(x[:, column:column + segment.columns]), out=row_view(out),
-                               weight=segment.view(), order=None, partials=partials, counters=arrived, tokens=tokens,
-                               columns=segment.columns, pieces=pieces, first_piece=piece,
-                               tiles_per_piece=cut.tiles_per_piece, units_per_chunk=cut.units_per_chunk, **fields))
+        some = x if len(plans) == 1 else x[:, column:column + segment.columns]
+        launch(plan, make_args(plan, x=row_view(some), out=row_view(out), weight=segment.view, order=None,
+                               partials=partials, counters=arrived, tokens=tokens, columns=segment.columns,
+                               pieces=pieces, first_piece=piece, tiles_per_piece=cut.tiles_per_piece,
+                               units_per_chunk=cut.units_per_chunk, **fields))
         column, piece = column + segment.columns, piece + cut.pieces
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """QMatrix: a weight [out_features, in_features], quantized or not, packed for the kernels."""
 
+import functools
 import sys
 from dataclasses import replace
 
@@ -251,6 +252,11 @@ class QMatrix(Constructors):
         """Bytes of all arrays, padding included."""
         arrays = [self.order, *(array for segment in self.segments for array in segment.arrays)]
         return sum(array.nbytes for array in arrays if array is not None)
+
+    @functools.cached_property
+    def kinds(self):
+        """Kinds of the segments' codes."""
+        return tuple({segment.form.kind: None for segment in self.segments})
 
     @property
     def _forms(self):
