@@ -410,14 +410,23 @@ def _filled_at(segment):
     return columns // segment.group * filled_group(segment) + columns % segment.group
 
 
+def _filled(codes, group, wide):
+    """`codes` [N, columns] with columns of zeros after every `group` of them, up to `wide`."""
+    rows, columns = codes.shape
+    whole = columns // group
+    filled = np.zeros((rows, whole + 1, wide), np.uint8)
+    filled[:, :whole, :group] = codes[:, :whole * group].reshape(rows, whole, group)
+    filled[:, whole, :columns % group] = codes[:, whole * group:]
+    return filled.reshape(rows, -1)
+
+
 def pack_segment(segment):
     """A Segment as a PackedSegment. Its columns are the segment's with the groups filled to multiples of 16."""
     segment = with_whole_supers(segment)
     form, columns = form_of(segment)
     codes, group = segment.codes, filled_group(segment)
     if columns != codes.shape[1]:
-        codes = np.zeros((len(codes), columns), np.uint8)
-        codes[:, _filled_at(segment)] = segment.codes
+        codes = _filled(codes, segment.group, group)[:, :columns]
     row_tiles, column_tiles = tiles(codes.shape)
 
     spans = -(-column_tiles // form.tiles_per_scale)
