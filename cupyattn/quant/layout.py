@@ -24,6 +24,7 @@ Groups that are no multiple of 16 columns are filled up to one; `order`, the col
 multiplies, is -1 there.
 """
 
+import functools
 import itertools
 from dataclasses import dataclass, replace
 
@@ -80,7 +81,7 @@ class Form:
     tiles_per_super: int = 1
     group: int = 0
 
-    @property
+    @functools.cached_property
     def trait(self):
         """The type in ``dequant.cuh``."""
         if self.kind in DENSE:
@@ -156,8 +157,9 @@ class PackedSegment:
     form: Form
     columns: int
 
+    @functools.cached_property
     def view(self):
-        """Fields of the kernels' ``WeightView``."""
+        """Fields of the kernels' ``WeightView``, made once."""
         row_tiles, column_tiles = self.codes.shape[:2]
         return {"codes": self.codes, "scales": self.scales, "supers": self.supers, "row_tiles": row_tiles,
                 "column_tiles": column_tiles, "tiles_per_scale": self.form.tiles_per_scale,
