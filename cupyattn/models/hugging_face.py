@@ -70,10 +70,12 @@ class HuggingFaceTensors:
         """(prefix, tensors by name) of a layer."""
         block, _, part = name.rpartition(".")
         prefix = f"model.layers.{block.removeprefix('blk.')}.{_LAYER_NAMES[part]}" if block else _NAMES[name]
+        if prefix not in self._files.layers:
+            raise ModelError(f"tensor {prefix}.weight is missing, or what stands for it")
         try:
             tensors = self._files.layer(prefix)
-        except ValueError:
-            raise ModelError(f"tensor {prefix}.weight is missing, or what stands for it") from None
+        except (ValueError, NotImplementedError) as error:
+            raise ModelError(str(error)) from None
         self._left -= {f"{prefix}.{tensor}" for tensor in tensors}
         return prefix, tensors
 

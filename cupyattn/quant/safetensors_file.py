@@ -112,14 +112,14 @@ class Safetensors(Mapping):
         ValueError
             No tensor begins so; names close prefixes.
         """
-        if prefix not in self._layers:
+        if prefix not in self.layers:
             raise ValueError(f"QMatrix: prefix must be that of a layer in {self.path}, got {prefix!r}"
-                             f"{_close(prefix, self._layers)}")
-        return {name[len(prefix) + 1:]: self[name] for name in self._layers[prefix]}
+                             f"{_close(prefix, self.layers)}")
+        return {name[len(prefix) + 1:]: self[name] for name in self.layers[prefix]}
 
     @functools.cached_property
-    def _layers(self):
-        """Names of the tensors of each layer."""
+    def layers(self):
+        """Names of the tensors of each layer, by its prefix."""
         layers = {}
         for name in self._places:
             layers.setdefault(_layer_of(name), []).append(name)
