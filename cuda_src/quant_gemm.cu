@@ -121,7 +121,7 @@ CA_KERNEL __launch_bounds__(32 * WARPS) void quant_gemm(const __grid_constant__ 
 #pragma unroll
     for (int i = 0; i < ROW_TILES; ++i) {
       if (first_row_tile + i >= args.weight.row_tiles) continue;
-      prefetch_lines(codes_of<Format>(args.weight, first_row_tile + i, slice), tiles * Format::TILE_BYTES);
+      prefetch_lines<32 * WARPS>(codes_of<Format>(args.weight, first_row_tile + i, slice), tiles * Format::TILE_BYTES);
     }
     if (slice > 0) __syncthreads();
     stage_x(args, token, slice, tiles, staged);

@@ -72,14 +72,15 @@ __device__ __forceinline__ void store_run(const Run& run, U* row, int column_til
   }
 }
 
-// Asks the threads of the block to bring `bytes` bytes from `p` on into the L2 cache.
+// Asks the THREADS threads of the block to bring `bytes` bytes from `p` on into the L2 cache.
+template <int THREADS>
 __device__ __forceinline__ void prefetch_lines(const uint8_t* p, int bytes) {
 #if CA_CPU
-  const int share = ceil_div(ceil_div(bytes, 64), static_cast<int>(blockDim.x)) * 64;
+  const int share = static_cast<int>(static_cast<unsigned>(bytes + 64 * THREADS - 1) / (64 * THREADS)) * 64;
   const uint8_t* end = p + min(bytes, static_cast<int>(threadIdx.x + 1) * share);
   for (const uint8_t* line = p + threadIdx.x * share; line < end; line += 64) __builtin_prefetch(line, 0, 2);
 #else
-  for (int line = threadIdx.x * 128; line < bytes; line += blockDim.x * 128) {
+  for (int line = threadIdx.x * 128; line < bytes; line += THREADS * 128) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p + line));
   }
 #endif
