@@ -40,7 +40,7 @@ _Q4_0, _Q4_1, _Q8_0, _GPTQ, *_DENSE = _USUAL = (
     "Weights<Ints<8,128>,Scales<__half,PLAIN,2>>", "Weights<Ints<4,8>,Scales<__half,ZERO,1>>",
     "Weights<Dense<__half>,NoScales>", "Weights<Dense<__nv_bfloat16>,NoScales>", "Weights<Dense<float>,NoScales>")
 CORE = [*(_spec(*case) for case in (
-    ("float16", "float16", "float32", _Q4_1, 1, 16, 1, 8), ("float16", "float32", "float16", _Q8_0, 1, 8, 1, 8),
+    ("float16", "float16", "float32", _Q4_1, 1, 32, 1, 8), ("float16", "float32", "float16", _Q8_0, 1, 8, 1, 8),
     ("float32", "float32", "float32", _Q4_1, 8, 8, 1, 4), ("float32", "float16", "float32", _Q4_0, 2, 1, 1, 1),
     ("bfloat16", "bfloat16", "bfloat16", _GPTQ, 4, 1, 4, 8), ("bfloat16", "float32", "float32", _Q8_0, 8, 1, 4, 8),
     ("float16", "bfloat16", "float32", _DENSE[0], 4, 2, 1, 8), ("float32", "float32", "float32", _DENSE[2], 1, 1, 4, 4),
@@ -61,7 +61,7 @@ def _all():
         for out, bias, trait in itertools.product(FLOATS, dict.fromkeys((x, "float32")), _USUAL):
             for m_tile, vec in itertools.product((1, 2, 4, 8), (1, 4 if x == "float32" else 8)):
                 yield _spec(x, out, bias, trait, m_tile, 1, _WARPS, vec)
-                for row_tiles in (1, 2, 4, 8, 16):
+                for row_tiles in (1, 2, 4, 8, 16, 32):
                     if row_tiles * m_tile <= 64 and bias == "float32":
                         yield _spec(x, out, bias, trait, m_tile, row_tiles, 1, vec)
     for i, trait in enumerate(TRAITS):
@@ -98,7 +98,7 @@ def _plan_quant_gemm(tokens, row_tiles, trait, x, out, bias, align, arch, versio
     warps, tiles_per_block = _WARPS, 1
     if arch == "cpu":
         # threads are dear here: one warp with as many rows as leave a few blocks to share among the workers
-        warps, tiles_per_block = 1, next((n for n in (16, 8, 4, 2) if row_tiles >= 4 * n and n * m_tile <= 64), 1)
+        warps, tiles_per_block = 1, next((n for n in (32, 16, 8, 4, 2) if row_tiles >= 4 * n and n * m_tile <= 64), 1)
     spec = _spec(x, out, bias, trait, m_tile, tiles_per_block, warps, vec)
     return Plan(spec, arch, (-(-row_tiles // tiles_per_block), -(-tokens // m_tile)), (32 * warps,),
                 4 * m_tile * 64 * _SLICE_TILES,
