@@ -73,8 +73,9 @@ IDS = [[7, 300, 9, 11, 2, 2, 160, 45, 31, 8, 77], [5]]
 @pytest.mark.parametrize(("form", "formats"), [
     (writer.dense, {"bfloat16"}), (writer.gptq, {"gptq"}), (writer.awq, {"awq"}),
     (writer.compressed_tensors, {"compressed-tensors"}), (writer.fp8, {"fp8"}),
-    *(pytest.param(form, {form.__name__}, marks=pytest.mark.full)
-      for form in (writer.float32, writer.bitsandbytes, writer.mxfp4, writer.nvfp4, writer.hqq, writer.exl2))],
+    *(pytest.param(form, {name}, marks=pytest.mark.full) for form, name in (
+        (writer.float32, "float32"), (writer.bitsandbytes, "nf4"), (writer.mxfp4, "mxfp4"), (writer.nvfp4, "nvfp4"),
+        (writer.hqq, "hqq"), (writer.exl2, "exl2")))],
     ids=lambda value: getattr(value, "__name__", ""))
 def test_every_format(tmp_path, form, formats):
     weights = write_folder(tmp_path, SMALL, small_weights(), form)

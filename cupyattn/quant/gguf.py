@@ -23,10 +23,10 @@ Codes lie in planes: a run of bytes holds the lowest bits of as many neighbourin
 next run's worth of numbers, and so on.
 """
 
-import ml_dtypes
 import numpy as np
 
 from .coded import CodedWeight, Segment
+from .layout import dtype
 
 DENSE = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 _NUMBERS = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 10: "q2_k", 11: "q3_k",
@@ -160,14 +160,14 @@ def _iq4_nl(blocks):
 
 def _mxfp4(blocks):
     return {"codes": _planes(blocks[..., 1:], 16, 4), "bits": 4, "kind": "e2m1", "group": 32,
-            "scale": blocks[..., :1].copy().view(ml_dtypes.float8_e8m0fnu)}
+            "scale": blocks[..., :1].copy().view(dtype("float8_e8m0fnu"))}
 
 
 def _nvfp4(blocks):
     scale = blocks[..., :4] & 127            # unsigned; a NaN stands for 0 here
     scale[scale == 127] = 0
     return {"codes": _planes(blocks[..., 4:], 8, 4), "bits": 4, "kind": "e2m1", "group": 16,
-            "scale": scale.view(ml_dtypes.float8_e4m3fn)}
+            "scale": scale.view(dtype("float8_e4m3fn"))}
 
 
 def _minima(scale, minimum, d):
