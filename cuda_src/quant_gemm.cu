@@ -31,7 +31,7 @@ using Format = CA_FORMAT;  // of dequant.cuh
 constexpr int M_TILE = CA_M_TILE;        // rows of x per block
 constexpr int ROW_TILES = CA_ROW_TILES;  // rows of tiles per block
 constexpr int WARPS = CA_WARPS;          // share the columns of a row of tiles
-constexpr int VEC = CA_VEC;              // elements per load of x; divides every row stride (tensor cores: 1 or 2)
+constexpr int VEC = CA_VEC;              // elements per load of x; divides every row stride (tensor cores copy 16 bytes)
 static_assert(sizeof(QuantGemmArgs) == CA_SIZEOF_ARGS, "quant_gemm: Python and CUDA disagree on QuantGemmArgs");
 
 __device__ __forceinline__ void store_sum(const QuantGemmArgs& args, int token, int row, float sum) {

@@ -239,7 +239,8 @@ def _stream(form, x="float16", unit=2):
 
 @pytest.mark.parametrize("form, bound", [
     (Form(4, "int", 8, "float16"), 1.8), (Form(4, "int", 8, "float16", "ZERO"), 2.0),
-    (Form(8, "int", 128, "float16"), 2.0), (Form(2, "int", 2, "float16", "ZERO"), 2.0)], ids=lambda v: getattr(v, "trait", v))
+    (Form(8, "int", 128, "float16"), 2.0), (Form(2, "int", 2, "float16", "ZERO"), 2.0)],
+    ids=lambda value: getattr(value, "trait", value))
 def test_a_stream_spends_few_instructions_on_a_weight(form, bound):
     loop, per_weight, resources = _stream(form)
     assert per_weight <= bound

@@ -120,7 +120,8 @@ def _mixed(n, parts, seed=3):
 
 
 def test_segments_share_their_sums():
-    coded = _mixed(72, (("int6 plain float16", 96, 32), ("int4 plain float16", 1184, 32), ("int3 plain float16", 320, 64)))
+    coded = _mixed(72, (("int6 plain float16", 96, 32), ("int4 plain float16", 1184, 32),
+                        ("int3 plain float16", 320, 64)))
     matrix, w = QMatrix.from_coded(coded), coded.dequantize()
     whole = _assert_right(matrix, w, 20, "float16")
     assert_same_bits(_product(_x(20, 1600, "float16")[3:8], matrix), whole[3:8])

@@ -64,7 +64,8 @@ __device__ __forceinline__ uint32_t unbiased_pair(uint32_t biased, int at, int c
   using Ops = PairOps<T>;
   const auto pair = as_pair<typename Ops::Two>(biased);
   if (at == 0) return as_bits(__hsub2(pair, Ops::both(static_cast<float>(1 << Ops::MANTISSA) + centre)));
-  return as_bits(__hfma2(pair, Ops::both(1.0f / (1 << at)), Ops::both(-(static_cast<float>(1 << (Ops::MANTISSA - at)) + centre))));
+  const float bias = static_cast<float>(1 << (Ops::MANTISSA - at)) + centre;
+  return as_bits(__hfma2(pair, Ops::both(1.0f / (1 << at)), Ops::both(-bias)));
 }
 
 // ---- integers --------------------------------------------------------------------------------------------------
