@@ -120,6 +120,7 @@ def mma_specs(*, core):
         yield _spec_of(form, x, other, "float32", 8, 1)
 
 
+@functools.lru_cache(maxsize=4096)
 def plan_mma(tokens, rows, pieces, unit, form, x, out, bias, arch, note):
     """Plan of one segment from the number of rows of x and of the weight, its `Partition`, dtype names and arch."""
     m_tile = next((m for m in (8, 16, 32) if tokens <= m), 64)
