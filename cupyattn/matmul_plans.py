@@ -49,8 +49,8 @@ def partition(rows, column_tiles, form):
     legal = range(1, max(1, min(_MAX_PIECES, column_tiles // _MIN_PIECE_TILES)) + 1)
     fewest = min(map(units_one_after_another, legal))
     wanted = next(pieces for pieces in legal if 0.85 * units_one_after_another(pieces) <= fewest)
-    units = -(-units // wanted)   # of a piece
-    return Partition(unit, -(-column_tiles // (units * unit)), units * unit, -(-units // _CHUNKS))
+    per_piece = -(-units // wanted)
+    return Partition(unit, -(-units // per_piece), per_piece * unit, -(-per_piece // _CHUNKS))
 
 
 _GPTQ = Form(4, "int", 8, "float16", "ZERO")
