@@ -44,7 +44,8 @@ def partition(rows, column_tiles, form):
     blocks, units = -(-rows // _ROWS_PER_BLOCK), -(-column_tiles // unit)
 
     def units_one_after_another(pieces):
-        return -(-blocks * pieces // _BLOCKS) * -(-(-(-units // pieces)) // _CHUNKS)
+        waves, of_a_piece = -(-blocks * pieces // _BLOCKS), -(-units // pieces)
+        return waves * -(-of_a_piece // _CHUNKS)
 
     legal = range(1, max(1, min(_MAX_PIECES, column_tiles // _MIN_PIECE_TILES)) + 1)
     fewest = min(map(units_one_after_another, legal))
