@@ -287,6 +287,7 @@ def rounded(name, scheme):
     return w
 
 
+# float16 activations alone move one number of the third prompt by 0.085 where all layers are MXFP4
 @pytest.mark.parametrize(("scheme", "layers"), [
     *((scheme, LAYERS) for scheme in ("int4-g128", "fp8", "nf4")),
     *(pytest.param(scheme, 30, marks=pytest.mark.full) for scheme in (
@@ -304,7 +305,17 @@ def test_quantize(scheme, layers):
     for ids, want in zip(prompts, expected, strict=True):
         error = np.abs(model.logprobs(ids) - want)[np.arange(len(ids) - 1), ids[1:]].max()
         print(f"{scheme}: largest error {error:.2e}")
-        assert error <= 3e-2
+        assert error <= (0.12 if scheme == "mxfp4" else 3e-2)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("scheme", ["int4-g128", "nf4", "mxfp4", "nvfp4"])
+def test_quantize_float32(scheme):
+    """Without 16-bit activations all that is left is the order of sums."""
+    model, ids = gguf_model(30, quantize=scheme, dtype="float32"), prompt_ids()[2]
+    (want,) = llama_float64.forward([ids], lambda name: rounded(name, scheme), layers=30, heads=9, kv_heads=3,
+                                    base=100000.0, eps=1e-5)
+    assert np.abs(model.logprobs(ids) - want)[np.arange(len(ids) - 1), ids[1:]].max() <= 2e-4
 
 
 def test_weights_that_cannot_be_rounded(tmp_path):

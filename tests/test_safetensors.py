@@ -11,12 +11,10 @@ import safetensors.numpy
 from compare import assert_same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matrices import gptq, mixed
 
 from cupyattn import QMatrix
-from cupyattn.quant import Safetensors, layout
-from cupyattn.quant.bit_stream import pack_stream
-from cupyattn.quant.coded import CodedWeight
-from cupyattn.quant.quantize import quantize
+from cupyattn.quant import Safetensors
 from cupyattn.quant.safetensors_file import write
 
 RNG = np.random.default_rng(7)
@@ -177,17 +175,6 @@ def test_damaged_headers_never_crash(tmp_path_factory, data):
 # ---- matrices --------------------------------------------------------------------------------------------------
 
 
-def gptq(w, group=64):
-    """GPTQ tensors of random codes, and what they stand for."""
-    rows, columns = w
-    codes = RNG.integers(0, 16, (columns, rows), np.uint8)
-    zeros = RNG.integers(1, 16, (columns // group, rows), np.uint8)
-    scales = RNG.uniform(0.01, 0.02, zeros.shape).astype(np.float16)
-    tensors = {"qweight": pack_stream(codes, 4, axis=0), "qzeros": pack_stream(zeros - 1, 4, axis=1), "scales": scales}
-    spread = lambda a: np.repeat(a.astype(np.float64), group, axis=0)  # noqa: E731
-    return tensors, ((codes - spread(zeros)) * spread(scales)).T
-
-
 def model(folder, layers, config=None, shards=2):
     in_shards(folder, {f"model.layers.0.{layer}.{name}": array for layer, tensors in layers.items()
                        for name, array in tensors.items()}, shards)
@@ -196,7 +183,7 @@ def model(folder, layers, config=None, shards=2):
 
 
 def test_layers_by_prefix(tmp_path):
-    tensors, weight = gptq((48, 128))
+    tensors, weight = gptq(48, 128)
     dense = RNG.standard_normal((16, 64)).astype(ml_dtypes.bfloat16)
     blocks = {"up_blocks": RNG.integers(0, 256, (2, 8, 4, 16), np.uint8),
               "up_scales": RNG.integers(120, 130, (2, 8, 4), np.uint8), "up_bias": np.zeros((2, 8), np.float32)}
@@ -215,7 +202,7 @@ def test_layers_by_prefix(tmp_path):
 
 
 def test_prefixes_that_are_none(tmp_path):
-    tensors, _ = gptq((16, 64))
+    tensors, _ = gptq(16, 64)
     model(tmp_path, {"self_attn.q_proj": tensors, "norm": {"weight": np.ones(8, np.float16)},
                      "moe": {"something": np.ones(8)}})
     for prefix in ("model.layers.0.self_attn.qproj", "model.layers.0.self_attn", "model.layers.0.self_attn.q_pro"):
@@ -294,87 +281,3 @@ def test_files_load_refuses(tmp_path, change, message):
     write(tmp_path / "odd.safetensors", dict(file), metadata)
     with pytest.raises(ValueError, match=message):
         QMatrix.load(tmp_path / "odd.safetensors")
-
-
-# ---- shards ----------------------------------------------------------------------------------------------------
-
-
-def mixed():
-    """Two segments of 4 and 8 bits, columns in a random order."""
-    four, eight = (quantize(RNG.standard_normal((40, columns)).astype(np.float32), scheme)
-                   for columns, scheme in ((160, "int4-g64-asym"), (96, "int8-g32")))
-    order = RNG.permutation(256).astype(np.int32)
-    return QMatrix.from_coded(CodedWeight("mixed", (40, 256), (*four.segments, *eight.segments), order))
-
-
-def act_order():
-    tensors, _ = gptq((40, 256))
-    return QMatrix.from_gptq(tensors | {"g_idx": RNG.permutation(np.repeat(np.arange(4, dtype=np.int32), 64))})
-
-
-MATRICES = {
-    **{scheme: (lambda scheme=scheme: QMatrix.quantize(RNG.standard_normal((40, 272)).astype(np.float32), scheme))
-       for scheme in ("int4", "int4-g128-asym", "int8-g48", "fp8", "nf4", "mxfp4", "nvfp4")},
-    "dense": lambda: QMatrix.from_dense(RNG.standard_normal((40, 272)).astype(np.float16)),
-    "segments in a random order": mixed, "act-order": act_order,
-    "q4_k": lambda: QMatrix.from_gguf(RNG.integers(0, 60, 40 * 144 * 2, np.uint8), "Q4_K", (40, 512)),
-}
-
-
-def weights(matrix):
-    """float64 [N, K] by plain NumPy."""
-    if matrix.segments[0].form.kind in layout.DENSE:
-        (segment,) = matrix.segments
-        whole = layout.unpack_codes(segment.codes, segment.form).astype(np.float64)
-        return whole[:matrix.shape[0], :matrix.shape[1]]
-    return layout.unpack(matrix.segments, matrix.order, matrix.format, matrix.shape).dequantize()
-
-
-@pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("name", MATRICES)
-def test_shards_are_the_matrix(name, size):
-    matrix = MATRICES[name]()
-    whole = weights(matrix)
-    rows = [matrix.row_shard(rank, size) for rank in range(size)]
-    assert_same_bits(np.concatenate([weights(shard) for shard in rows]), whole)
-    assert all(shard.shape[0] % 16 == 0 for shard in rows[:-1])
-    columns = [matrix.column_shard(rank, size) for rank in range(size)]
-    assert_same_bits(np.concatenate([weights(shard) for shard in columns], axis=1), whole)
-    assert all(shard.shape[1] % 16 == 0 for shard in columns[:-1])
-
-
-def test_k_quants_keep_their_scales_of_scales():
-    shard = MATRICES["q4_k"]().column_shard(1, 2)
-    assert shard.shape == (40, 256) and shard.segments[0].supers is not None and shard.order is None
-    assert MATRICES["nvfp4"]().column_shard(1, 2).segments[0].supers is not None
-
-
-@pytest.mark.parametrize("name", ["int4-g128-asym", "segments in a random order", "act-order"])
-def test_two_layers_in_tensor_parallel(name):
-    """y = W2 (W1 x): each rank has rows of W1 and columns of W2, and only the sum of y is exchanged."""
-    after = MATRICES[name]()
-    before = QMatrix.quantize(RNG.standard_normal((after.shape[1], 64)).astype(np.float32), "int8")
-    x = RNG.standard_normal((5, 64)).astype(np.float32)
-    expected = after.matmul(before.matmul(x))
-    for size in (2, 4):
-        found = sum(after.column_shard(rank, size).matmul(before.row_shard(rank, size).matmul(x))
-                    for rank in range(size))
-        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
-
-
-@pytest.mark.parametrize(("rank", "size", "message"), [
-    (0, 0, "size must be from 1 to 3, the sixteens of 40 features, got 0"), (0, 4, "size must be from 1 to 3"),
-    (2, 2, "rank must be from 0 to 1, got 2"), (-1, 2, "rank must be from 0 to 1, got -1")])
-def test_shards_that_are_none(rank, size, message):
-    with pytest.raises(ValueError, match=message):
-        MATRICES["int4"]().row_shard(rank, size)
-
-
-def test_arrays_of_every_kind(xp):
-    """Constructors take host or device arrays, and the matrix is where they are."""
-    tensors, weight = gptq((48, 128))
-    matrix = QMatrix.from_gptq({name: xp.array(array) for name, array in tensors.items()})
-    assert matrix.xp is xp.module
-    np.testing.assert_allclose(xp.numpy(matrix.reconstruct()), weight, rtol=1e-6)
-    assert matrix.column_shard(1, 2).xp is xp.module
-    assert QMatrix.from_gptq(tensors, xp=xp.module).xp is xp.module
