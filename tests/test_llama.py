@@ -11,6 +11,7 @@ from llama_float64 import PROMPTS, smollm2_path
 
 from cupyattn import runtime
 from cupyattn.models import GGUF, SMOLLM2_135M, Llama, ModelError, random_llama
+from cupyattn.models.weights import random_tensors
 
 SMALL = dataclasses.replace(SMOLLM2_135M, num_layers=2, vocab_size=640, context_length=40)
 
@@ -159,6 +160,15 @@ def test_random_llama(xp):
     other = random_llama(SMALL, seed=6).logprobs(ids)
     assert np.abs(other - expected).max() > 0.1
     assert np.isfinite(expected).all() and expected.std(axis=-1).min() > 0.1
+
+
+def test_rounded_layers(xp):
+    """Layers are read back, rounded and packed again on every kind of array."""
+    tensors, ids = random_tensors(SMALL, 5), [7, 8, 9, 600, 0]
+    expected = Llama(SMALL, tensors, quantize="int4-g64").logprobs(ids)
+    found = Llama(SMALL, tensors, quantize="int4-g64", xp=xp.module).logprobs(ids)
+    assert np.abs(found - expected).max() < 3e-2
+    assert np.abs(Llama(SMALL, tensors).logprobs(ids) - expected).max() > 0.1
 
 
 def test_warm_up_compiles_everything(monkeypatch, tmp_path):

@@ -18,7 +18,7 @@ _LAYER_NAMES = {
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }
 # frequencies, which config.json says too, and scales of caches in FP8, which ours does without
-_UNUSED = re.compile(r".*(rotary_emb\.inv_freq|\.[kv]_scale)")
+_UNUSED = re.compile(r".*(rotary_emb\.inv_freq|\.[qkv]_scale)")
 _FLOATS = ("float16", "bfloat16", "float32")
 
 
