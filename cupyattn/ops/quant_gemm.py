@@ -4,10 +4,12 @@
 import functools
 import itertools
 
+from ..matmul_blas import multiply_on_gpu, multiply_on_host
+from ..matmul_choice import INVARIANT_TOKENS, Product, by_blas
 from ..matmul_plans import Partition, mma_specs, partition, plan_mma, tile_of_out
 from ..quant import QMatrix
 from ..quant.layout import TRAITS
-from ..runtime import Plan, Specialisation, arch_of, arrival_counters, launch, make_args, workspace
+from ..runtime import Plan, Specialisation, arch_of, arrival_counters, blas, launch, make_args, workspace
 from ..runtime.arrays import alignment, array_namespace, as_rows, dtype_name, row_view
 from ..runtime.checks import FLOATS, check_dtype, check_element_strides, check_shape, check_writeable
 
@@ -91,7 +93,7 @@ ALL = list(dict.fromkeys((*CORE, *_all())))
 
 @functools.lru_cache(maxsize=4096)
 def _plan_quant_gemm(tokens, row_tiles, trait, x, out, bias, align, arch, version):
-    """Plan from the number of rows of x, the weight's row tiles and format, dtype names, x's alignment, arch, version."""
+    """Plan from the rows of x, the weight's row tiles and format, dtype names, x's alignment, arch, version."""
     _, why = version
     m_tile = next((m for m in (1, 2, 4) if tokens <= m), 8)
     vec = 16 // (4 if x == "float32" else 2) if align == 16 else 1
@@ -113,7 +115,7 @@ def _plan_gather(tokens, columns, x, arch):
                 note="x in the order of the weight's columns")
 
 
-def quant_gemm(x, qmatrix, /, *, bias=None, accumulate=False, out=None):
+def quant_gemm(x, qmatrix, /, *, bias=None, accumulate=False, invariant=False, out=None):
     """Product of activations and a packed weight matrix.
 
     out = x @ W.T + bias (+ out with ``accumulate=True``)
@@ -126,6 +128,8 @@ def quant_gemm(x, qmatrix, /, *, bias=None, accumulate=False, out=None):
     bias : ndarray [N], float32 or x.dtype, optional
     accumulate : bool
         Add to what `out` holds instead of replacing it. Needs `out`.
+    invariant : bool
+        A row of `out` has the same bits whatever the number of rows. False: only for up to 64 rows.
     out : ndarray [..., N], float16, bfloat16 or float32, optional
         Default: a new array of x.dtype. Must overlap no input.
 
@@ -145,8 +149,11 @@ def quant_gemm(x, qmatrix, /, *, bias=None, accumulate=False, out=None):
     -----
     Products and sums are float32, weights are never rounded; the store is the only rounding. float16 and bfloat16 `x`
     run on tensor cores from sm_80 on (numbers of NF4 and FP4 are then within 2^-17 of the largest), all else on CUDA
-    cores. A row of `out` has the same bits whatever the number of rows. On CuPy arrays asynchronous on the current
-    stream. Kernel: ``cuda_src/quant_gemm.cu``.
+    cores. With many rows (NumPy: 128; CuPy with cuBLAS: about 250, ``cupyattn/matmul_choice.py`` says when)
+    the weight is dequantized by chunks for BLAS to multiply, its sums float32 too. On a GPU that rounds weights to the
+    type of `x`, and `bias` to that of `out`: done only where `out` keeps within 3e-4 of the truth for float16, 2e-3 for
+    bfloat16 and 1e-5 for float32. On CuPy arrays asynchronous on the current stream. Kernel:
+    ``cuda_src/quant_gemm.cu``.
 
     Examples
     --------
@@ -182,6 +189,17 @@ def quant_gemm(x, qmatrix, /, *, bias=None, accumulate=False, out=None):
               "accumulate": int(accumulate)}
     arch, align = arch_of(xp), 16 if qmatrix.order is not None else alignment(x_rows)
     version = _version(qmatrix.kinds, dtype, align, arch)
+    if len(x_rows) > INVARIANT_TOKENS and not invariant:
+        product = Product(tuple(segment.form for segment in qmatrix.segments), len(x_rows), dtype, out_dtype,
+                          bias is not None, accumulate, _blas_alignment(x_rows), _blas_alignment(out_rows))
+        fits, why = by_blas(product, version[0], arch, blas.available(xp))
+        if fits:
+            if arch == "cpu":
+                multiply_on_host(x_rows, qmatrix, bias, accumulate, out_rows)
+            else:
+                multiply_on_gpu(xp, x_rows, qmatrix, bias, accumulate, out_rows)
+            return out
+        version = version[0], f"{version[1]}; {why}"
     step = _MAX_TOKENS if qmatrix.order is None else _WORKSPACE_TOKENS
     if version[0] == "core":
         cuts = [_WHOLE] * len(qmatrix.segments)
@@ -194,6 +212,11 @@ def quant_gemm(x, qmatrix, /, *, bias=None, accumulate=False, out=None):
         _launch(xp, x_rows[start:start + step], qmatrix, out_rows[start:start + step], version, cuts, align, arch,
                 (dtype, out_dtype, bias_dtype), fields)
     return out
+
+
+def _blas_alignment(rows):
+    """Alignment of rows for cuBLAS; 0 where they overlap, run backwards or lie too far apart for it."""
+    return alignment(rows) if rows.shape[1] * rows.itemsize <= rows.strides[0] < 2**31 * rows.itemsize else 0
 
 
 def _launch(xp, x, qmatrix, out, version, cuts, align, arch, dtypes, fields):

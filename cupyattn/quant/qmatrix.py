@@ -221,11 +221,11 @@ class QMatrix(Constructors):
         """
         return cls(*packed_file.load(path)).to(xp or np)
 
-    def matmul(self, x, /, *, bias=None, accumulate=False, out=None):
+    def matmul(self, x, /, *, bias=None, accumulate=False, invariant=False, out=None):
         """``x @ W.T``: the same as `cupyattn.quant_gemm` ``(x, self, ...)``."""
         from ..ops.quant_gemm import quant_gemm
 
-        return quant_gemm(x, self, bias=bias, accumulate=accumulate, out=out)
+        return quant_gemm(x, self, bias=bias, accumulate=accumulate, invariant=invariant, out=out)
 
     def reconstruct(self, *, out_dtype=np.float32):
         """The weight as an array [out_features, in_features] of this matrix's kind: `cupyattn.dequantize`."""

@@ -63,7 +63,23 @@ def launch(plan, args, *, buffers=(), const_buffers=()):
     if profile is None:
         run(plan, args, buffers, const_buffers)
     else:
-        profile.add(plan, lambda: run(plan, args, buffers, const_buffers))
+        profile.add(plan.spec.kernel, plan.arch, lambda: run(plan, args, buffers, const_buffers))
+
+
+def run_library(name, arch, run):
+    """Call `run`, which has another library work on the current stream, where `launch` would launch a kernel.
+
+    It does not run while recording, and is profiled as a kernel called `name`; `arch` is "cpu" or anything else.
+    """
+    if env.debug() >= 2:
+        env.log.debug("launch %s", name)
+    if _recorder.get() is not None:
+        return
+    profile = _profiler.get()
+    if profile is None:
+        run()
+    else:
+        profile.add(name, arch, run)
 
 
 @contextlib.contextmanager
@@ -118,10 +134,9 @@ class Profile:
         self._seconds = {}
         self._launches = {}
 
-    def add(self, plan, run):
-        name = plan.spec.kernel
+    def add(self, name, arch, run):
         self._launches[name] = self._launches.get(name, 0) + 1
-        if plan.arch == "cpu":
+        if arch == "cpu":
             start = time.perf_counter()
             run()
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
