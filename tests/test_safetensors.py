@@ -258,6 +258,21 @@ def test_save_and_load(tmp_path, scheme):
     assert_same_bits(found.matmul(x), matrix.matmul(x))
 
 
+@pytest.mark.parametrize("change", [{"order": None}, {"order": lambda order: order[:-64]},
+                                    {"order": lambda order: order + 1}, {"order": lambda order: order.astype(np.int64)},
+                                    {"codes.1": lambda codes: codes[:-1]}, {"scales.0": None}])
+def test_arrays_load_refuses(tmp_path, change):
+    mixed().save(tmp_path / "w.safetensors")
+    file, ((name, edit),) = Safetensors(tmp_path / "w.safetensors"), change.items()
+    arrays = dict(file)
+    array = arrays.pop(name)
+    if edit is not None:
+        arrays[name] = edit(array)
+    write(tmp_path / "odd.safetensors", arrays, file.metadata)
+    with pytest.raises(ValueError, match="damaged|do not fit each other"):
+        QMatrix.load(tmp_path / "odd.safetensors")
+
+
 def test_save_keeps_order_and_segments(tmp_path):
     matrix = mixed()
     matrix.save(tmp_path / "w.safetensors")

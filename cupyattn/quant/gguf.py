@@ -149,8 +149,8 @@ def _q5_1(blocks):
 
 
 def _q8_0(blocks):
-    return {"codes": _words(blocks[..., 2:]).view(np.uint8) ^ np.uint8(128), "bits": 8, "kind": "int", "centre": 128, "group": 32,
-            "scale": _float16(blocks, 0)}
+    return {"codes": _words(blocks[..., 2:]).view(np.uint8) ^ np.uint8(128), "bits": 8, "kind": "int",
+            "centre": 128, "group": 32, "scale": _float16(blocks, 0)}
 
 
 def _iq4_nl(blocks):

@@ -36,13 +36,22 @@ def load(path):
         shape = tuple(matrix["shape"])
         segments = [PackedSegment(*(file.get(f"{name}.{i}") for name in _ARRAYS), Form(**segment["form"]),
                                   segment["columns"]) for i, segment in enumerate(matrix["segments"])]
-        consistent = segments and all(_consistent(segment, shape[0]) for segment in segments)
+        order = file.get("order")
+        consistent = (segments and all(_consistent(segment, shape[0]) for segment in segments)
+                      and _order_fits(order, segments, shape[1]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"QMatrix: path must be a file of QMatrix.save, got {path}, damaged: {error}") from None
     if not consistent:
         raise ValueError(f"QMatrix: path must be a file of QMatrix.save, got {path}, whose arrays "
                          "do not fit each other")
-    return matrix["format"], shape, segments, file.get("order")
+    return matrix["format"], shape, segments, order
+
+
+def _order_fits(order, segments, in_features):
+    if order is None:
+        return len(segments) == 1 and segments[0].columns == in_features
+    return (order.dtype == "int32" and order.shape == (sum(segment.columns for segment in segments),)
+            and -1 <= order.min() and order.max() < in_features)
 
 
 def _consistent(segment, rows):
