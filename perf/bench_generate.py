@@ -119,7 +119,7 @@ def compare(dtypes=("float16", "float32"), count=48, rounds=5, workers=2):
 def measure(dtypes, count, rounds, workers):
     """What `compare` returns, measured in this process."""
     path = model_path()
-    models = {dtype: Llama.from_gguf(path, dtype=dtype) for dtype in dtypes}
+    models = {dtype: Llama.load(path, dtype=dtype) for dtype in dtypes}
     baseline = NumpyLlama(path, next(iter(models.values())).config)
     ids = next(iter(models.values())).tokenizer.encode(PROMPT)
     found = {name: {"tokens_per_s": []} for name in ("numpy", *dtypes)}
@@ -153,7 +153,7 @@ def main():
     for name, speed in speeds.items():
         print(f"{name:<10}{speed:8.1f} tokens/s   {speed / speeds['numpy']:5.2f} x NumPy float32   "
               f"{'same tokens' if found[name]['ids'] == found['numpy']['ids'] else 'other tokens'}")
-    model = Llama.from_gguf(model_path(), dtype="float16")
+    model = Llama.load(model_path(), dtype="float16")
     model.generate([PROMPT], max_new_tokens=2)
     with runtime.profiling() as profile:
         begin = time.perf_counter()

@@ -13,7 +13,7 @@ BLOCK = {"Q4_1": (20, 4), "Q8_0": (34, 2), "Q4_0": (18, 2)}
 
 
 @functools.lru_cache(maxsize=1)
-def _weight(n, k, kind):
+def random_weight(n, k, kind):
     """A random matrix and its float32 values, in host memory; blocks of random codes, sane scales."""
     size, header = BLOCK[kind]
     rng = np.random.default_rng(1)
@@ -37,7 +37,7 @@ def _shapes():
 @pytest.mark.parametrize("name, n, k, kind", list(_shapes()), ids=lambda v: str(v).replace(" ", "-"))
 def bench_quant_gemm(bench, name, n, k, kind, tokens):
     """float16 activations; the baseline multiplies by weights dequantized beforehand (float32 NumPy, float16 CuPy)."""
-    matrix, dense = _weight(n, k, kind)
+    matrix, dense = random_weight(n, k, kind)
     dtype = np.float16 if DEVICE.is_gpu else np.float32
     plain = DEVICE.array(dense.astype(dtype))
 

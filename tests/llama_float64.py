@@ -45,9 +45,11 @@ def _tensors():
 
 
 def weight(name):
-    """Dequantized tensor, float64 [out, in] or [size]."""
+    """Dequantized tensor, float64 [out, in] or [size]; None if the file has none."""
     from gguf import dequantize
 
+    if name not in _tensors():
+        return None
     tensor = _tensors()[name]
     return dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1]).astype(np.float64)
 
@@ -67,6 +69,14 @@ def _rotate(x, base):
     pairs = x[..., 0::2] + 1j * x[..., 1::2]
     turned = pairs * np.exp(1j * angle)[:, None, :]
     return np.stack([turned.real, turned.imag], axis=-1).reshape(tokens, heads, dim)
+
+
+def rotate_halves(x, base, stretch=1.0):
+    """As `_rotate`, but pair j is elements j and j + D/2, as Hugging Face has it; positions divided by `stretch`."""
+    tokens, _, dim = x.shape
+    angle = np.arange(tokens)[:, None] / stretch * base ** (-np.arange(0, dim, 2) / dim)
+    turned = (x[..., :dim // 2] + 1j * x[..., dim // 2:]) * np.exp(1j * angle)[:, None, :]
+    return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
 def _softmax(scores):
@@ -98,21 +108,42 @@ def log_probs(prompts):
     """
     layers, heads, kv_heads = (_field(f"llama.{key}") for key in
                                ("block_count", "attention.head_count", "attention.head_count_kv"))
-    base, eps = _field("llama.rope.freq_base"), _field("llama.attention.layer_norm_rms_epsilon")
+    return forward(prompts, weight, layers=layers, heads=heads, kv_heads=kv_heads,
+                   base=_field("llama.rope.freq_base"), eps=_field("llama.attention.layer_norm_rms_epsilon"))
+
+
+def forward(prompts, weight, *, layers, heads, kv_heads, base, eps, rotate=_rotate, bias=lambda name: 0.0):
+    """`log_probs` of any such model.
+
+    Parameters
+    ----------
+    prompts : list of list of int
+    weight : callable
+        ``weight(name)``, float64, by its GGUF name; ``output.weight`` None: the head is the embedding.
+    layers, heads, kv_heads, base, eps
+        Of the model.
+    rotate : callable
+        ``rotate(x, base)``.
+    bias : callable
+        ``bias(name)`` of q, k and v, by the name of the weight without ``.weight``.
+    """
     embedding = weight("token_embd.weight")
+    head = weight("output.weight")
+    head = embedding if head is None else head
     ends = np.cumsum([len(prompt) for prompt in prompts])[:-1]
     x = embedding[np.concatenate(prompts)]  # [all tokens, hidden]
     for layer in range(layers):
-        w = lambda name: weight(f"blk.{layer}.{name}.weight")  # noqa: B023, E731
+        p = f"blk.{layer}."
+        w = lambda name: weight(f"{p}{name}.weight")  # noqa: B023, E731
         h = _rms_norm(x, w("attn_norm"), eps)
-        q, k, v = (np.split((h @ w(f"attn_{name}").T).reshape(len(h), n, -1), ends)
+        q, k, v = (np.split((h @ w(f"attn_{name}").T + bias(f"{p}attn_{name}")).reshape(len(h), n, -1), ends)
                    for name, n in (("q", heads), ("k", kv_heads), ("v", kv_heads)))
-        mixed = [_attention(_rotate(qi, base), _rotate(ki, base), vi) for qi, ki, vi in zip(q, k, v, strict=True)]
+        mixed = [_attention(rotate(qi, base), rotate(ki, base), vi) for qi, ki, vi in zip(q, k, v, strict=True)]
         x = x + np.concatenate(mixed).reshape(len(h), -1) @ w("attn_output").T
         h = _rms_norm(x, w("ffn_norm"), eps)
         gate = h @ w("ffn_gate").T
         x = x + (gate / (1 + np.exp(-gate)) * (h @ w("ffn_up").T)) @ w("ffn_down").T
-    logits = _rms_norm(x, weight("output_norm.weight"), eps) @ embedding.T
+    logits = _rms_norm(x, weight("output_norm.weight"), eps) @ head.T
     logits -= logits.max(axis=-1, keepdims=True)
     logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     return np.split(logits, ends)

@@ -125,25 +125,16 @@ def _nvdisasm():
     return found
 
 
-def _disassembly(cubin, kernel):
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        done = subprocess.run([_nvdisasm(), "-c", file.name], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return re.search(rf"^\.text\.{kernel}:(.*?)(?=^\.text\.|\Z)", done.stdout, re.DOTALL | re.MULTILINE).group(1)
-
-
 def loop_instructions(cubin, kernel, mark):
     """Instructions on the shortest way round the loop of `kernel`'s SASS that holds the most of mnemonic `mark`, as a
     list: branches go where less is to be done, inner loops are left aside."""
     code, labels = [], {}
-    for line in _disassembly(cubin, kernel).splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label.group(1)] = len(code)
-        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            code.append(found.group(1).strip())
-    target = [labels.get(m.group(1)) if (m := re.search(r"\bBRA.*`\((\.L_x_\d+)\)", text)) else None for text in code]
+    for line in _lines(cubin, kernel):
+        if line.startswith(".L"):
+            labels[line] = len(code)
+        else:
+            code.append(line)
+    target = [labels.get(m.group(1)) if (m := re.search(r"\bBRA.*`\((\.L\w+)\)", text)) else None for text in code]
     loops = [(to, i) for i, to in enumerate(target) if to is not None and to <= i]
     head, tail = max(loops, key=lambda loop: sum(mark in text for text in code[loop[0]:loop[1] + 1]))
     inside = {i for a, b in loops if head < a and b < tail for i in range(a, b + 1)}
@@ -164,10 +155,40 @@ def opcodes(cubin, kernel):
     """How often each mnemonic stands in `kernel`'s SASS, a Counter: {"HMMA": 128, "LDSM": 48, ...}."""
     stored = env.cache_dir() / "nvrtc" / f"{hashlib.sha256(cubin).hexdigest()[:24]}.{kernel}.json"
     if not stored.is_file():
-        body = _disassembly(cubin, kernel)
-        found = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", body))
+        found = Counter(mnemonic(line).split(".")[0] for line in _lines(cubin, kernel) if not line.startswith(".L"))
         _store(stored, json.dumps(found).encode())
     return Counter(json.loads(stored.read_text()))
+
+
+def mnemonic(instruction):
+    """``"LDG.E.128"`` of ``"@P0 LDG.E.128 R4, [R2]"``."""
+    return re.match(r"(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", instruction).group(1)
+
+
+def loops(cubin, kernel):
+    """Instructions of every loop of `kernel`, the shortest first."""
+    instructions, labels, found = [], {}, []
+    for line in _lines(cubin, kernel):
+        if line.startswith(".L"):
+            labels[line] = len(instructions)
+            continue
+        instructions.append(line)
+        target = re.search(r"\bBRA\b.*`\((\.L\w+)\)", line)
+        if target and target.group(1) in labels:   # backwards
+            found.append(instructions[labels[target.group(1)]:])
+    return sorted(found, key=len)
+
+
+def _lines(cubin, kernel):
+    """Instructions and labels (``".L_x_1"``) of `kernel`, in order."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([_nvdisasm(), "-c", file.name], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    body = re.search(rf"^\.text\.{kernel}:(.*?)(?=^\.text\.|\Z)", done.stdout, re.DOTALL | re.MULTILINE).group(1)
+    return [label or instruction.strip()
+            for label, instruction in re.findall(r"^(\.L\w+):|^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", body, re.MULTILINE)]
 
 
 def _store(path, content):

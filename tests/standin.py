@@ -2,9 +2,9 @@
 """CuPy without a GPU: real ``cupy.ndarray`` objects over host memory, kernels on the CPU executor.
 
 ``with install() as xp:`` replaces the CuPy calls listed in `REPLACED`, nothing else: allocation, copies, streams,
-capture, device properties and function launch. A launch first compiles the same source and options with NVRTC for the
-pretended GPU and enforces CuPy's and CUDA's rules. Any other CuPy call that needs a driver fails, so code that passes
-its tests here uses our kernels and these calls alone. test_cuda_backend.py checks each of them on a real GPU too.
+capture, device properties, cuBLAS and function launch. A launch first compiles the same source and options with NVRTC
+for the pretended GPU and enforces CuPy's and CUDA's rules. Any other CuPy call that needs a driver fails, so code that
+passes its tests here uses our kernels and these calls alone. test_cuda_backend.py checks each of them on a real GPU too.
 """
 
 import bisect
@@ -12,14 +12,16 @@ import contextlib
 import importlib
 import re
 import struct
+import sys
 from unittest import mock
 
 import cupy
 import numpy as np
 import nvrtc
+import standin_blas
 import standin_device as device
 
-from cupyattn.runtime import Plan, Specialisation, cpu, cuda
+from cupyattn.runtime import Plan, Specialisation, blas, cpu, cuda
 from cupyattn.runtime.structs import Args
 
 SHARED_DEFAULT = 48 * 1024   # bytes of shared memory a block has without opting in
@@ -160,6 +162,7 @@ REPLACED = {
     cupy.cuda: {"is_available": lambda: True,
                 **{name: getattr(device, name) for name in ("Device", "Event", "Graph", "Stream", "get_current_stream",
                                                             "get_elapsed_time")}},
+    cupy.cuda.device: {"get_cublas_handle": standin_blas.get_cublas_handle},
     cupy.cuda.runtime: {name: getattr(device, f"runtime_{name}")
                         for name in ("deviceGetAttribute", "deviceSynchronize", "getDevice", "getDeviceCount",
                                      "getDeviceProperties", "setDevice")},
@@ -185,8 +188,8 @@ class Arrays:
 
 
 @contextlib.contextmanager
-def install(capability="90", devices=1):
-    """Put the stand-in in CuPy's place inside a ``with`` block; yields `Arrays`."""
+def install(capability="90", devices=1, cublas=True):
+    """Put the stand-in in CuPy's place inside a ``with`` block; yields `Arrays`. `cublas`: whether it is installed."""
     assert device.state is None, "the stand-in is already installed"
     state = device.state = device.State(capability, devices)
     held = _compiled.setdefault(capability, {})
@@ -195,6 +198,8 @@ def install(capability="90", devices=1):
         for owner, names in REPLACED.items():
             for name, value in names.items():
                 stack.enter_context(mock.patch.object(owner, name, value))
+        stack.enter_context(mock.patch.dict(sys.modules, {"cupy_backends.cuda.libs.cublas":
+                                                          standin_blas if cublas else None}))
         stack.enter_context(mock.patch.object(cuda, "_kernels", held))
         stack.enter_context(mock.patch.object(cuda, "_prepared", {}))
         module = importlib.import_module("cupyattn.runtime.launch")   # the package's `launch` is the function
@@ -215,3 +220,4 @@ def install(capability="90", devices=1):
 def _forget_device():
     cuda._arch.cache_clear()
     cuda._shared_limit.cache_clear()
+    blas.cublas.cache_clear()

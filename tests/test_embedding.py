@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import numpy as np
 import pytest
+from coded_weights import SOME, coded_weight
 from compare import assert_same_bits, dtype_of, poison
 from ggml_blocks import quantized
 from hypothesis import given
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 import cupyattn
 from cupyattn import QMatrix
+from cupyattn.quant.coded import CodedWeight
 from cupyattn.reference.embedding import embedding as expected_rows
 from cupyattn.runtime.cpu import settings
 
@@ -46,6 +48,24 @@ def test_packed_dense_table(kind):
     ids = np.array([[32, 0], [17, 9]], np.int32)
     got = cupyattn.embedding(ids, QMatrix.from_dense(values))
     assert_same_bits(got, values[ids].astype(np.float32))
+
+
+@pytest.mark.parametrize("form", SOME)
+@pytest.mark.parametrize("out_dtype", ["float16", "float32"])
+def test_forms(xp, form, out_dtype):
+    weight = coded_weight(form, 48, 328)
+    got = cupyattn.embedding(xp.array(IDS), QMatrix.from_coded(weight, xp=xp.module), out_dtype=dtype_of(out_dtype))
+    rtol = {"float16": 2.0**-11 * 1.02, "float32": 2.0**-23}[out_dtype]
+    np.testing.assert_allclose(xp.numpy(got).astype(np.float64), weight.dequantize()[IDS], rtol=rtol, atol=1e-7)
+
+
+def test_several_segments_in_any_order(xp):
+    parts = [coded_weight(f"int{bits} plain float16", 48, columns, group=24).segments[0]
+             for bits, columns in ((6, 96), (3, 40))]
+    weight = CodedWeight("mixed", (48, 136), tuple(parts), rng.permutation(136).astype(np.int32))
+    out = xp.array(np.full((7, 136), np.nan, np.float32))
+    cupyattn.embedding(xp.array(IDS), QMatrix.from_coded(weight, xp=xp.module), out=out)
+    assert_same_bits(xp.numpy(out), weight.dequantize()[IDS].astype(np.float32))
 
 
 def test_defaults_and_shapes(xp):

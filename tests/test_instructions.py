@@ -3,6 +3,8 @@
 
 On NumPy every kernel runs fused, instruction by instruction, and in the checking mode under two schedules; on a GPU
 the same bodies compare the hardware with the models, and so with the executor.
+
+Then what the compiler makes of quant_gemm's main loops for sm_90a: instructions per weight, bytes on their way.
 """
 
 from pathlib import Path
@@ -12,7 +14,8 @@ import nvrtc
 import pytest
 from compare import assert_close, assert_same_bits, dtype_of
 
-from cupyattn import attention_plans
+from cupyattn import attention_plans, matmul_plans
+from cupyattn.quant.layout import Form
 from cupyattn.runtime import Plan, Specialisation, arch_of, cuda, launch, make_args
 from cupyattn.runtime.cpu import counters, settings
 
@@ -237,3 +240,36 @@ def test_decode_takes_few_instructions_per_token(tag, head_dim, allowed):
     copies = sum("LDGSTS" in text for text in found)
     waits = sum("@!PT LDS RZ" in text for text in found)   # ahead of a copy that follows a load from shared memory
     assert copies * 512 >= tokens * attention_plans._row_bytes(tag, head_dim) * 2 and waits <= copies
+
+
+# ---- instructions of quant_gemm's main loops -----------------------------------------------------------------
+
+def _stream(form, x="float16", unit=2):
+    """(SASS of the loop over units of columns, instructions per weight of a lane, resources) for up to 8 tokens."""
+    row_tiles, warps, stages, _ = matmul_plans.shape_of(form, 8)
+    spec = matmul_plans.mma_spec(form, x, "float16", "float32", 8, unit, row_tiles, warps, stages)
+    compiled = nvrtc.compile_code(cuda.code(spec), cuda.options(spec, "sm_90a"), "sm_90a")
+    loop = next(body for body in nvrtc.loops(compiled.cubin, spec.kernel) if any("HMMA" in line for line in body))
+    return loop, len(loop) / (32 * unit * row_tiles), nvrtc.resources(compiled, spec.kernel)
+
+
+@pytest.mark.parametrize("form, bound", [
+    (Form(4, "int", 8, "float16"), 1.8), (Form(4, "int", 8, "float16", "ZERO"), 2.0),
+    (Form(8, "int", 128, "float16"), 2.0), (Form(2, "int", 2, "float16", "ZERO"), 2.0)],
+    ids=lambda value: getattr(value, "trait", value))
+def test_a_stream_spends_few_instructions_on_a_weight(form, bound):
+    loop, per_weight, resources = _stream(form)
+    assert per_weight <= bound
+    names = [nvrtc.mnemonic(line) for line in loop]
+    copies = [name for name in names if name.startswith("LDGSTS")]
+    assert copies and all(name.endswith(".128") for name in copies)
+    assert not any(name.startswith(("LDG.", "LDL", "STL", "BAR")) for name in names)
+    assert resources.spill_bytes == 0 and resources.registers <= 128    # two blocks of 256 threads
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8, 16])
+def test_a_stream_keeps_48_KiB_on_their_way(bits):
+    form = Form(bits, "int", scale="float16") if bits < 16 else Form(bits, "float16")
+    row_tiles, warps, stages, shared = matmul_plans.shape_of(form, 8)
+    assert 2 * warps * (stages - 1) * row_tiles * form.tile_bytes >= 48 * 1024
+    assert 2 * (shared + 1024) <= 228 * 1024

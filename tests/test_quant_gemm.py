@@ -4,6 +4,7 @@ import importlib
 
 import numpy as np
 import pytest
+from coded_weights import FORMS, SOME, coded_weight
 from compare import assert_close, assert_same_bits, dtype_of, poison
 from ggml_blocks import quantized
 from hypothesis import given
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 import cupyattn
 from cupyattn import QMatrix
+from cupyattn.quant.coded import CodedWeight
 from cupyattn.reference.quant_gemm import quant_gemm as expected_gemm
 from cupyattn.runtime.cpu import settings
 
@@ -23,9 +25,12 @@ SCHEDULES = (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2))
 rng = np.random.default_rng(11)
 
 
-@functools.lru_cache(maxsize=64)
-def _weight(format, n, k):
-    """(QMatrix, its weights by an independent decoder, float32)."""
+@functools.lru_cache(maxsize=128)
+def _weight(format, n, k, group=None):
+    """(QMatrix, its weights by an independent decoder, float32 or, of coded weights, float64)."""
+    if format in FORMS:
+        weight = coded_weight(format, n, k, group)
+        return QMatrix.from_coded(weight), weight.dequantize()
     w = np.random.default_rng((n, k)).standard_normal((n, k)).astype(np.float32)
     if format.startswith("q"):
         raw, values = quantized(format.upper(), w)
@@ -41,13 +46,6 @@ def _error(got, want):
 
 def _x(m, k, dtype):
     return rng.standard_normal((m, k)).astype(dtype_of(dtype))
-
-
-@pytest.fixture(params=["core", "mma"])
-def version(request, monkeypatch):
-    """Both kernels in turn, whatever the plan would choose."""
-    monkeypatch.setattr(op, "_version", lambda *args: (request.param, "chosen by the test"))
-    return request.param
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -76,16 +74,51 @@ def test_rows_of_x(xp, m, format):
         assert _error(xp.numpy(got), x.astype(np.float64) @ w.astype(np.float64).T) <= 1e-5
 
 
-@pytest.mark.parametrize("format, dtype", [("q4_0", "float16"), ("q4_1", "float16"), ("q8_0", "float16"),
-                                           ("float16", "float16"), ("q4_0", "bfloat16"), ("q4_1", "bfloat16"),
-                                           ("q8_0", "bfloat16"), ("bfloat16", "bfloat16")])
-def test_both_versions(version, format, dtype):
-    matrix, w = _weight(format, 40, 1120)       # two slices of the tensor-core version
-    assert not matrix.shape[1] % 32
-    for m in (1, 9, 17):
-        x = _x(m, 1120, dtype)
-        got = cupyattn.quant_gemm(x, matrix, out=poison(np.empty((m, 40), np.float32)))
-        assert _error(got, x.astype(np.float64) @ w.astype(np.float64).T) <= 1e-5
+def _mixed(rows=24):
+    """A weight of three segments of different bits in shuffled columns, and its float64 values."""
+    parts = [coded_weight(f"int{bits} plain float16", rows, columns, group=32).segments[0]
+             for bits, columns in ((6, 96), (3, 1600), (2, 64))]
+    weight = CodedWeight("mixed", (rows, 1760), tuple(parts), rng.permutation(1760).astype(np.int32))
+    return QMatrix.from_coded(weight), weight.dequantize()
+
+
+@pytest.mark.parametrize("form", SOME)
+def test_forms(xp, form):
+    matrix, w = _weight(form, 40, 328)
+    x = _x(2, 328, "float16")
+    got = cupyattn.quant_gemm(xp.array(x), matrix.to(xp.module), out=xp.array(np.full((2, 40), np.nan, np.float32)))
+    assert _error(xp.numpy(got), x.astype(np.float64) @ w.T) <= 1e-5
+    assert_close(expected_gemm(x, matrix), x.astype(np.float64) @ w.T, 1e-12, 1e-12)
+
+
+@pytest.mark.parametrize("group", [24, 96, 192])
+def test_groups_of_any_size(xp, group):
+    matrix, w = _weight("int4 zero float16", 40, 328, group)
+    x = _x(3, 328, "float32")
+    got = cupyattn.quant_gemm(xp.array(x), matrix.to(xp.module))
+    assert _error(xp.numpy(got), x.astype(np.float64) @ w.T) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype, out_dtype", [("float16", "bfloat16"), ("float32", "float32")])
+def test_several_segments_in_any_order(xp, dtype, out_dtype):
+    matrix, w = _mixed()
+    x, bias, held = _x(5, 1760, dtype), _x(1, 24, "float32")[0], _x(5, 24, out_dtype)
+    out = xp.array(held)
+    cupyattn.quant_gemm(xp.array(x), matrix.to(xp.module), bias=xp.array(bias), accumulate=True, out=out)
+    want = x.astype(np.float64) @ w.T + bias + held.astype(np.float64)
+    assert _error(xp.numpy(out), want) <= BOUND[out_dtype]
+    alone = xp.array(held[3:4])
+    matrix.to(xp.module).matmul(xp.array(x[3:4]), bias=xp.array(bias), accumulate=True, out=alone)
+    assert_same_bits(xp.numpy(out)[3:4], xp.numpy(alone))
+
+
+def test_one_hot_rows_of_several_segments():
+    matrix, w = _mixed()
+    columns = [0, 95, 96, 500, 1695, 1696, 1759]
+    columns = [*columns, *matrix.order[[0, 127, 128, 1000, -1]][[0, 2, 3, 4]]]
+    x = np.zeros((len(columns), 1760), np.float32)
+    x[range(len(columns)), columns] = 1
+    np.testing.assert_array_equal(cupyattn.quant_gemm(x, matrix), w[:, columns].T)
 
 
 _COLUMNS = [0, 1, 7, 8, 15, 16, 31, 32, 63, 64, 127, 128, 1535, 1536, 1695]
@@ -101,15 +134,18 @@ def test_a_one_hot_row_reads_a_column_exactly(format, fused):
         np.testing.assert_array_equal(cupyattn.quant_gemm(x, matrix), w[:, _COLUMNS].T)
 
 
-@pytest.mark.parametrize("format, dtype", [("q4_0", "float16"), ("q4_1", "bfloat16"), ("q8_0", "float16"),
-                                           ("q8_0", "bfloat16"), ("float16", "float16"), ("q4_1", "float16")])
-def test_a_one_hot_row_reads_a_column_exactly_on_tensor_cores(monkeypatch, format, dtype):
-    monkeypatch.setattr(op, "_version", lambda *args: ("mma", "chosen by the test"))
-    matrix, w = _weight(format, 24, 1696)
-    x = np.zeros((len(_COLUMNS), 1696), dtype_of(dtype))
-    x[range(len(_COLUMNS)), _COLUMNS] = 1
-    out = np.empty((len(_COLUMNS), 24), np.float32)
-    np.testing.assert_array_equal(cupyattn.quant_gemm(x, matrix, out=out), w[:, _COLUMNS].T)
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_one_hot_row_reads_a_column_of_any_form(form, fused):
+    matrix, w = _weight(form, 24, 200)
+    columns = [0, 1, 7, 8, 15, 16, 63, 64, 127, 128, 199]
+    x = np.zeros((len(columns), 200), np.float32)
+    x[range(len(columns)), columns] = 1
+    with settings(fused=fused):
+        got = cupyattn.quant_gemm(x, matrix)
+    # a number of 24 bits times a scale of 24 is rounded, and so is a product of two scales
+    exact = not form.startswith(("nf4", "fp4")) and "float32" not in form
+    np.testing.assert_allclose(got, w[:, columns].T, rtol=0 if exact else 2.0**-23)
 
 
 def _assert_batch_invariant(matrix, x):
@@ -122,16 +158,10 @@ def _assert_batch_invariant(matrix, x):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [*FORMATS, "int3 plain bfloat16", "int6 plain int8 float16", "nf4 plain float32"])
 def test_a_row_has_the_same_bits_whatever_stands_around_it(format, fused):
     with settings(fused=fused):
         _assert_batch_invariant(_weight(format, 136, 1632)[0], _x(17, 1632, "float16"))
-
-
-@pytest.mark.parametrize("format, dtype", [("q4_1", "float16"), ("q8_0", "bfloat16"), ("float16", "float16")])
-def test_tensor_cores_do_not_see_the_batch(monkeypatch, format, dtype):
-    monkeypatch.setattr(op, "_version", lambda *args: ("mma", "chosen by the test"))
-    _assert_batch_invariant(_weight(format, 24, 1120)[0], _x(17, 1120, dtype))
 
 
 def test_bias_accumulate_and_out_dtype(xp):
@@ -164,8 +194,9 @@ def test_strided_and_offset_views(xp):
     assert three.shape == (2, 3, 40)
 
 
-def test_nan_and_infinity_stay_in_their_row(version):
-    matrix, _ = _weight("q4_1", 24, 96)
+@pytest.mark.parametrize("format", ["q4_1", "int4 zero float16", "e4m3 plain float32", "int5 minimum float16"])
+def test_nan_and_infinity_stay_in_their_row(format):
+    matrix, _ = _weight(format, 24, 96, None if format == "q4_1" else 24)
     x = _x(9, 96, "float16")
     clean = cupyattn.quant_gemm(x, matrix)
     x[2, 5], x[7, 95] = np.nan, np.inf
@@ -206,36 +237,47 @@ def test_errors():
         cupyattn.quant_gemm(x, matrix, out=np.zeros((2, 41), np.float16))
 
 
-@pytest.mark.parametrize("format, x, arch, kernel, why", [
-    ("q4_1", "float16", "sm_90a", "quant_gemm_mma", "tensor cores"),
-    ("bfloat16", "bfloat16", "sm_120a", "quant_gemm_mma", "tensor cores"),
-    ("q4_1", "float16", "sm_75", "quant_gemm", "sm_75 is older than sm_80"),
-    ("q4_1", "float32", "sm_90a", "quant_gemm", "float32 is not rounded"),
-    ("float16", "bfloat16", "sm_90a", "quant_gemm", "float16 weights with bfloat16 x"),
-    ("q8_0", "float16", "cpu", "quant_gemm", "faster version on the CPU")])
-def test_plan_says_what_it_picked_and_why(format, x, arch, kernel, why):
-    plan = op._plan_quant_gemm(9, (576, 1536), format, x, "float32", "float32", 16, arch, op._version(format, x, arch))
-    assert plan.spec.kernel == kernel and why in repr(plan) and plan.spec in op.ALL
-    assert plan.shared_bytes <= 49152
-    if arch != "cpu":
-        assert plan.grid[0] == 36 and plan.block == (128, 1, 1)
+@pytest.mark.parametrize("format, x, align, arch, why", [
+    ("q4_1", "float16", 16, "sm_90a", None), ("bfloat16", "bfloat16", 16, "sm_120a", None),
+    ("q4_1", "float16", 16, "sm_75", "sm_75 is older than sm_80"),
+    ("q4_1", "float16", 8, "sm_90a", "aligned to 8 bytes"),
+    ("q4_1", "float32", 16, "sm_90a", "float32 is not rounded"),
+    ("float16", "bfloat16", 16, "sm_90a", "float16 weights with bfloat16 x"),
+    ("q8_0", "float16", 16, "cpu", "faster version on the CPU")])
+def test_the_version_and_why(format, x, align, arch, why):
+    (segment,) = _weight(format, 40, 96)[0].segments
+    version = op._version((segment.form.kind,), x, align, arch)
+    assert version[0] == ("core" if why else "mma")
+    if why:
+        plan = op._plan_quant_gemm(9, 36, segment.form.trait, x, "float32", "float32", align, arch, version)
+        assert plan.spec.kernel == "quant_gemm" and why in repr(plan) and plan.spec in op.ALL
+        assert plan.shared_bytes <= 49152
+        if arch != "cpu":
+            assert plan.grid == (36, 2, 1) and plan.block == (128, 1, 1)
 
 
-@pytest.mark.parametrize("format, dtype", [("q4_0", "float16"), ("q4_1", "bfloat16"), ("q8_0", "float32"),
-                                           ("float16", "float16"), ("float32", "float32")])
+@pytest.mark.parametrize("format, dtype", [("q4_0", "float16"), ("q8_0", "float32"), ("float16", "float16"),
+                                           ("float32", "float32")])
 def test_quant_gemm_checked(format, dtype):
     _assert_clean(format, dtype)
 
 
-@pytest.mark.parametrize("format, dtype", [("q4_1", "float16"), ("q8_0", "bfloat16"), ("float16", "float16")])
-def test_quant_gemm_mma_checked(monkeypatch, format, dtype):
-    monkeypatch.setattr(op, "_version", lambda *args: ("mma", "chosen by the test"))
-    _assert_clean(format, dtype)
+@pytest.mark.parametrize("form", SOME)
+def test_forms_checked(form):
+    _assert_clean(form, "float16", k=200, schedules=SCHEDULES[::3])
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_quant_gemm_checked_over_slices(version, dtype):
-    _assert_clean("q4_1", dtype, m=17, k=2144, schedules=SCHEDULES[::2])
+def test_quant_gemm_checked_over_slices():
+    _assert_clean("q4_1", "bfloat16", m=17, k=2144, schedules=SCHEDULES[::2])
+
+
+@pytest.mark.parametrize("schedule, seed", SCHEDULES[:3])
+def test_several_segments_checked(schedule, seed):
+    matrix, w = _mixed()
+    x = _x(3, 1760, "bfloat16")
+    with settings(check=True, schedule=schedule, seed=seed):
+        got = cupyattn.quant_gemm(x, matrix, out=poison(np.empty((3, 24), np.float32)))
+    assert _error(got, x.astype(np.float64) @ w.T) <= 1e-5
 
 
 def _assert_clean(format, dtype, m=3, k=96, schedules=SCHEDULES):
@@ -252,11 +294,12 @@ def _assert_clean(format, dtype, m=3, k=96, schedules=SCHEDULES):
 
 
 @hypothesis_settings(max_examples=25, deadline=None, derandomize=True)
-@given(m=st.integers(0, 10), n=st.integers(1, 72), groups=st.integers(1, 60),
-       format=st.sampled_from(["q4_1", "q8_0", "float16"]), offset=st.integers(0, 9), seed=st.integers(0, 2**32 - 1))
-def test_shapes(m, n, groups, format, offset, seed):
-    k = 8 * groups if format == "float16" else 32 * groups
-    matrix, w = _weight(format, n, k)
+@given(m=st.integers(0, 10), n=st.integers(1, 72), groups=st.integers(1, 60), group=st.integers(1, 26),
+       format=st.sampled_from(["q4_1", "float16", "int4 zero float16", "int3 plain float16"]),
+       offset=st.integers(0, 9), seed=st.integers(0, 2**32 - 1))
+def test_shapes(m, n, groups, group, format, offset, seed):
+    k = 32 * groups if format == "q4_1" else 8 * groups
+    matrix, w = _weight(format, n, k, 8 * group)
     x = np.random.default_rng(seed).standard_normal((m, k + offset)).astype(np.float32)[:, offset:]
     got = cupyattn.quant_gemm(x, matrix)
     assert got.shape == (m, n)

@@ -16,4 +16,12 @@ __device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t b
 #endif
 }
 
+// x, in a register: the compiler must not compute it again from what it was made of.
+__device__ __forceinline__ int kept(int x) {
+#if !CA_CPU
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 #endif  // CUPYATTN_BITS_CUH

@@ -303,30 +303,84 @@ struct LayerNormArgs {
   int32_t reserved;    // zero
 };
 
+// Columns of a packed weight that are coded alike, see cupyattn/quant/layout.py.
+struct WeightView {
+  const uint8_t* codes;      // uint8 [row_tiles, column_tiles, bytes of a tile's codes]
+  const uint8_t* scales;     // uint8 [row_tiles, spans of tiles_per_scale, bytes of a record]; null for none
+  const uint8_t* supers;     // uint8 [row_tiles, spans of tiles_per_super, bytes of a record]; null for none
+  int32_t row_tiles;         // ceil(rows / 16)
+  int32_t column_tiles;      // ceil(columns / 64)
+  int32_t tiles_per_scale;   // tiles of a row that share a record of scales
+  int32_t tiles_per_super;   // tiles of a row that share a record of supers
+};
+
 struct QuantGemmArgs {
-  const RowView x;        // T [tokens, columns] activations
-  RowView out;            // U [tokens, rows] x @ W.T
-  const uint8_t* packed;  // uint8 [row_tiles, column_tiles, tile bytes] weights, see cupyattn/quant/layout.py
-  const void* bias;       // B [rows] added to every row of out; null for none
-  int64_t stride_bias;    // elements between entries of bias
-  int32_t tokens;         // rows of x
-  int32_t rows;           // out_features of the weight
-  int32_t columns;        // in_features of the weight, a multiple of 8
-  int32_t row_tiles;      // ceil(rows / 16)
-  int32_t column_tiles;   // ceil(columns / 64)
-  int32_t accumulate;     // 1: add what out holds
+  const RowView x;           // T [tokens, columns] activations
+  RowView out;               // U [tokens, rows] x @ W.T
+  const WeightView weight;   // the segment
+  const int32_t* order;      // int32 [columns of out] for gather_columns: column of x, -1 for zeros; else null
+  const void* bias;          // B [rows] added to every row of out; null for none
+  float* partials;           // float32 sums of pieces, placed as the kernel likes; null for one piece
+  int32_t* counters;         // int32 [tiles of out] pieces that have arrived; zero before and after
+  int64_t stride_bias;       // elements between entries of bias
+  int32_t tokens;            // rows of x
+  int32_t rows;              // out_features of the weight
+  int32_t columns;           // of x that the segment reads, a multiple of 8
+  int32_t pieces;            // parts of the columns, of this and all other segments, that blocks sum apart
+  int32_t first_piece;       // pieces of the segments before
+  int32_t tiles_per_piece;   // column tiles of a piece; the segment's last one may have fewer
+  int32_t units_per_chunk;   // units of 64 * UNIT columns of an eighth of a piece
+  int32_t accumulate;        // 1: add what out holds
 };
 
 struct EmbeddingArgs {
-  const RowView table;    // W [rows, columns] when the table is a plain array
-  RowView out;            // U [tokens, columns] the rows picked
-  const uint8_t* packed;  // uint8 [row_tiles, column_tiles, tile bytes] when the table is a packed weight
-  const void* ids;        // int32 or int64 [tokens] row to pick; outside [0, rows) gives NaN
-  int64_t stride_id;      // elements between entries of ids
-  int32_t tokens;         // number of ids
-  int32_t rows;           // rows of the table
-  int32_t columns;        // length of a row
-  int32_t column_tiles;   // ceil(columns / 64)
+  const RowView table;      // W [rows, columns] when the table is a plain array
+  RowView out;              // U [tokens, columns] the rows picked
+  const WeightView weight;  // the table's segment when it is packed
+  const void* ids;          // int32 or int64 [tokens] row to pick; outside [0, rows) gives NaN
+  const int32_t* order;     // int32 [columns of the segment] column of out of each, -1 for none; null: as they are
+  int64_t stride_id;        // elements between entries of ids
+  int32_t tokens;           // number of ids
+  int32_t rows;             // rows of the table
+  int32_t columns;          // of the segment
+  int32_t out_columns;      // length of a row of out
+};
+
+struct DequantizeArgs {
+  RowView out;              // U [rows, columns of the weight]
+  const WeightView weight;  // the segment
+  const int32_t* order;     // int32 [columns of the segment] column of out of each, -1 for none; null: as they are
+  int32_t first_row;        // of the weight
+  int32_t rows;             // rows of out
+  int32_t columns;          // of the segment
+  int32_t reserved;         // zero
+};
+
+struct MatrixView {
+  void* data;             // T [rows, columns] any strides
+  int64_t stride_row;     // elements between rows
+  int64_t stride_column;  // elements between columns
+};
+
+struct RepackArgs {
+  const MatrixView values;         // uint8 codes, or the 16- or 32-bit numbers themselves [rows, columns]
+  const MatrixView scale;          // bytes of numbers [rows, ceil(columns / group)]; null for none
+  const MatrixView second;         // zeros or minima like scale; null for none
+  const MatrixView super_scale;    // bytes of numbers [rows, supers of a row]; null for none
+  const MatrixView super_minimum;  // like super_scale; null for none
+  uint8_t* codes;                  // uint8 [row tiles, column_tiles, bytes of a tile's codes]
+  uint8_t* scales;                 // uint8 [row tiles, spans of tiles_per_scale, bytes of a record]; null for none
+  uint8_t* supers;                 // uint8 [row tiles, spans of tiles_per_super, bytes of a record]; null for none
+  int32_t rows;                    // of values
+  int32_t columns;                 // of values
+  int32_t group;                   // columns of values that share a scale
+  int32_t filled_group;            // packed columns of a group
+  int32_t column_tiles;            // ceil(packed columns / 64)
+  int32_t tiles_per_scale;         // tiles of a row that share a record of scales
+  int32_t tiles_per_super;         // tiles of a row that share a record of supers
+  int32_t scale_bytes_log2;        // of a scale, zero or minimum
+  int32_t super_bytes_log2;        // of a super
+  int32_t groups_log2;             // groups of a tile
 };
 
 // ---- TurboMind's parameters, for C callers; no kernel here reads them ------------------------------------

@@ -1,138 +1,306 @@
 // SPDX-License-Identifier: Apache-2.0
-// quant_gemm_mma.cuh - the tensor-core version of quant_gemm.cu, which includes it after its constants.
+// quant_gemm_mma.cuh - the tensor-core kernels of quant_gemm.cu, which includes it after its constants.
 //
-//   The weights are the 16-row operand of mma.m16n8k16, tokens its 8 columns: even one token keeps the tensor cores
-//   fed by one 16-byte load per lane. Weights enter as their integer codes; a group's float32 accumulators take
-//   scale * codes.x + minimum * sum(x) once, so that no weight is ever rounded.
+//   The weights are the 16-row operand of mma.m16n8k16, tokens its 8 columns. Weights enter as their codes' numbers
+//   (weight_fragments.cuh); a group's float32 products are scaled once, so that no weight is ever rounded:
 //
-//   1. Each warp loads its tiles of a slice (MAX_SLICE_TILES columns of tiles, dealt out to the warps in turn) into
-//      registers and the block the next slice's towards L2, then it stages its M_TILE rows of x as B fragments.
-//   2. Products, group by group; sums of x by a second mma, against ones.
-//   3. Sums of the warps in order; bias and store.
+//     sum += scale * (products - zero * sum(x))     or     sum += scale * products,  sum += minimum * sum(x)
 //
-//   A token is a column of its own: its bits do not depend on M or M_TILE.
+//   sum(x) is a second mma, against ones. A tile is 16 rows x 64 columns, a unit is UNIT tiles of a row of tiles; it
+//   shares its scales unless tiles have several groups (GROUPS).
 //
-// launch     grid (row_tiles, ceil_div(tokens, M_TILE)), block (32 * WARPS); ROW_TILES is 1
-//            dynamic shared memory M_TILE * MAX_SLICE_TILES * 128 bytes
+//   M_TILE 8: "stream", up to 8 tokens. Eight warps of a block each take one chunk of the piece's columns, of the same
+//   ROW_TILES rows of tiles. No barrier until all have finished.
+//   M_TILE 16 and more: "pipelined". Each warp takes rows of tiles of its own through all eight chunks; x is shared, so
+//   that there is one barrier a tile, and another a unit where sums of x are shared as well.
+//
+//   1. Codes, scales and x go through rings of STAGES tiles filled by cp.async, 16 bytes a lane: while a tile is worked
+//      on, the next STAGES - 1 are on their way. x is zero past its last row and column, and so are tiles past the end.
+//   2. Products of a tile, step by step; a group's are scaled and added to the chunk's sums.
+//   3. Sums of the eight chunks in order are the piece's. The last block to bring a piece of a tile of out adds the
+//      pieces in order; bias and store.
+//
+//   The order of all additions is that of units in a chunk, chunks in a piece, pieces: a row of out has the same bits
+//   whatever M and M_TILE.
+//
+// legal      T in {__half, __nv_bfloat16}; dense weights of type T; rows of x at multiples of 16 bytes
+// launch     grid (ceil_div(rows, tile of out), ceil_div(tokens, M_TILE), pieces of this segment), block (32 * WARPS);
+//            a tile of out is ROW_TILES * 16 rows, times WARPS where pipelined; dynamic shared memory SHARED_BYTES,
+//            mirrored by cupyattn/matmul_plans.py
+// in flight  stream: 16 warps on a multiprocessor, each (STAGES - 1) * ROW_TILES tiles of codes: 64 KiB with 4 bits,
+//            never less than 48 KiB
 #ifndef CUPYATTN_QUANT_GEMM_MMA_CUH
 #define CUPYATTN_QUANT_GEMM_MMA_CUH
 
 #include "mma.cuh"
+#include "quant_gemm_rings.cuh"
 
-constexpr int TOKEN_TILES = M_TILE / 8;  // columns of an mma
-constexpr int MAX_SLICE_TILES = 16;      // column tiles staged at once; the same for every M_TILE
-constexpr int TILES_PER_WARP = MAX_SLICE_TILES / WARPS;
-static_assert(sizeof(T) == 2 && M_TILE % 8 == 0 && ROW_TILES == 1, "quant_gemm_mma: 16-bit x, 8 tokens per mma");
-static_assert(VEC <= 2 && WARPS <= 2 * MAX_SLICE_TILES, "quant_gemm_mma: x is read in pairs, sums fit in its place");
+// ---- products --------------------------------------------------------------------------------------------------
 
-// Columns of x from column tile `tile` on, as B fragments: fragments[group of 32 columns][token tile][lane] holds the
-// words b0, b1 of the group's first step, then of its second; zero past the last row and column.
-__device__ __forceinline__ void stage_fragments(const QuantGemmArgs& args, int token, int tile, int groups,
-                                                uint4* fragments) {
-  const int lane = threadIdx.x % 32;
-  for (int group = threadIdx.x / 32; group < groups; group += WARPS) {
-    const int column = tile * TILE_COLUMNS + group * 32 + lane % 4 * 2;
+typedef float Accumulators[ROW_TILES][TOKEN_TILES][4];  // [..][row r, token 2c | r, 2c + 1 | r + 8, 2c | r + 8, 2c + 1]
+
+// B fragment of step t (16 columns) and 8 tokens; x is the lane's place in the stage.
+__device__ __forceinline__ void load_x(const char* x, int t, int token_tile, uint32_t (&b)[2]) {
+  const char* own = x + t * M_TILE * 32 + token_tile * 256;
+  const Vec<uint32_t, 2> words = load_vec<uint32_t, 2>(reinterpret_cast<const uint32_t*>(own));
+  b[0] = words.v[0];
+  b[1] = words.v[1];
+}
+
+__device__ __forceinline__ void add_sums_of_x(const uint32_t (&b)[2], float (&x_sums)[4]) {
+  const Vec<T, 2> pair_of_ones = {{from_float<T>(1.0f), from_float<T>(1.0f)}};
+  const uint32_t one = reinterpret_cast<const uint32_t&>(pair_of_ones), ones[4] = {one, one, one, one};
+  mma_m16n8k16<T>(x_sums, ones, b);
+}
+
+// Sums of x of this lane's two tokens of a token tile, of a group.
+struct TokenSums {
+  float (&own)[4];  // streaming, from add_sums_of_x
+  const char* shared;
+  __device__ __forceinline__ Vec<float, 2> of(int group, int token_tile) const {
+    if constexpr (STREAM) return {{own[0], own[1]}};
+    return load_vec<float, 2>(reinterpret_cast<const float*>(shared) + group * M_TILE + token_tile * 8 +
+                              threadIdx.x % 4 * 2);
+  }
+};
+
+// Adds the scaled products of one group of rows r and r + 8 of a row of tiles.
+template <typename S = Records>
+__device__ __forceinline__ void add_scaled(const uint8_t* record, const uint8_t* above, int group,
+                                           const TokenSums& x_sums, const float (&products)[TOKEN_TILES][4],
+                                           float (&sums)[TOKEN_TILES][4]) {
+  float scale[2], second[2];
 #pragma unroll
-    for (int j = 0; j < TOKEN_TILES; ++j) {
-      const int m = token + j * 8 + lane / 4;
-      const T* x = static_cast<const T*>(args.x.data) + m * args.x.stride_row + column;
-      uint32_t words[4] = {};
+  for (int half = 0; half < 2; ++half) {
+    scale[half] = S::scale(record, above, half, group);
+    if constexpr (SUMS_OF_X) second[half] = S::second(record, above, half, group);
+  }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (m >= args.tokens || column + 8 * i >= args.columns) continue;  // columns is a multiple of 8
-        Vec<T, 2> pair;
+  for (int j = 0; j < TOKEN_TILES; ++j) {
+    Vec<float, 2> of_x;
+    if constexpr (SUMS_OF_X) of_x = x_sums.of(group, j);
 #pragma unroll
-        for (int v = 0; v < 2; v += VEC) {
-          const Vec<T, VEC> part = load_vec<T, VEC>(x + 8 * i + v);
-#pragma unroll
-          for (int n = 0; n < VEC; ++n) pair.v[v + n] = part.v[n];
-        }
-        words[i] = reinterpret_cast<const uint32_t&>(pair);
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (S::MODE == ZERO) {
+        sums[j][i] = fmaf(scale[i / 2], fmaf(-second[i / 2], of_x.v[i % 2], products[j][i]), sums[j][i]);
+      } else {
+        sums[j][i] = fmaf(scale[i / 2], products[j][i], sums[j][i]);
+        if constexpr (SUMS_OF_X) sums[j][i] = fmaf(second[i / 2], of_x.v[i % 2], sums[j][i]);
       }
-      fragments[(group * TOKEN_TILES + j) * 32 + lane] = make_uint4(words[0], words[1], words[2], words[3]);
     }
   }
 }
 
-// Adds the products of one group (half a tile) to `total`.
-__device__ __forceinline__ void multiply_group(const LaneTile<Format>& tile, int half_tile, const uint4* fragments,
-                                               float (&total)[TOKEN_TILES][4]) {
-  const Vec<T, 2> pair_of_ones = {{from_float<T>(1.0f), from_float<T>(1.0f)}};
-  const uint32_t one = reinterpret_cast<const uint32_t&>(pair_of_ones), ones[4] = {one, one, one, one};
-  uint32_t a[2][4];
+// A unit's products, until they are scaled.
+struct Unit {
+  static constexpr int SHARE = STREAM ? 1 : ceil_div(TOKEN_TILES, WARPS);  // token tiles whose x this warp sums
+  Accumulators products;
+  float x_sums[SHARE][GROUPS][4];
+
+  __device__ __forceinline__ void clear() {
 #pragma unroll
-  for (int step = 0; step < 2; ++step) Format::template fragment<T>(tile.chunks, 2 * half_tile + step, a[step]);
+    for (int i = 0; i < SUMS; ++i) products[i / (TOKEN_TILES * 4)][i / 4 % TOKEN_TILES][i % 4] = 0.0f;
 #pragma unroll
-  for (int j = 0; j < TOKEN_TILES; ++j) {
-    const uint4 x = fragments[j * 32 + threadIdx.x % 32];
-    const uint32_t b[2][2] = {{x.x, x.y}, {x.z, x.w}};
-    float codes[4] = {}, x_sums[4] = {};  // [row r, token 2c], [r, 2c + 1], [r + 8, 2c], [r + 8, 2c + 1]
+    for (int i = 0; i < SHARE * GROUPS * 4; ++i) x_sums[i / (GROUPS * 4)][i / 4 % GROUPS][i % 4] = 0.0f;
+  }
+
+  // The next tile, at the unit's end with its scales. x_sums_at: shared by the block, where pipelined.
+  __device__ __forceinline__ void multiply(const LanePlaces& own, const char* stage, bool at_end, char* x_sums_at,
+                                           Accumulators& sums) {
+    const char* x = stage + own.x;
+    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(stage);
+    if constexpr (SUMS_OF_X && !STREAM) {
+      const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
-    for (int step = 0; step < 2; ++step) {
-      mma_m16n8k16<T>(codes, a[step], b[step]);
-      if constexpr (Format::SCALES == 8) mma_m16n8k16<T>(x_sums, ones, b[step]);
-    }
+      for (int n = 0; n < SHARE; ++n) {
+        if (warp + n * WARPS >= TOKEN_TILES) continue;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float scale = Format::SCALES > 0 ? to_float(tile.scales.v[i / 2 * 2 + half_tile]) : 1.0f;
-      total[j][i] = fmaf(scale, codes[i], total[j][i]);
-      if constexpr (Format::SCALES == 8) {
-        total[j][i] = fmaf(to_float(tile.scales.v[4 + i / 2 * 2 + half_tile]), x_sums[i], total[j][i]);
+        for (int t = 0; t < 4; ++t) {
+          uint32_t b[2];
+          load_x(x, t, warp + n * WARPS, b);
+          add_sums_of_x(b, x_sums[n][t * GROUPS / 4]);
+        }
+        if (!at_end || lane >= 4) continue;
+#pragma unroll
+        for (int group = 0; group < GROUPS; ++group) {
+          store_vec(reinterpret_cast<float*>(x_sums_at) + group * M_TILE + (warp + n * WARPS) * 8 + lane * 2,
+                    Vec<float, 2>{{x_sums[n][group][0], x_sums[n][group][1]}});
+        }
       }
     }
+    LaneCodes<Format::Codes::BITS> codes[ROW_TILES];
+#pragma unroll
+    for (int i = 0; i < ROW_TILES; ++i)
+      codes[i].load(bytes + own.weights + i * TILE_BYTES, own.lane);
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      const int group = t * GROUPS / 4;
+      if (GROUPS > 1 && t % (4 / GROUPS) == 0) clear_products();
+      uint32_t b[TOKEN_TILES][2];
+#pragma unroll
+      for (int j = 0; j < TOKEN_TILES; ++j) load_x(x, t, j, b[j]);
+      if constexpr (SUMS_OF_X && STREAM) add_sums_of_x(b[0], x_sums[0][group]);
+#pragma unroll
+      for (int i = 0; i < ROW_TILES; ++i) {
+        uint32_t a[Fragments::PARTS][4];
+        Fragments::make(codes[i].words, t, a);
+#pragma unroll
+        for (int part = 0; part < Fragments::PARTS; ++part)
+#pragma unroll
+          for (int j = 0; j < TOKEN_TILES; ++j) mma_m16n8k16<T>(SCALED ? products[i][j] : sums[i][j], a[part], b[j]);
+      }
+      if constexpr (SCALED) {
+        if (!at_end || (t + 1) % (4 / GROUPS) != 0) continue;
+        if (SUMS_OF_X && !STREAM && group == 0) __syncthreads();  // x_sums_at
+        const TokenSums of_x = {x_sums[0][group], x_sums_at};
+#pragma unroll
+        for (int i = 0; i < ROW_TILES; ++i) {
+          add_scaled(bytes + own.record + i * 8 * Records::BYTES, bytes + own.above + i * 8 * Records::SUPER_BYTES,
+                     group, of_x, products[i], sums[i]);
+        }
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void clear_products() {
+#pragma unroll
+    for (int i = 0; i < SUMS; ++i) products[i / (TOKEN_TILES * 4)][i / 4 % TOKEN_TILES][i % 4] = 0.0f;
+  }
+};
+
+// ---- sums ------------------------------------------------------------------------------------------------------
+
+// a + b: not part of a multiply-add where b is a product, and not in another order with other additions.
+__device__ __forceinline__ float plus(float a, float b) {
+#if CA_CPU
+  __asm__("" : "+m"(b));
+  float sum = a + b;
+  __asm__("" : "+m"(sum));
+  return sum;
+#else
+  return __fadd_rn(a, b);
+#endif
+}
+
+__device__ __forceinline__ float& sum_of(Accumulators& sums, int i) {
+  return sums[i / (TOKEN_TILES * 4)][i / 4 % TOKEN_TILES][i % 4];
+}
+
+// Adds a chunk's sums to this lane's share of float [SUMS][32] and starts the next.
+__device__ __forceinline__ void close_chunk(Accumulators& sums, float* total) {
+#pragma unroll
+  for (int i = 0; i < SUMS; ++i) {
+    float& own = total[i * 32 + threadIdx.x % 32];
+    own = plus(own, sum_of(sums, i));
+    sum_of(sums, i) = 0.0f;
+  }
+}
+
+// Number `item` of a tile of out is sum i = item / 32 % SUMS of lane item % 32 of warp item / 32 / SUMS; streams share
+// their rows.
+__device__ __forceinline__ void store_item(const QuantGemmArgs& args, int item, float sum) {
+  const int lane = item % 32, i = item / 32 % SUMS, warp = item / (32 * SUMS);
+  const int row_tile = (blockIdx.x * (STREAM ? 1 : WARPS) + warp) * ROW_TILES + i / (TOKEN_TILES * 4);
+  const int token = blockIdx.y * M_TILE + i / 4 % TOKEN_TILES * 8 + lane % 4 * 2 + i % 2;
+  store_sum(args, token, row_tile * TILE_ROWS + i % 4 / 2 * 8 + lane / 4, sum);
+}
+
+// From sums in shared memory to out. All threads take part; the sums have been written and the flag's place is free.
+__device__ __forceinline__ void finish(const QuantGemmArgs& args, const float* sums, int* flag) {
+  constexpr int ITEMS = (STREAM ? 1 : WARPS) * SUMS * 32;
+  const int tile = blockIdx.y * gridDim.x + blockIdx.x, piece = args.first_piece + blockIdx.z;
+  float* partials = args.partials + int64_t{tile} * args.pieces * ITEMS;
+  for (int item = threadIdx.x; item < ITEMS; item += THREADS) {
+    float sum = sums[item];
+    if constexpr (STREAM) {
+      sum = plus(0.0f, sum);  // as where pipelined
+#pragma unroll
+      for (int chunk = 1; chunk < CHUNKS; ++chunk) sum = plus(sum, sums[chunk * ITEMS + item]);
+    }
+    if (args.pieces == 1) store_item(args, item, sum);
+    else partials[int64_t{piece} * ITEMS + item] = sum;
+  }
+  if (args.pieces == 1) return;
+  __threadfence();  // what this thread stored is visible before the block is counted
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const bool last = atomicAdd(args.counters + tile, 1) + 1 == args.pieces;
+    if (last) args.counters[tile] = 0;
+    *flag = last;
+  }
+  __threadfence();  // what the others stored is visible from here on
+  __syncthreads();
+  if (*flag == 0) return;
+  for (int item = threadIdx.x; item < ITEMS; item += THREADS) {
+    float sum = partials[item];
+    for (int p = 1; p < args.pieces; ++p) sum = plus(sum, partials[int64_t{p} * ITEMS + item]);
+    store_item(args, item, sum);
   }
 }
 
 __device__ __forceinline__ void multiply_on_tensor_cores(const QuantGemmArgs& args) {
-  CA_DYN_SMEM(uint4, fragments);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int token = blockIdx.y * M_TILE;
-  float total[TOKEN_TILES][4] = {};
-  for (int slice = 0; slice < args.column_tiles; slice += MAX_SLICE_TILES) {
-    // 1. weights into registers, x into shared memory
-    const int tiles = min(MAX_SLICE_TILES, args.column_tiles - slice);
-    LaneTile<Format> own[TILES_PER_WARP];
-#pragma unroll
-    for (int i = 0; i < TILES_PER_WARP; ++i) {
-      const int t = warp + i * WARPS;
-      if (t < tiles) own[i].load(tile_at(args, blockIdx.x, slice + t), lane);
-    }
-    const int next = slice + MAX_SLICE_TILES;
-    if (next < args.column_tiles) {
-      prefetch_lines(tile_at(args, blockIdx.x, next),
-                     min(MAX_SLICE_TILES, args.column_tiles - next) * LaneTile<Format>::TILE_BYTES);
-    }
-    if (slice > 0) __syncthreads();
-    stage_fragments(args, token, slice, 2 * tiles, fragments);
-    __syncthreads();
+  CA_DYN_SMEM(char, smem);
+  const int warp = threadIdx.x / 32;
+  const int row_tile = (STREAM ? blockIdx.x : blockIdx.x * WARPS + warp) * ROW_TILES;
+  const int tiles_per_chunk = args.units_per_chunk * UNIT;
+  TileRange range;  // of the piece, and of the warp's chunk where streaming
+  range.begin = blockIdx.z * args.tiles_per_piece;
+  range.end = min(range.begin + args.tiles_per_piece, args.weight.column_tiles);
+  if constexpr (STREAM) {
+    range.begin = min(range.begin + warp * tiles_per_chunk, range.end);
+    range.end = min(range.begin + tiles_per_chunk, range.end);
+  }
+  const int last = kept(range.end);
+  float* total = reinterpret_cast<float*>(smem + SUMS_AT) + warp * SUMS * 32;
 
-    // 2. products
+  // 1. start copying
+  TileAhead ahead(args, row_tile, blockIdx.y * M_TILE, range);
+  const LanePlaces own(STREAM ? warp * STAGES * STAGE_BYTES : 0);
 #pragma unroll
-    for (int i = 0; i < TILES_PER_WARP; ++i) {
-      const int t = warp + i * WARPS;
-      if (t < tiles) {
-        multiply_group(own[i], 0, fragments + (2 * t) * TOKEN_TILES * 32, total);
-        multiply_group(own[i], 1, fragments + (2 * t + 1) * TOKEN_TILES * 32, total);
-      }
-    }
+  for (int s = 0; s < STAGES - 1; ++s) ahead.copy(own, smem + s * STAGE_BYTES, s % UNIT == UNIT - 1);
+  Accumulators sums;
+#pragma unroll
+  for (int i = 0; i < SUMS; ++i) {
+    sum_of(sums, i) = 0.0f;
+    if constexpr (!STREAM) total[i * 32 + threadIdx.x % 32] = 0.0f;
   }
 
-  // 3. sums over the warps, rows fastest
-  float* partial = reinterpret_cast<float*>(fragments);  // [warp][token tile][d index][lane], where x was
-  __syncthreads();
+  // 2. a unit per step
+  int stage = 0, free_stage = (STAGES - 1) * STAGE_BYTES, units_left = args.units_per_chunk;
+  for (int tile = range.begin; tile < last; tile += UNIT) {
+    Unit unit;
+    unit.clear();
 #pragma unroll
-  for (int j = 0; j < TOKEN_TILES * 4; ++j) {
-    partial[(warp * TOKEN_TILES * 4 + j) * 32 + lane] = total[j / 4][j % 4];
+    for (int u = 0; u < UNIT; ++u) {
+      cp_async_wait<STAGES - 2>();
+      // the tile is there for all that read it, and nobody still reads the one before
+      if constexpr (STREAM) __syncwarp();
+      else __syncthreads();
+      ahead.copy(own, smem + free_stage, (u + STAGES - 1) % UNIT == UNIT - 1);
+      unit.multiply(own, smem + stage, u == UNIT - 1, smem + X_SUMS_AT, sums);
+      free_stage = stage;
+      stage = stage == (STAGES - 1) * STAGE_BYTES ? 0 : stage + STAGE_BYTES;
+    }
+    if constexpr (!STREAM) {
+      if (--units_left > 0) continue;
+      units_left = args.units_per_chunk;
+      close_chunk(sums, total);
+    }
+  }
+
+  // 3. sums of chunks and pieces
+  cp_async_wait<0>();
+  if constexpr (STREAM) {
+    __syncthreads();  // no ring is read any more
+#pragma unroll
+    for (int i = 0; i < SUMS; ++i) total[i * 32 + threadIdx.x % 32] = sum_of(sums, i);
+  } else {
+    close_chunk(sums, total);
   }
   __syncthreads();
-  for (int item = threadIdx.x; item < TILE_ROWS * M_TILE; item += 32 * WARPS) {
-    const int row = item % TILE_ROWS, m = item / TILE_ROWS;
-    const int j = m / 8 * 4 + row / 8 * 2 + m % 2, from = row % 8 * 4 + m % 8 / 2;
-    float sum = 0.0f;
-#pragma unroll
-    for (int w = 0; w < WARPS; ++w) sum += partial[(w * TOKEN_TILES * 4 + j) * 32 + from];
-    store_sum(args, token + m, blockIdx.x * TILE_ROWS + row, sum);
-  }
+  finish(args, reinterpret_cast<const float*>(smem + SUMS_AT),
+         reinterpret_cast<int*>(smem + (STREAM ? CHUNKS * SUMS * 128 : 0)));
 }
 
 #endif  // CUPYATTN_QUANT_GEMM_MMA_CUH

@@ -43,34 +43,12 @@ CA_INLINE Ints16 widen_bytes(const SignedBytes16& bytes) {
 }
 #endif
 
-// The 4 or 8 float16 numbers at p as floats, 4 of them twice; kept out of memory, where they would be reloaded wider.
-template <int N>
-CA_INLINE Floats8 widen_scales(const __half* p) {
-#if defined(__F16C__)
-  typedef long long Longs2 __attribute__((vector_size(16)));
-  long long low, high;
-  __builtin_memcpy(&low, p, 8);
-  __builtin_memcpy(&high, p + N - 4, 8);
-  const Longs2 raw = {low, high};
-#if defined(__clang__)
-  typedef _Float16 Halves8 __attribute__((vector_size(16)));
-  return __builtin_convertvector(bit_cast<Halves8>(raw), Floats8);
-#else
-  typedef short Shorts8 __attribute__((vector_size(16)));
-  return __builtin_ia32_vcvtph2ps256(bit_cast<Shorts8>(raw));
-#endif
-#else
-  float wide[8];
-  for (int i = 0; i < 8; ++i) wide[i] = to_float(p[i % N]);
-  return bit_cast<Floats8>(wide);
-#endif
-}
-
 #if __has_builtin(__builtin_shufflevector)
-// p[I] eight times, then p[I + 1] eight times.
-template <int I>
-CA_INLINE Floats16 spread_groups(const Floats8& p) {
-  return __builtin_shufflevector(p, p, I, I, I, I, I, I, I, I, I + 1, I + 1, I + 1, I + 1, I + 1, I + 1, I + 1, I + 1);
+// p[I] 16 / N times, then p[I + 1] and so on: N numbers.
+template <int I, int N, typename V>
+CA_INLINE Floats16 spread(const V& p) {
+  constexpr int B = I + (N > 2), C = I + N / 2, D = I + N / 2 + (N > 2);
+  return __builtin_shufflevector(p, p, I, I, I, I, B, B, B, B, C, C, C, C, D, D, D, D);
 }
 // Elements FIRST, ... of x.
 template <typename V, int FIRST, typename X>
@@ -82,11 +60,18 @@ CA_INLINE V slice(const X& x) {
     return __builtin_shufflevector(x, x, FIRST, FIRST + 1, FIRST + 2, FIRST + 3);
   }
 }
+// Four by four in the order 0, 2, 1, 3.
+CA_INLINE Floats16 swap_middle(const Floats16& x) {
+  return __builtin_shufflevector(x, x, 0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
+}
+CA_INLINE Floats16 join(const Floats8& low, const Floats8& high) {
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
 #else  // GCC before 12
-template <int I>
-CA_INLINE Floats16 spread_groups(const Floats8& p) {
-  const float a = p[I], b = p[I + 1];
-  return Floats16{a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b};
+template <int I, int N, typename V>
+CA_INLINE Floats16 spread(const V& p) {
+  const float a = p[I], b = p[I + (N > 2)], c = p[I + N / 2], d = p[I + N / 2 + (N > 2)];
+  return Floats16{a, a, a, a, b, b, b, b, c, c, c, c, d, d, d, d};
 }
 template <typename V, int FIRST, typename X>
 CA_INLINE V slice(const X& x) {
@@ -94,7 +79,56 @@ CA_INLINE V slice(const X& x) {
   __builtin_memcpy(&part, reinterpret_cast<const float*>(&x) + FIRST, sizeof(part));
   return part;
 }
+CA_INLINE Floats16 swap_middle(const Floats16& x) {
+  return __builtin_shuffle(x, Ints16{0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15});
+}
+CA_INLINE Floats16 join(const Floats8& low, const Floats8& high) {
+  Floats16 both;
+  __builtin_memcpy(&both, &low, sizeof(low));
+  __builtin_memcpy(reinterpret_cast<Floats8*>(&both) + 1, &high, sizeof(high));
+  return both;
+}
 #endif
+
+// Eight float16 numbers, kept out of memory, where they would be reloaded wider than they were stored.
+CA_INLINE Floats8 widen_halves(long long low, long long high) {
+#if defined(__F16C__)
+  typedef long long Longs2 __attribute__((vector_size(16)));
+  const Longs2 raw = {low, high};
+#if defined(__clang__)
+  typedef _Float16 Halves8 __attribute__((vector_size(16)));
+  return __builtin_convertvector(bit_cast<Halves8>(raw), Floats8);
+#else
+  typedef short Shorts8 __attribute__((vector_size(16)));
+  return __builtin_ia32_vcvtph2ps256(bit_cast<Shorts8>(raw));
+#endif
+#else
+  __half halves[8];
+  __builtin_memcpy(halves, &low, 8);
+  __builtin_memcpy(halves + 4, &high, 8);
+  float wide[8];
+  for (int i = 0; i < 8; ++i) wide[i] = to_float(halves[i]);
+  return bit_cast<Floats8>(wide);
+#endif
+}
+
+// 16 numbers at p as floats.
+CA_INLINE Floats16 widen_numbers(const __half* p) {
+  long long words[4];
+  __builtin_memcpy(words, p, sizeof(words));
+  return join(widen_halves(words[0], words[1]), widen_halves(words[2], words[3]));
+}
+CA_INLINE Floats16 widen_numbers(const __nv_bfloat16* p) {
+  typedef Lanes<16> L;
+  L::u16 raw;
+  __builtin_memcpy(&raw, p, sizeof(raw));
+  return bit_cast<Floats16>(L::widen(raw) << 16);
+}
+CA_INLINE Floats16 widen_numbers(const float* p) {
+  Floats16 numbers;
+  __builtin_memcpy(&numbers, p, sizeof(numbers));
+  return numbers;
+}
 
 // Pins a value where -fassociative-math would reorder the sums of one kernel differently from those of another:
 // a register the compiler may not look into. No instruction.

@@ -12,15 +12,13 @@ between is in the model's dtype. A step feeds ``batch`` sequences ``q_len`` toke
 Attention is `paged_decode` when there is one new token per sequence, otherwise `attention`.
 """
 
-import math
-from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from .. import (
     QuantizedKV,
-    RopeParams,
     attention,
     embedding,
     kv_append,
@@ -33,7 +31,8 @@ from .. import (
 )
 from ..pages import PageManager
 from ..quantized_kv import FLOATS, FORMATS
-from .gguf import GGUF, ModelError, field
+from .config import config_from, config_from_hugging_face
+from .gguf import GGUF, ModelError
 from .weights import Weights, random_tensors
 
 PREFILL_CHUNK = 256  # tokens of a prompt fed at once
@@ -44,97 +43,10 @@ def area(r): return 3.14159 * r ** 2  # square metres. Water boils at 100 degree
 In French, le chat est sur la table. Why? Because light travels faster than sound. First, mix flour, eggs and milk."""
 
 
-@dataclass(frozen=True)
-class LlamaConfig:
-    """Sizes and constants of a Llama-family model; the names are those of GGUF, spelt out."""
-
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    context_length: int  # tokens
-    rope: RopeParams
-    rms_eps: float
-
-
-SMOLLM2_135M = LlamaConfig(
-    num_layers=30, hidden_size=576, intermediate_size=1536, num_heads=9, num_kv_heads=3, head_dim=64,
-    vocab_size=49152, context_length=8192, rms_eps=1e-5,
-    rope=RopeParams(rotary_dim=64, base=100000.0, style="interleaved"))
-
-
-def config_from(metadata):
-    """LlamaConfig from GGUF metadata.
-
-    Raises
-    ------
-    ModelError
-        Another architecture than llama, a key that is missing or holds what no model can have, or a RoPE scaling
-        this reader does not know.
-    """
-    architecture = field(metadata, "general.architecture", str)
-    if architecture != "llama":
-        raise ModelError(f"model architecture must be llama, got {architecture}")
-    if experts := field(metadata, "llama.expert_count", int, 0):
-        raise ModelError(f"mixture-of-experts models are not supported, got llama.expert_count = {experts}")
-
-    def size(name, default=None):
-        value = field(metadata, "llama." + name, int, default)
-        if not 1 <= value < 2**31:
-            raise ModelError(f"metadata llama.{name} must be from 1 to {2**31 - 1}, got {value}")
-        return value
-
-    heads, hidden = size("attention.head_count"), size("embedding_length")
-    kv_heads = size("attention.head_count_kv", heads)
-    if heads % kv_heads:
-        raise ModelError(f"metadata llama.attention.head_count_kv must divide the {heads} heads, got {kv_heads}")
-    head_dim = field(metadata, "llama.attention.key_length", int, hidden // heads)
-    if head_dim not in range(8, 257, 8):
-        raise ModelError("metadata llama.attention.key_length (without it embedding_length / head_count) must be "
-                         f"a multiple of 8 from 8 to 256, got {head_dim}")
-    eps = field(metadata, "llama.attention.layer_norm_rms_epsilon", float)
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ModelError(f"metadata llama.attention.layer_norm_rms_epsilon must be finite and at least 0, got {eps}")
-    return LlamaConfig(
-        num_layers=size("block_count"), hidden_size=hidden, intermediate_size=size("feed_forward_length"),
-        num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, vocab_size=_vocab_size(metadata),
-        context_length=size("context_length"), rms_eps=eps, rope=_rope_from(metadata, head_dim))
-
-
-def _vocab_size(metadata):
-    """Rows of the embedding: one for each token of the vocabulary."""
-    tokens = field(metadata, "tokenizer.ggml.tokens", list)
-    vocab_size = field(metadata, "llama.vocab_size", int, len(tokens))
-    if vocab_size != len(tokens):
-        raise ModelError(f"metadata llama.vocab_size must be the number of tokenizer.ggml.tokens, {len(tokens)}, "
-                         f"got {vocab_size}")
-    return vocab_size
-
-
-def _rope_from(metadata, head_dim):
-    """RopeParams from GGUF metadata."""
-    key = "llama.rope."
-    rotary_dim = field(metadata, key + "dimension_count", int, head_dim)
-    if not 2 <= rotary_dim <= head_dim:
-        raise ModelError(f"metadata {key}dimension_count must be from 2 to the {head_dim} of a head, got {rotary_dim}")
-    scaling = field(metadata, key + "scaling.type", str, "none")
-    if scaling not in ("none", "linear"):
-        raise ModelError(f"metadata {key}scaling.type must be none or linear, got {scaling}")
-    base = field(metadata, key + "freq_base", float, 10000.0)
-    factor = field(metadata, key + "scaling.factor", float, 1.0)
-    try:
-        return RopeParams(rotary_dim=rotary_dim, base=base, style="interleaved", scaling=scaling, factor=factor)
-    except ValueError as error:
-        raise ModelError(f"metadata {key}dimension_count, freq_base and scaling.factor: {error}") from None
-
-
 class _Layer(NamedTuple):
     attn_norm: object  # float32 [hidden]
-    qkv: list  # QMatrix of [q; k; v] rows, or one each where their types differ
-    attn_output: object  # QMatrix [hidden, heads * head_dim]
+    qkv: list  # Linear of [q; k; v] rows, or one each where their formats differ
+    attn_output: object  # Linear [hidden, heads * head_dim]
     ffn_norm: object
     gate_up: list
     ffn_down: object
@@ -226,7 +138,7 @@ class Llama:
     Parameters
     ----------
     config : LlamaConfig
-    tensors : dict of str to Tensor
+    tensors : dict of str to Tensor, or HuggingFaceTensors
         Weights by their GGUF names; without ``output.weight`` the head is the embedding. A name that is not used is
         an error, so no bias or scale is silently dropped.
     tokenizer : Tokenizer, optional
@@ -239,64 +151,92 @@ class Llama:
         when a cache is first made.
     xp : numpy or cupy, optional
         Default NumPy.
+    quantize : str, optional
+        Round the matrices of all layers to this scheme of `QMatrix.quantize`, whatever they are: the projections of
+        attention and the feed-forward's. Embedding, head and norms stay as they are.
+    progress : callable, optional
+        ``progress(done, total)`` at the start and after each layer.
 
     Raises
     ------
     ModelError
         Tensors that are missing, unknown, misshapen or of an unsupported type.
+    NotImplementedError, ValueError
+        `quantize` is no scheme of `QMatrix.quantize`.
     """
 
-    def __init__(self, config, tensors, tokenizer=None, *, dtype="float16", kv_dtype=None, xp=np):
+    def __init__(self, config, tensors, tokenizer=None, *, dtype="float16", kv_dtype=None, xp=np, quantize=None,
+                 progress=None):
         self.config, self.tokenizer, self.xp = config, tokenizer, xp
         self.dtype, self.kv_formats = _dtype(dtype), kv_formats(kv_dtype or dtype)
         self._scales = None  # of static KV formats, per layer
         self._warm = set()  # (batch, q_len, page_size) of steps whose kernels are compiled
-        weights, c = Weights(tensors, xp), config
+        weights, c = Weights(tensors, xp, quantize), config
         q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         self._embedding = weights.matrix("token_embd", c.vocab_size, c.hidden_size)
         self._head = self._embedding
-        if "output.weight" in tensors:
+        if weights.has("output"):
             self._head = weights.matrix("output", c.vocab_size, c.hidden_size)
         self._norm = weights.vector("output_norm", c.hidden_size)
         self._layers = []
         for n in range(c.num_layers):
+            if progress is not None:
+                progress(n, c.num_layers)
             p = f"blk.{n}."
             self._layers.append(_Layer(
                 weights.vector(p + "attn_norm", c.hidden_size),
                 weights.stacked(c.hidden_size, {p + "attn_q": q_size, p + "attn_k": kv_size, p + "attn_v": kv_size}),
-                weights.matrix(p + "attn_output", c.hidden_size, q_size),
+                weights.linear(p + "attn_output", c.hidden_size, q_size),
                 weights.vector(p + "ffn_norm", c.hidden_size),
                 weights.stacked(c.hidden_size, {p + "ffn_gate": c.intermediate_size,
                                                 p + "ffn_up": c.intermediate_size}),
-                weights.matrix(p + "ffn_down", c.hidden_size, c.intermediate_size)))
+                weights.linear(p + "ffn_down", c.hidden_size, c.intermediate_size)))
+        if progress is not None:
+            progress(c.num_layers, c.num_layers)
         weights.check_all_used()
         self._cos, self._sin = (xp.asarray(table) for table in c.rope.tables(c.context_length))
 
     @classmethod
-    def from_gguf(cls, path, *, dtype="float16", kv_dtype=None, xp=np):
-        """Load a model and its tokenizer from a GGUF file.
+    def load(cls, path, *, dtype="float16", kv_dtype=None, xp=np, quantize=None, progress=None):
+        """Load a model and its tokenizer.
 
         Parameters
         ----------
         path : str or Path
-        dtype, kv_dtype, xp
+            A GGUF file; or the folder of a Hugging Face model: config.json, safetensors in any format `QMatrix` reads
+            (see `HuggingFaceTensors`) and tokenizer.json.
+        dtype, kv_dtype, xp, quantize, progress
             See `Llama`.
 
         Raises
         ------
         ModelError
-            Not a usable GGUF file, or another architecture, tokenizer or tensor type than this model knows.
+            Not a usable file or folder, or another architecture, tokenizer or tensor type than this model knows.
         OSError
-            The file cannot be read.
+            A file cannot be read.
         """
+        options = dict(dtype=dtype, kv_dtype=kv_dtype, xp=xp, quantize=quantize, progress=progress)
+        load = cls._from_folder if Path(path).is_dir() else cls._from_gguf
+        try:
+            return load(path, options)
+        except ModelError as error:
+            raise ModelError(f"{path}: {error}") from None
+
+    @classmethod
+    def _from_gguf(cls, path, options):
         from .tokenizer import Tokenizer
 
         file = GGUF(path)
-        try:
-            config = config_from(file.metadata)
-            return cls(config, file.tensors, Tokenizer(file.metadata), dtype=dtype, kv_dtype=kv_dtype, xp=xp)
-        except ModelError as error:
-            raise ModelError(f"{path}: {error}") from None
+        return cls(config_from(file.metadata), file.tensors, Tokenizer(file.metadata), **options)
+
+    @classmethod
+    def _from_folder(cls, path, options):
+        from .hugging_face import HuggingFaceTensors, read_config
+        from .tokenizer import Tokenizer
+
+        config = read_config(path)
+        tensors = HuggingFaceTensors(path, config)
+        return cls(config_from_hugging_face(config), tensors, Tokenizer.from_folder(path), **options)
 
     @property
     def arch(self):
@@ -362,11 +302,11 @@ class Llama:
                       q=heads[:, :c.num_heads], q_out=q, cos=self._cos, sin=self._sin, rope_rows=step.positions,
                       style=c.rope.style, rotary_dim=c.rope.rotary_dim)
             mixed = self._attend(q, cache.k[n], cache.v[n], step)
-            quant_gemm(mixed.reshape(tokens, -1), layer.attn_output, out=delta)
+            layer.attn_output(mixed.reshape(tokens, -1), delta)
             h = rms_norm(delta, layer.ffn_norm, eps=c.rms_eps, residual=x, out_dtype=self.dtype)
             gate_up = self._project(h, layer.gate_up)
             act = silu_mul(gate_up[:, :c.intermediate_size], gate_up[:, c.intermediate_size:])
-            quant_gemm(act, layer.ffn_down, out=delta)
+            layer.ffn_down(act, delta)
             norm = self._layers[n + 1].attn_norm if n + 1 < c.num_layers else self._norm
             h = rms_norm(delta, norm, eps=c.rms_eps, residual=x, out_dtype=self.dtype)
         return h
@@ -379,13 +319,13 @@ class Llama:
             return paged_decode(q, k_cache, v_cache, **keys)
         return attention(q, k_cache, v_cache, cu_seqlens_q=step.cu_seqlens_q, max_q_len=step.q_len, **keys)
 
-    def _project(self, h, matrices):
+    def _project(self, h, linears):
         """h @ [W0; W1; ...]ᵀ as one array [tokens, sum of rows]."""
-        out = self.xp.empty((len(h), sum(matrix.shape[0] for matrix in matrices)), self.dtype)
+        out = self.xp.empty((len(h), sum(linear.matrix.shape[0] for linear in linears)), self.dtype)
         begin = 0
-        for matrix in matrices:
-            end = begin + matrix.shape[0]
-            quant_gemm(h, matrix, out=out[:, begin:end])
+        for linear in linears:
+            end = begin + linear.matrix.shape[0]
+            linear(h, out[:, begin:end])
             begin = end
         return out
 

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokenizer inside a GGUF file: byte-level BPE, encoding by `tokenizers`, decoding byte by byte."""
+"""The tokenizer of a GGUF file or of a tokenizer.json: encoding by `tokenizers`, decoding byte by byte."""
 
 import codecs
+import json
+import re
+from pathlib import Path
 
 import numpy as np
 
@@ -21,8 +24,45 @@ def _byte_of_character():
     return table
 
 
+_BYTES = _byte_of_character()
+
+
+def _byte_level(token):
+    # a character that stands for no byte is itself: such tokens fill up some vocabularies
+    return b"".join(_BYTES.get(character) or character.encode() for character in token)
+
+
+def _sentence_piece(token):
+    """Bytes of a token as SentencePiece writes it: <0x0A> is a byte, U+2581 a space."""
+    if re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("\u2581", " ").encode()
+
+
+def _decoder(decoder):
+    """What turns a token into bytes, by the decoder of a tokenizer.json."""
+    decoder = decoder or {}
+    kinds = [part.get("type") for part in decoder.get("decoders", [decoder])]
+    if "ByteLevel" in kinds:
+        return _byte_level
+    if "ByteFallback" in kinds or "Metaspace" in kinds:
+        return _sentence_piece
+    raise ModelError("tokenizer.json must have a decoder of type ByteLevel, ByteFallback or Metaspace, got "
+                     f"{', '.join(map(str, kinds))}")
+
+
+def _ends(folder):
+    """Ids that end a text, of generation_config.json and config.json."""
+    ids = []
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            found = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            ids += found if isinstance(found, list) else [found]
+    return frozenset(id for id in ids if id is not None)
+
+
 class Tokenizer:
-    """Text to token ids and back, from the vocabulary and merges in GGUF metadata.
+    """Text to token ids and back, from the vocabulary and merges in GGUF metadata; or see `from_folder`.
 
     Parameters
     ----------
@@ -32,7 +72,8 @@ class Tokenizer:
     Attributes
     ----------
     bos_id : int or None
-        Put before every prompt when the file asks for it (``add_bos_token``), else None.
+        Put before every prompt when the file asks for it (``add_bos_token``), else None. A tokenizer.json has rules of
+        its own for what it puts there; None then.
     eos_ids : frozenset of int
         Tokens that end a text.
 
@@ -76,10 +117,9 @@ class Tokenizer:
         self._backend.pre_tokenizer = pre_tokenizers.Sequence(split)
         self._backend.add_special_tokens([AddedToken(tokens[id], normalized=False) for id in special])
 
-        self._tokens = tokens
+        self._tokens, self._piece = dict(enumerate(tokens)), _byte_level
         self._control = frozenset(np.flatnonzero(types == _CONTROL).tolist())
         self._user_defined = frozenset(np.flatnonzero(types == _USER_DEFINED).tolist())
-        self._bytes = _byte_of_character()
         ids = {name: value(name, int) for name in ("bos_token_id", "eos_token_id", "eot_token_id")
                if metadata.get("tokenizer.ggml." + name) is not None}
         for name, id in ids.items():
@@ -89,6 +129,41 @@ class Tokenizer:
         if not value("add_bos_token", bool, False):
             self.bos_id = None
         self.eos_ids = frozenset(ids.values())
+
+    @classmethod
+    def from_folder(cls, path):
+        """The tokenizer of a Hugging Face model: its tokenizer.json, and the ends of text its configurations name.
+
+        Parameters
+        ----------
+        path : str or Path
+            A folder with tokenizer.json, and perhaps generation_config.json and config.json.
+
+        Raises
+        ------
+        ModelError
+            No tokenizer.json, a damaged one, or one that neither is byte-level nor falls back to bytes.
+        """
+        from tokenizers import Tokenizer as Backend
+
+        path = Path(path)
+        if not (path / "tokenizer.json").is_file():
+            raise ModelError("tokenizer.json is missing")
+        try:
+            backend = Backend.from_file(str(path / "tokenizer.json"))
+        except Exception as error:  # the class tokenizers raises
+            raise ModelError(f"tokenizer.json cannot be read: {str(error).splitlines()[0]}") from None
+        backend.no_truncation()
+        backend.no_padding()
+        self = cls.__new__(cls)
+        self._backend, self.bos_id = backend, None
+        self._piece = _decoder(json.loads((path / "tokenizer.json").read_text(encoding="utf-8")).get("decoder"))
+        self._tokens = {id: token for token, id in backend.get_vocab(with_added_tokens=True).items()}
+        added = backend.get_added_tokens_decoder()
+        self._control = frozenset(id for id, token in added.items() if token.special)
+        self._user_defined = frozenset(added) - self._control
+        self.eos_ids = _ends(path)
+        return self
 
     def encode(self, text):
         """Token ids of `text`, a list of int; begins with ``bos_id`` if there is one.
@@ -110,10 +185,8 @@ class Tokenizer:
         """The bytes `id` stands for; control tokens (end of text and the like) stand for none."""
         if id in self._control:
             return b""
-        if id in self._user_defined:
-            return self._tokens[id].encode()
-        # a character that stands for no byte is itself: such tokens fill up some vocabularies
-        return b"".join(self._bytes.get(character) or character.encode() for character in self._tokens[id])
+        token = self._tokens.get(id, "")   # a vocabulary may end before the embedding does
+        return token.encode() if id in self._user_defined else self._piece(token)
 
     def decode(self, ids):
         """Text of the token ids; bytes that are no UTF-8 become U+FFFD."""

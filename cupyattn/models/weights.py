@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of a model by their GGUF names: taken from a table of tensors, or made up."""
+"""Weights of a model by their GGUF names: taken from a file's tensors, quantized, put together; or made up."""
+
+from typing import NamedTuple
 
 import numpy as np
 
+from ..ops.quant_gemm import quant_gemm
 from ..quant import QMatrix
+from ..quant.quantize import check_scheme
 from .gguf import ModelError, Tensor
 
 
-class Weights:
-    """Takes weights out of a table of tensors, checks their shapes and remembers which were taken."""
+class GGUFTensors:
+    """What `Weights` takes weights from: a table of Tensors by GGUF names, with or without ``.weight``."""
 
-    def __init__(self, tensors, xp):
-        self._left, self._xp = dict(tensors), xp
+    def __init__(self, tensors):
+        self._left = dict(tensors)
+
+    def __contains__(self, name):
+        return name + ".weight" in self._left
 
     def _take(self, name, shape):
         tensor = self._left.pop(name + ".weight", None)
@@ -22,35 +29,99 @@ class Weights:
         return tensor
 
     def vector(self, name, size):
-        """float32 [size]."""
+        """float32 [size], NumPy."""
         tensor = self._take(name, (size,))
         if tensor.type != "F32":
             raise ModelError(f"tensor {name}.weight must be F32, got {tensor.type}")
-        return self._xp.asarray(tensor.data.view(np.float32))
+        return tensor.data.view(np.float32)
 
-    def matrix(self, name, rows, columns):
-        """QMatrix [rows, columns]."""
-        return self._packed(name, rows, columns).to(self._xp)
-
-    def _packed(self, name, rows, columns):
-        """QMatrix on the host."""
-        tensor = self._take(name, (rows, columns))
+    def linear(self, name, shape):
+        """(QMatrix on the host, bias float32 [rows] or None)."""
+        tensor = self._take(name, shape)
         try:
-            return QMatrix.from_gguf(tensor.data, tensor.type, tensor.shape, xp=np)
+            return QMatrix.from_gguf(tensor.data, tensor.type, tensor.shape, xp=np), None
         except (NotImplementedError, ValueError) as error:
             raise ModelError(f"tensor {name}.weight: {error}") from None
 
+    def unused(self):
+        """Names that nobody took: a bias left out would change every result."""
+        return list(self._left)
+
+
+class Linear(NamedTuple):
+    """y = x @ matrixᵀ + bias."""
+
+    matrix: QMatrix
+    bias: object  # float32 [rows], or None
+
+    def __call__(self, x, out):
+        return quant_gemm(x, self.matrix, bias=self.bias, out=out)
+
+
+class Weights:
+    """Takes weights out of a file's tensors and makes of them what a model computes with.
+
+    Parameters
+    ----------
+    tensors : dict of str to Tensor, or an object like GGUFTensors
+    xp : numpy or cupy
+    scheme : str, optional
+        What linear layers are rounded to, see `QMatrix.quantize`.
+    """
+
+    def __init__(self, tensors, xp, scheme=None):
+        self._tensors = GGUFTensors(tensors) if isinstance(tensors, dict) else tensors
+        self._xp, self._scheme = xp, scheme
+        if scheme is not None:
+            check_scheme(scheme)
+
+    def has(self, name):
+        """Whether there is such a weight."""
+        return name in self._tensors
+
+    def vector(self, name, size):
+        """float32 [size]."""
+        return self._xp.asarray(self._tensors.vector(name, size))
+
+    def matrix(self, name, rows, columns):
+        """QMatrix [rows, columns] as the file has it."""
+        matrix, bias = self._tensors.linear(name, (rows, columns))
+        if bias is not None:
+            raise ModelError(f"tensor {name}.bias must be 0, got another: this model has none")
+        return matrix.to(self._xp)
+
+    def linear(self, name, rows, columns):
+        """Linear of [rows, columns]."""
+        (linear,) = self.stacked(columns, {name: rows})
+        return linear
+
     def stacked(self, columns, rows_of):
-        """One QMatrix of all rows, or one for each name where their types differ or the rows do not fill tiles."""
-        matrices = [self._packed(name, rows, columns) for name, rows in rows_of.items()]
-        if len({m.format for m in matrices}) == 1 and all(m.shape[0] % 16 == 0 for m in matrices[:-1]):
-            matrices = [QMatrix.concat(matrices)]
-        return [matrix.to(self._xp) for matrix in matrices]
+        """One Linear of all rows, or one for each name where they cannot be one matrix."""
+        matrices, biases = zip(*(self._quantized(name, (rows, columns)) for name, rows in rows_of.items()), strict=True)
+        try:
+            joined = [QMatrix.concat(matrices)]
+        except ValueError:   # other formats or orders of columns, or rows that do not fill tiles
+            joined = matrices
+        if len(joined) == 1 and any(bias is not None for bias in biases):
+            biases = [np.concatenate([np.zeros(matrix.shape[0], np.float32) if bias is None else bias
+                                      for matrix, bias in zip(matrices, biases, strict=True)])]
+        return [Linear(matrix.to(self._xp), None if bias is None else self._xp.asarray(bias))
+                for matrix, bias in zip(joined, biases, strict=False)]
+
+    def _quantized(self, name, shape):
+        """(QMatrix, bias), rounded to the scheme, on the host."""
+        matrix, bias = self._tensors.linear(name, shape)
+        if self._scheme is not None:
+            try:
+                matrix = QMatrix.quantize(matrix.to(self._xp).reconstruct(), self._scheme, xp=np)
+            except ValueError as error:
+                raise ModelError(f"tensor {name}.weight: {error}") from None
+        return matrix, bias
 
     def check_all_used(self):
-        """Raise ModelError for a tensor that was not taken: a bias left out would change every result."""
-        if self._left:
-            raise ModelError(f"tensor {next(iter(self._left))} is not part of the llama models this reader knows")
+        """Raise ModelError for a tensor that was not taken."""
+        if left := self._tensors.unused():
+            raise ModelError(f"tensor {left[0]} is not part of the llama models this reader knows")
 
 
 def random_tensors(config, seed):

@@ -2,43 +2,52 @@
 """Rows of a table by index. Kernel: ``cuda_src/embedding.cu``."""
 
 import functools
+import itertools
 
 import numpy as np
 
 from ..quant import QMatrix
-from ..quant.layout import FORMATS
+from ..quant.layout import TRAITS
 from ..runtime import Plan, Specialisation, arch_of, env, launch, make_args
-from ..runtime.arrays import alignment, array_namespace, as_rows, row_view
+from ..runtime.arrays import alignment, array_namespace, as_rows, dtype_name, row_view
 from ..runtime.checks import FLOATS, check_dtype, check_element_strides, check_last_axis, check_shape, check_writeable
 
 
-def _spec(table, out, ids, packed, vec):
+def _spec(table, out, ids, trait, vec):
+    """`trait` of a packed table, whose `table` is ignored; None for a plain one."""
     return Specialisation("embedding", "embedding", "EmbeddingArgs",
-                          {"W": "float32" if packed else table, "U": out, "ID": f"{ids}_t", "PACKED": int(packed),
-                           "FORMAT": FORMATS[table].trait, "VEC": vec})
+                          {"W": table, "U": out, "ID": f"{ids}_t", "PACKED": int(trait is not None),
+                           "FORMAT": trait or "Weights<Dense<float>,NoScales>", "VEC": vec})
 
 
 CORE = [_spec(*case) for case in (
-    ("q8_0", "float32", "int32", True, 1), ("q4_1", "float16", "int64", True, 1),
-    ("q4_0", "bfloat16", "int32", True, 1), ("float16", "float32", "int64", True, 1),
-    ("float16", "float16", "int32", False, 8), ("bfloat16", "float32", "int64", False, 4),
-    ("float32", "bfloat16", "int32", False, 1), ("float32", "float32", "int64", False, 4),
+    ("float32", "float32", "int32", "Weights<Ints<8,128>,Scales<__half,PLAIN,2>>", 4),
+    ("float32", "float16", "int64", "Weights<Ints<4,0>,Scales<__half,MINIMUM,2>>", 1),
+    ("float32", "bfloat16", "int32", "Weights<Ints<6,32>,SuperScales<int8_t,__half,PLAIN,4>>", 4),
+    ("float32", "float32", "int64", "Weights<Dense<__half>,NoScales>", 1),
+    ("float16", "float16", "int32", None, 8), ("bfloat16", "float32", "int64", None, 4),
+    ("float32", "bfloat16", "int32", None, 1), ("float32", "float32", "int64", None, 4),
 )]
-ALL = [*CORE, *(spec for table in FORMATS for out in FLOATS for ids in ("int32", "int64")
-                for packed in (True, False) if packed or table in FLOATS for vec in ((1,) if packed else (1, 4, 8))
-                if (vec < 8 or "float32" not in (table, out)) and
-                (spec := _spec(table, out, ids, packed, vec)) not in CORE)]
+# formats of packed tables once each
+ALL = list(dict.fromkeys((*CORE, *(
+    _spec(table, out, ids, None, vec) for table, out, ids, vec in itertools.product(
+        FLOATS, FLOATS, ("int32", "int64"), (1, 4, 8)) if vec < 8 or "float32" not in (table, out)), *(
+    _spec("float32", FLOATS[i % 3], ("int32", "int64")[i % 2], trait, (1, 4)[i // 2 % 2])
+    for i, trait in enumerate(TRAITS)))))
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan_embedding(tokens, columns, table, packed, out, ids, align, arch):
-    """Plan from the number of ids, the row length, format or dtype names, the common alignment and arch."""
-    vec = 16 // max(4 if name == "float32" else 2 for name in (table, out))
-    if packed or align < 16 or columns % vec:
-        vec = 1
-    threads = 32 if arch == "cpu" else min(256, -(-columns // (32 * (16 if packed else vec))) * 32)
-    note = "packed table" if packed else f"{vec} elements per access"
-    return Plan(_spec(table, out, ids, packed, vec), arch, (tokens,), (threads,), note=note)
+def _plan_embedding(tokens, columns, table, trait, out, ids, align, arch):
+    """Plan from the number of ids, the row length, dtype names, a packed table's C++ format or None, the common
+    alignment and arch."""
+    if trait is not None:
+        vec, columns_per_thread = 4 if align >= (16 if out == "float32" else 8) else 1, 16
+    else:
+        vec = 16 // max(4 if name == "float32" else 2 for name in (table, out))
+        vec = columns_per_thread = 1 if align < 16 or columns % vec else vec
+    threads = 32 if arch == "cpu" else min(256, -(-columns // (32 * columns_per_thread)) * 32)
+    note = f"{'packed table, ' if trait else ''}{vec} elements per access"
+    return Plan(_spec(table, out, ids, trait, vec), arch, (tokens,), (threads,), note=note)
 
 
 def embedding(ids, table, /, *, out_dtype=None, out=None):
@@ -83,10 +92,10 @@ def embedding(ids, table, /, *, out_dtype=None, out=None):
            [0., 1.]], dtype=float32)
     """
     packed = isinstance(table, QMatrix)
-    xp = array_namespace("embedding", ids=ids, table=table.packed if packed else table, out=out)
+    xp = array_namespace("embedding", ids=ids, table=table.segments[0].codes if packed else table, out=out)
     ids_dtype = check_dtype("embedding", "ids", ids, ("int32", "int64"))
-    kind = table.format if packed else check_dtype("embedding", "table", table, FLOATS)
     if not packed:
+        check_dtype("embedding", "table", table, FLOATS)
         check_shape("embedding", "table", table, (None, None), "[rows, columns]")
         check_last_axis("embedding", "table", table)
         check_element_strides("embedding", "table", table)
@@ -101,12 +110,20 @@ def embedding(ids, table, /, *, out_dtype=None, out=None):
         return out
     if xp is np or env.check():
         _check_ids(ids, rows)
-    align = alignment(out_rows) if packed else min(alignment(table), alignment(out_rows))
-    plan = _plan_embedding(flat_ids.size, columns, kind, packed, dtype, ids_dtype, align, arch_of(xp))
-    launch(plan, make_args(plan, table=None if packed else row_view(table), out=row_view(out_rows),
-                           packed=table.packed if packed else None, ids=flat_ids,
-                           stride_id=flat_ids.strides[0] // flat_ids.itemsize, tokens=flat_ids.size, rows=rows,
-                           columns=columns, column_tiles=table.packed.shape[1] if packed else 0))
+    fields = {"out": row_view(out_rows), "ids": flat_ids, "stride_id": flat_ids.strides[0] // flat_ids.itemsize,
+              "tokens": flat_ids.size, "rows": rows, "out_columns": columns}
+    if not packed:
+        plan = _plan_embedding(flat_ids.size, columns, dtype_name(table), None, dtype, ids_dtype,
+                               min(alignment(table), alignment(out_rows)), arch_of(xp))
+        launch(plan, make_args(plan, table=row_view(table), weight=None, order=None, columns=columns, **fields))
+        return out
+    first = 0
+    for segment in table.segments:
+        plan = _plan_embedding(flat_ids.size, segment.columns, "float32", segment.form.trait, dtype, ids_dtype,
+                               alignment(out_rows), arch_of(xp))
+        order = None if table.order is None else table.order[first:first + segment.columns]
+        launch(plan, make_args(plan, table=None, weight=segment.view, order=order, columns=segment.columns, **fields))
+        first += segment.columns
     return out
 
 

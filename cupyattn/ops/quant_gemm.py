@@ -4,72 +4,87 @@
 import functools
 import itertools
 
+from ..matmul_blas import multiply_on_gpu, multiply_on_host
+from ..matmul_choice import INVARIANT_TOKENS, Product, by_blas
+from ..matmul_plans import Partition, mma_specs, partition, plan_mma, tile_of_out
 from ..quant import QMatrix
-from ..quant.layout import FORMATS, tiles
-from ..runtime import Plan, Specialisation, arch_of, launch, make_args
-from ..runtime.arrays import alignment, array_namespace, as_rows, row_view
+from ..quant.layout import TRAITS
+from ..runtime import Plan, Specialisation, arch_of, arrival_counters, blas, launch, make_args, workspace
+from ..runtime.arrays import alignment, array_namespace, as_rows, dtype_name, row_view
 from ..runtime.checks import FLOATS, check_dtype, check_element_strides, check_shape, check_writeable
 
-_MAX_TOKENS = 2**18     # rows of x per launch: grid.y ends at 65535 tiles
-_SLICE_TILES, _MMA_SLICE_TILES = 24, 16   # MAX_SLICE_TILES of the two kernels
-_WARPS = 4                                # of a block on a GPU
+_MAX_TOKENS = 2**18        # rows of x per launch: grid.y ends at 65535 tiles
+_WORKSPACE_TOKENS = 2**12  # rows of x per launch that takes scratch for them
+_WORKSPACE_BYTES = 2**26   # of a launch's sums
+_SLICE_TILES = 24          # MAX_SLICE_TILES of the kernel
+_WARPS = 4                 # of a block on a GPU
+_WHOLE = Partition(1, 1, 0, 0)   # how CUDA cores, which do not look at it, sum a segment: as one piece
 
 
-def _spec(x, out, bias, format, m_tile, row_tiles, warps, vec):
+def _spec(x, out, bias, trait, m_tile, row_tiles, warps, vec):
     """CUDA cores."""
     return Specialisation("quant_gemm", "quant_gemm", "QuantGemmArgs",
-                          {"T": x, "U": out, "B": bias, "FORMAT": FORMATS[format].trait, "M_TILE": m_tile,
+                          {"T": x, "U": out, "B": bias, "FORMAT": trait, "M_TILE": m_tile,
                            "ROW_TILES": row_tiles, "WARPS": warps, "VEC": vec, "TENSOR_CORES": 0},
                           # one-warp blocks are the CPU executor's: a GPU would keep some of their sums in memory
                           spill_bytes=1024 if warps == 1 else 0)
 
 
-def _mma_spec(x, out, bias, format, m_tile, vec):
-    """Tensor cores."""
-    return Specialisation("quant_gemm", "quant_gemm_mma", "QuantGemmArgs",
-                          {"T": x, "U": out, "B": bias, "FORMAT": FORMATS[format].trait, "M_TILE": m_tile,
-                           "ROW_TILES": 1, "WARPS": _WARPS, "VEC": vec, "TENSOR_CORES": 1},
-                          min_sm=80, expects=("HMMA", "LDG"))
+def _gather_spec(x):
+    """`gather_columns`, which looks at the type of x only."""
+    return Specialisation("quant_gemm", "gather_columns", "QuantGemmArgs",
+                          {"T": x, "U": x, "B": x, "FORMAT": "Weights<Dense<float>,NoScales>", "M_TILE": 1,
+                           "ROW_TILES": 1, "WARPS": 1, "VEC": 1, "TENSOR_CORES": 0})
 
 
+_Q4_0, _Q4_1, _Q8_0, _GPTQ, *_DENSE = _USUAL = (
+    "Weights<Ints<4,8>,Scales<__half,PLAIN,2>>", "Weights<Ints<4,0>,Scales<__half,MINIMUM,2>>",
+    "Weights<Ints<8,128>,Scales<__half,PLAIN,2>>", "Weights<Ints<4,8>,Scales<__half,ZERO,1>>",
+    "Weights<Dense<__half>,NoScales>", "Weights<Dense<__nv_bfloat16>,NoScales>", "Weights<Dense<float>,NoScales>")
 CORE = [*(_spec(*case) for case in (
-    ("float16", "float16", "float32", "q4_1", 1, 16, 1, 8), ("float16", "float32", "float16", "q8_0", 1, 8, 1, 8),
-    ("float32", "float32", "float32", "q4_1", 8, 8, 1, 4), ("float32", "float16", "float32", "q4_0", 2, 1, 1, 1),
-    ("bfloat16", "bfloat16", "bfloat16", "q4_0", 4, 1, 4, 8), ("bfloat16", "float32", "float32", "q8_0", 8, 1, 4, 8),
-    ("float16", "bfloat16", "float32", "float16", 4, 2, 1, 8), ("float32", "float32", "float32", "float32", 1, 1, 4, 4),
-    ("bfloat16", "float16", "float32", "bfloat16", 2, 1, 4, 1), ("float16", "float16", "float32", "q4_1", 8, 1, 4, 1),
-)), *(_mma_spec(*case) for case in (
-    ("float16", "float16", "float16", "q4_1", 8, 2), ("float16", "float32", "float32", "q8_0", 16, 2),
-    ("bfloat16", "bfloat16", "float32", "q4_1", 16, 1), ("bfloat16", "float32", "bfloat16", "q8_0", 8, 2),
-    ("float16", "bfloat16", "float32", "q4_0", 16, 1), ("bfloat16", "float16", "float32", "q4_0", 8, 2),
-    ("float16", "float16", "float32", "float16", 8, 1), ("bfloat16", "bfloat16", "bfloat16", "bfloat16", 16, 2),
-))]
+    ("float16", "float16", "float32", _Q4_1, 1, 32, 1, 8), ("float16", "float32", "float16", _Q8_0, 1, 8, 1, 8),
+    ("float32", "float32", "float32", _Q4_1, 8, 8, 1, 4), ("float32", "float16", "float32", _Q4_0, 2, 1, 1, 1),
+    ("bfloat16", "bfloat16", "bfloat16", _GPTQ, 4, 1, 4, 8), ("bfloat16", "float32", "float32", _Q8_0, 8, 1, 4, 8),
+    ("float16", "bfloat16", "float32", _DENSE[0], 4, 2, 1, 8), ("float32", "float32", "float32", _DENSE[2], 1, 1, 4, 4),
+    ("bfloat16", "float16", "float32", _DENSE[1], 2, 1, 4, 1), ("float16", "float16", "float32", _Q4_1, 8, 1, 4, 1),
+    ("float32", "bfloat16", "float32", "Weights<Ints<6,32>,SuperScales<int8_t,__half,PLAIN,4>>", 2, 1, 4, 4),
+    ("float16", "float32", "float32", "Weights<Ints<3,4>,Scales<__nv_bfloat16,PLAIN,1>>", 4, 8, 1, 8),
+    ("bfloat16", "bfloat16", "float32", "Weights<Table<NF4>,Scales<float,PLAIN,1>>", 1, 4, 1, 8),
+    ("float32", "float16", "float32", "Weights<Table<E2M1>,SuperScales<E4M3,float,PLAIN,4>>", 8, 1, 4, 1),
+    ("float16", "float16", "float16", "Weights<Float8<E4M3>,Scales<float,PLAIN,1>>", 2, 1, 4, 8),
+)), _gather_spec("float16"), _gather_spec("float32"), *mma_specs(core=True)]
 
 
 def _all():
-    """What plans pick; of the CPU's one-warp blocks those with a float32 bias, the other type is a conversion only."""
+    """What plans pick; of the CPU's one-warp blocks those with a float32 bias, the other type is a conversion only.
+    Formats are the usual ones, and every other once."""
     for x in FLOATS:
-        for out, bias, format in itertools.product(FLOATS, dict.fromkeys((x, "float32")), FORMATS):
+        yield _gather_spec(x)
+        for out, bias, trait in itertools.product(FLOATS, dict.fromkeys((x, "float32")), _USUAL):
             for m_tile, vec in itertools.product((1, 2, 4, 8), (1, 4 if x == "float32" else 8)):
-                yield _spec(x, out, bias, format, m_tile, 1, _WARPS, vec)
-                for row_tiles in (1, 2, 4, 8, 16):
+                yield _spec(x, out, bias, trait, m_tile, 1, _WARPS, vec)
+                for row_tiles in (1, 2, 4, 8, 16, 32):
                     if row_tiles * m_tile <= 64 and bias == "float32":
-                        yield _spec(x, out, bias, format, m_tile, row_tiles, 1, vec)
-            if _version(format, x, "sm_80")[0] == "mma":
-                for m_tile, vec in itertools.product((8, 16), (1, 2)):
-                    yield _mma_spec(x, out, bias, format, m_tile, vec)
+                        yield _spec(x, out, bias, trait, m_tile, row_tiles, 1, vec)
+    for i, trait in enumerate(TRAITS):
+        yield _spec(FLOATS[i % 3], "float32", "float32", trait, 1 << i % 4, 1, _WARPS, 1)
+    yield from mma_specs(core=False)
 
 
-def _version(format, x, arch):
-    """("mma" or "core", why)."""
-    if x == "float32" or format == "float32":
+@functools.lru_cache(maxsize=1024)
+def _version(kinds, x, align, arch):
+    """("mma" or "core", why) from the kinds of the weight's codes, x's dtype name and alignment, and arch."""
+    if x == "float32" or "float32" in kinds:
         return "core", "CUDA cores: float32 is not rounded for tensor cores"
-    if format in FLOATS and format != x:
-        return "core", f"CUDA cores: {format} weights with {x} x"
+    other = [kind for kind in kinds if kind in FLOATS and kind != x]
+    if other:
+        return "core", f"CUDA cores: {other[0]} weights with {x} x"
     if arch == "cpu":
         return "core", "CUDA cores, the faster version on the CPU"
     if int(arch[3:].rstrip("af")) < 80:
         return "core", f"CUDA cores: {arch} is older than sm_80"
+    if align < 16:
+        return "core", f"CUDA cores: rows of x are aligned to {align} bytes, tensor cores need 16"
     return "mma", "tensor cores"
 
 
@@ -77,28 +92,30 @@ ALL = list(dict.fromkeys((*CORE, *_all())))
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan_quant_gemm(tokens, shape, format, x, out, bias, align, arch, version):
-    """Plan from the number of rows of x, the weight's shape and format, dtype names, x's alignment, arch, version."""
-    row_tiles, _ = tiles(shape)
-    kernel, why = version
-    if kernel == "mma":
-        m_tile, vec = 8 if tokens <= 8 else 16, 2 if align >= 4 else 1
-        spec, warps, tiles_per_block = _mma_spec(x, out, bias, format, m_tile, vec), _WARPS, 1
-        shared = 128 * m_tile * _MMA_SLICE_TILES
-    else:
-        m_tile = next((m for m in (1, 2, 4) if tokens <= m), 8)
-        vec = 16 // (4 if x == "float32" else 2) if align == 16 else 1
-        warps, tiles_per_block = _WARPS, 1
-        if arch == "cpu":
-            # threads are dear here: one warp with as many rows as leave a few blocks to share among the workers
-            warps, tiles_per_block = 1, next((n for n in (16, 8, 4, 2) if row_tiles >= 4 * n and n * m_tile <= 64), 1)
-        spec = _spec(x, out, bias, format, m_tile, tiles_per_block, warps, vec)
-        shared = 4 * m_tile * 64 * _SLICE_TILES
-    return Plan(spec, arch, (-(-row_tiles // tiles_per_block), -(-tokens // m_tile)), (32 * warps,), shared,
+def _plan_quant_gemm(tokens, row_tiles, trait, x, out, bias, align, arch, version):
+    """Plan from the rows of x, the weight's row tiles and format, dtype names, x's alignment, arch, version."""
+    _, why = version
+    m_tile = next((m for m in (1, 2, 4) if tokens <= m), 8)
+    vec = 16 // (4 if x == "float32" else 2) if align == 16 else 1
+    warps, tiles_per_block = _WARPS, 1
+    if arch == "cpu":
+        # threads are dear here: one warp with as many rows as leave a few blocks to share among the workers
+        warps, tiles_per_block = 1, next((n for n in (32, 16, 8, 4, 2) if row_tiles >= 4 * n and n * m_tile <= 64), 1)
+    spec = _spec(x, out, bias, trait, m_tile, tiles_per_block, warps, vec)
+    return Plan(spec, arch, (-(-row_tiles // tiles_per_block), -(-tokens // m_tile)), (32 * warps,),
+                4 * m_tile * 64 * _SLICE_TILES,
                 note=f"{why}; {m_tile} rows of x per block, {vec} elements per load")
 
 
-def quant_gemm(x, qmatrix, /, *, bias=None, accumulate=False, out=None):
+@functools.lru_cache(maxsize=1024)
+def _plan_gather(tokens, columns, x, arch):
+    """Plan from the number of rows of x, the columns of the segments, x's dtype name and arch."""
+    threads = 32 if arch == "cpu" else 256
+    return Plan(_gather_spec(x), arch, (tokens, 1 if arch == "cpu" else -(-columns // 1024)), (threads,),
+                note="x in the order of the weight's columns")
+
+
+def quant_gemm(x, qmatrix, /, *, bias=None, accumulate=False, invariant=False, out=None):
     """Product of activations and a packed weight matrix.
 
     out = x @ W.T + bias (+ out with ``accumulate=True``)
@@ -111,6 +128,8 @@ def quant_gemm(x, qmatrix, /, *, bias=None, accumulate=False, out=None):
     bias : ndarray [N], float32 or x.dtype, optional
     accumulate : bool
         Add to what `out` holds instead of replacing it. Needs `out`.
+    invariant : bool
+        A row of `out` has the same bits whatever the number of rows. False: only for up to 64 rows.
     out : ndarray [..., N], float16, bfloat16 or float32, optional
         Default: a new array of x.dtype. Must overlap no input.
 
@@ -129,8 +148,12 @@ def quant_gemm(x, qmatrix, /, *, bias=None, accumulate=False, out=None):
     Notes
     -----
     Products and sums are float32, weights are never rounded; the store is the only rounding. float16 and bfloat16 `x`
-    run on tensor cores from sm_80 on, all else on CUDA cores. A row of `out` has the same bits whatever the number of
-    rows. On CuPy arrays asynchronous on the current stream. Kernel: ``cuda_src/quant_gemm.cu``.
+    run on tensor cores from sm_80 on (numbers of NF4 and FP4 are then within 2^-17 of the largest), all else on CUDA
+    cores. With many rows (NumPy: 128; CuPy with cuBLAS: about 250, ``cupyattn/matmul_choice.py`` says when)
+    the weight is dequantized by chunks for BLAS to multiply, its sums float32 too. On a GPU that rounds weights to the
+    type of `x`, and `bias` to that of `out`: done only where `out` keeps within 3e-4 of the truth for float16, 2e-3 for
+    bfloat16 and 1e-5 for float32. On CuPy arrays asynchronous on the current stream. Kernel:
+    ``cuda_src/quant_gemm.cu``.
 
     Examples
     --------
@@ -142,7 +165,7 @@ def quant_gemm(x, qmatrix, /, *, bias=None, accumulate=False, out=None):
     if not isinstance(qmatrix, QMatrix):
         raise TypeError(f"quant_gemm: qmatrix must be a QMatrix, got {type(qmatrix).__name__}; "
                         "make one with QMatrix.from_dense(w)")
-    xp = array_namespace("quant_gemm", x=x, qmatrix=qmatrix.packed, bias=bias, out=out)
+    xp = array_namespace("quant_gemm", x=x, qmatrix=qmatrix.segments[0].codes, bias=bias, out=out)
     dtype, bias_dtype = check_dtype("quant_gemm", "x", x, FLOATS), "float32"
     rows, columns = qmatrix.shape
     if x.ndim == 0 or x.shape[-1] != columns:
@@ -162,15 +185,75 @@ def quant_gemm(x, qmatrix, /, *, bias=None, accumulate=False, out=None):
         return out
     x_rows = as_rows("quant_gemm", "x", x if x.ndim > 1 else x[None])
     out_rows = as_rows("quant_gemm", "out", out if out.ndim > 1 else out[None])
-    arch = arch_of(xp)
-    version, align = _version(qmatrix.format, dtype, arch), alignment(x_rows)
-    row_tiles, column_tiles = qmatrix.packed.shape[:2]
-    for start in range(0, x_rows.shape[0], _MAX_TOKENS):
-        some, some_out = x_rows[start:start + _MAX_TOKENS], out_rows[start:start + _MAX_TOKENS]
-        plan = _plan_quant_gemm(some.shape[0], qmatrix.shape, qmatrix.format, dtype, out_dtype, bias_dtype, align,
-                                arch, version)
-        launch(plan, make_args(plan, x=row_view(some), out=row_view(some_out), packed=qmatrix.packed, bias=bias,
-                               stride_bias=0 if bias is None else bias.strides[0] // bias.itemsize,
-                               tokens=some.shape[0], rows=rows, columns=columns, row_tiles=row_tiles,
-                               column_tiles=column_tiles, accumulate=int(accumulate)))
+    fields = {"bias": bias, "stride_bias": 0 if bias is None else bias.strides[0] // bias.itemsize, "rows": rows,
+              "accumulate": int(accumulate)}
+    arch, align = arch_of(xp), 16 if qmatrix.order is not None else alignment(x_rows)
+    version = _version(qmatrix.kinds, dtype, align, arch)
+    if len(x_rows) > INVARIANT_TOKENS and not invariant:
+        product = Product(tuple(segment.form for segment in qmatrix.segments), len(x_rows), dtype, out_dtype,
+                          bias is not None, accumulate, _blas_alignment(x_rows), _blas_alignment(out_rows))
+        fits, why = by_blas(product, version[0], arch, blas.available(xp))
+        if fits:
+            if arch == "cpu":
+                multiply_on_host(x_rows, qmatrix, bias, accumulate, out_rows)
+            else:
+                multiply_on_gpu(xp, x_rows, qmatrix, bias, accumulate, out_rows)
+            return out
+        version = version[0], f"{version[1]}; {why}"
+    step = _MAX_TOKENS if qmatrix.order is None else _WORKSPACE_TOKENS
+    if version[0] == "core":
+        cuts = [_WHOLE] * len(qmatrix.segments)
+    else:
+        cuts = [partition(rows, segment.codes.shape[1], segment.form) for segment in qmatrix.segments]
+        pieces = sum(cut.pieces for cut in cuts)
+        if pieces > 1:
+            step = min(step, max(128, _WORKSPACE_BYTES // (4 * rows * pieces) // 64 * 64))
+    for start in range(0, x_rows.shape[0], step):
+        _launch(xp, x_rows[start:start + step], qmatrix, out_rows[start:start + step], version, cuts, align, arch,
+                (dtype, out_dtype, bias_dtype), fields)
     return out
+
+
+def _blas_alignment(rows):
+    """Alignment of rows for cuBLAS; 0 where they overlap, run backwards or lie too far apart for it."""
+    return alignment(rows) if rows.shape[1] * rows.itemsize <= rows.strides[0] < 2**31 * rows.itemsize else 0
+
+
+def _launch(xp, x, qmatrix, out, version, cuts, align, arch, dtypes, fields):
+    """One launch per segment, behind one that puts the columns of `x` in order if the weight has an order."""
+    tokens, (rows, _), pieces = x.shape[0], qmatrix.shape, sum(cut.pieces for cut in cuts)
+    if version[0] == "mma":
+        plans = [plan_mma(tokens, rows, cut.pieces, cut.unit, segment.form, *dtypes, arch, version[1])
+                 for cut, segment in zip(cuts, qmatrix.segments, strict=True)]
+        tiles = plans[0].grid[0] * plans[0].grid[1]
+        m_tile, block_rows = tile_of_out(plans[0])
+        sums = 0 if pieces == 1 else 4 * tiles * pieces * m_tile * block_rows
+    else:
+        plans = [_plan_quant_gemm(tokens, segment.codes.shape[0], segment.form.trait, *dtypes, align, arch, version)
+                 for segment in qmatrix.segments]
+        tiles, sums = 0, 4 * (pieces - 1) * tokens * rows
+    x, partials = _scratch(xp, x, qmatrix.order, sums, arch)
+    arrived = arrival_counters(xp, tiles) if tiles and partials is not None else None
+    column = piece = 0
+    for plan, cut, segment in zip(plans, cuts, qmatrix.segments, strict=True):
+        some = x if len(plans) == 1 else x[:, column:column + segment.columns]
+        launch(plan, make_args(plan, x=row_view(some), out=row_view(out), weight=segment.view, order=None,
+                               partials=partials, counters=arrived, tokens=tokens, columns=segment.columns,
+                               pieces=pieces, first_piece=piece, tiles_per_piece=cut.tiles_per_piece,
+                               units_per_chunk=cut.units_per_chunk, **fields))
+        column, piece = column + segment.columns, piece + cut.pieces
+
+
+def _scratch(xp, x, order, sums, arch):
+    """(x in the `order` of the weight's columns, itself without one; float32 room of `sums` bytes or None)."""
+    if order is None:
+        return x, workspace(xp, sums)[:sums].view("float32") if sums else None
+    tokens, columns = x.shape[0], order.size
+    nbytes = -(-tokens * columns * x.itemsize // 16) * 16
+    scratch = workspace(xp, nbytes + sums)
+    gathered = scratch[:tokens * columns * x.itemsize].view(x.dtype).reshape(tokens, columns)
+    plan = _plan_gather(tokens, columns, dtype_name(x), arch)
+    launch(plan, make_args(plan, x=row_view(x), out=row_view(gathered), weight=None, order=order, bias=None,
+                           stride_bias=0, rows=columns, accumulate=0, partials=None, counters=None, tokens=tokens,
+                           columns=columns, pieces=1, first_piece=0, tiles_per_piece=0, units_per_chunk=0))
+    return gathered, scratch[nbytes:nbytes + sums].view("float32") if sums else None

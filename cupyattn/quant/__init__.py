@@ -2,5 +2,6 @@
 """Weight matrices in the layout the kernels read, and the checkpoint formats they come from."""
 
 from .qmatrix import QMatrix
+from .safetensors_file import Safetensors
 
-__all__ = ["QMatrix"]
+__all__ = ["QMatrix", "Safetensors"]

@@ -23,17 +23,14 @@ Codes lie in planes: a run of bytes holds the lowest bits of as many neighbourin
 next run's worth of numbers, and so on.
 """
 
-import ml_dtypes
 import numpy as np
 
-from . import layout
 from .coded import CodedWeight, Segment
+from .layout import dtype
 
-BLOCK_BYTES = {"q4_0": 18, "q4_1": 20, "q8_0": 34}   # types `pack` knows
 DENSE = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 _NUMBERS = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 10: "q2_k", 11: "q3_k",
             12: "q4_k", 13: "q5_k", 14: "q6_k", 20: "iq4_nl", 23: "iq4_xs", 30: "bf16", 39: "mxfp4", 40: "nvfp4"}
-_CHUNK_BYTES = 1 << 20   # packed at a time, so that the steps of the packer meet in the cache
 
 
 def type_name(kind):
@@ -70,18 +67,18 @@ def read(data, name, shape):
     -------
     CodedWeight
     """
-    if name not in BLOCKS:
-        raise NotImplementedError(_one_of(BLOCKS, name))
-    columns, size, fields = BLOCKS[name]
     rows = shape[0]
-    blocks = _blocks(data, name, shape, columns, size)
-    found = fields(blocks)
+    held = blocks(data, name, shape)
+    found = BLOCKS[name][2](held)
     found = {key: value.reshape(rows, -1) if isinstance(value, np.ndarray) else value for key, value in found.items()}
     return CodedWeight(name, tuple(shape), (Segment(**found),))
 
 
-def _blocks(data, name, shape, columns, size):
-    """`data` as [N, K / columns, size]."""
+def blocks(data, name, shape):
+    """`data` as [N, blocks of a row, bytes of a block]; `read` takes ranges of its rows, too."""
+    if name not in BLOCKS:
+        raise NotImplementedError(_one_of(BLOCKS, name))
+    columns, size, _ = BLOCKS[name]
     rows, width = shape
     if rows < 1 or width < 1 or width % columns:
         raise ValueError(f"QMatrix: shape must have in_features a multiple of {columns} for {name.upper()}, "
@@ -94,16 +91,23 @@ def _blocks(data, name, shape, columns, size):
     return np.ascontiguousarray(data).reshape(rows, width // columns, size)
 
 
+def _words(data):
+    """Bytes [..., n] in one piece as words of 8 bytes, or of 1 where n is no multiple of 8. NumPy copies whole records
+    and shifts whole words much faster than bytes."""
+    size = data.shape[-1]
+    return np.ascontiguousarray(data.view(f"V{size}")).view("u8" if size % 8 == 0 else "u1")
+
+
 def _planes(data, run, bits):
     """Fields of `bits` bits out of bytes [..., n], run by run, lowest plane first: [..., 8 / bits * n]."""
-    runs = data.reshape(*data.shape[:-1], -1, run)
-    out = np.empty((*runs.shape[:-1], 8 // bits, run), np.uint8)
+    words = _words(data)
+    mask = np.full(words.itemsize, (1 << bits) - 1, np.uint8).view(words.dtype)
+    out = np.empty((*data.shape[:-1], data.shape[-1] // run, 8 // bits), f"V{run}")
     for plane in range(8 // bits):
-        field = out[..., plane, :]
-        np.right_shift(runs, plane * bits, out=field)
-        if plane < 8 // bits - 1:
-            field &= (1 << bits) - 1
-    return out.reshape(*data.shape[:-1], -1)
+        field = words >> words.dtype.type(plane * bits)
+        field &= mask
+        out[..., plane] = field.view(f"V{run}")
+    return out.view(np.uint8).reshape(*data.shape[:-1], -1)
 
 
 def _float16(blocks, at):
@@ -111,9 +115,11 @@ def _float16(blocks, at):
 
 
 def _join(low, high, bits):
-    """low | high << bits, in the memory of `high`."""
-    high <<= bits
-    high |= low
+    """low | high << bits, all below 256, in the memory of `high`."""
+    word = np.dtype("u8" if high.shape[-1] % 8 == 0 else "u1")
+    words = high.view(word)
+    words <<= word.type(bits)
+    words |= low.view(word)
     return high
 
 
@@ -143,8 +149,8 @@ def _q5_1(blocks):
 
 
 def _q8_0(blocks):
-    return {"codes": blocks[..., 2:] ^ 128, "bits": 8, "kind": "int", "centre": 128, "group": 32,
-            "scale": _float16(blocks, 0)}
+    return {"codes": _words(blocks[..., 2:]).view(np.uint8) ^ np.uint8(128), "bits": 8, "kind": "int",
+            "centre": 128, "group": 32, "scale": _float16(blocks, 0)}
 
 
 def _iq4_nl(blocks):
@@ -154,14 +160,14 @@ def _iq4_nl(blocks):
 
 def _mxfp4(blocks):
     return {"codes": _planes(blocks[..., 1:], 16, 4), "bits": 4, "kind": "e2m1", "group": 32,
-            "scale": blocks[..., :1].copy().view(ml_dtypes.float8_e8m0fnu)}
+            "scale": blocks[..., :1].copy().view(dtype("float8_e8m0fnu"))}
 
 
 def _nvfp4(blocks):
     scale = blocks[..., :4] & 127            # unsigned; a NaN stands for 0 here
     scale[scale == 127] = 0
     return {"codes": _planes(blocks[..., 4:], 8, 4), "bits": 4, "kind": "e2m1", "group": 16,
-            "scale": scale.view(ml_dtypes.float8_e4m3fn)}
+            "scale": scale.view(dtype("float8_e4m3fn"))}
 
 
 def _minima(scale, minimum, d):
@@ -224,46 +230,3 @@ BLOCKS = {
     "q5_k": (256, 176, _q5_k), "q6_k": (256, 210, _q6_k), "iq4_nl": (32, 18, _iq4_nl), "iq4_xs": (256, 136, _iq4_xs),
     "mxfp4": (32, 17, _mxfp4), "nvfp4": (64, 36, _nvfp4),
 }
-
-
-def pack(data, name, shape):
-    """Packed tiles of raw GGUF blocks.
-
-    Parameters
-    ----------
-    data : ndarray, uint8, N * K / 32 blocks
-        Left as it is.
-    name : str
-        ``"q4_0"``, ``"q4_1"`` or ``"q8_0"``.
-    shape : (int, int)
-        (N, K).
-    """
-    if name not in BLOCK_BYTES:
-        raise NotImplementedError(_one_of((*BLOCK_BYTES, *DENSE), name.upper()))
-    rows, columns = shape
-    size = BLOCK_BYTES[name]
-    if columns % layout.GROUP:
-        raise ValueError(f"QMatrix: shape must have in_features a multiple of 32 for {name.upper()}, got {list(shape)}")
-    if data.size != rows * columns // layout.GROUP * size:
-        raise ValueError(f"QMatrix: data must hold {rows * columns // layout.GROUP} blocks of {size} bytes, "
-                         f"got {data.size} bytes")
-    blocks = data.reshape(rows, columns // layout.GROUP, size)
-    form = layout.FORMATS[name]
-    row_tiles, column_tiles = layout.tiles(shape)
-    packed = np.empty((row_tiles, column_tiles, form.tile_bytes), np.uint8)
-    step = max(1, _CHUNK_BYTES // max(1, column_tiles * form.tile_bytes))
-    for start in range(0, row_tiles, step):
-        part = packed[start:start + step]
-        _pack_part(part, form, layout.padded(blocks[16 * start:16 * (start + step)], 16 * len(part), 2 * column_tiles))
-    return packed
-
-
-def _pack_part(packed, form, blocks):
-    header = form.scales // 2
-    parameters = np.ascontiguousarray(blocks[..., :header]).view(np.float16)
-    layout.put_scales(packed, form, *np.moveaxis(parameters, -1, 0))
-    if form.code_bits == 4:
-        layout.put_nibbles(packed, blocks[..., header:])
-    else:
-        codes = np.ascontiguousarray(blocks[..., header:])
-        layout.put_codes(packed, codes.reshape(len(codes), -1))

@@ -59,15 +59,12 @@ def quantize(w, scheme):
     TypeError, ValueError
         `w` is none of the above.
     """
-    if not _SCHEME.fullmatch(scheme):
-        raise NotImplementedError(f"quantize: scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
+    check_scheme(scheme)
     if not isinstance(w, np.ndarray) or w.dtype.name not in SCALES:
         raise TypeError(f"quantize: w must be an array of {', '.join(SCALES)}, got {getattr(w, 'dtype', type(w))}")
     shape = check_shape(w.shape)
     kind, *options = scheme.split("-")
     sizes = [int(option[1:]) for option in options if option[0] == "g"]
-    if sizes and sizes[0] % 16:
-        raise ValueError(f"quantize: scheme must have groups of a multiple of 16 columns, got {scheme!r}")
     group = 128 if "block128" in options else (*sizes, _GROUPS.get(kind, shape[1]))[0]
     weight = _Grouped(w, min(group, max(shape[1], 128)))
     if kind.startswith("int"):
@@ -77,6 +74,15 @@ def quantize(w, scheme):
     else:
         segment = {"nf4": _nf4, "mxfp4": _mxfp4, "nvfp4": _nvfp4}[kind](weight)
     return CodedWeight(scheme, shape, (segment,))
+
+
+def check_scheme(scheme):
+    """Raise what `quantize` raises for a scheme it does not know."""
+    found = _SCHEME.fullmatch(scheme)
+    if not found:
+        raise NotImplementedError(f"quantize: scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
+    if any(int(group[2:]) % 16 for group in found.groups() if group and group.startswith("-g")):
+        raise ValueError(f"quantize: scheme must have groups of a multiple of 16 columns, got {scheme!r}")
 
 
 class _Grouped:

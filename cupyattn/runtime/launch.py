@@ -15,7 +15,7 @@ from . import cpu, env
 _recorder = contextvars.ContextVar("cupyattn_recorder", default=None)
 _profiler = contextvars.ContextVar("cupyattn_profiler", default=None)
 _host_workspaces = threading.local()
-_gpu_workspaces = {}   # (device, stream) -> blocks, the newest last; an older one may be part of a captured graph
+_gpu_workspaces = {}   # (use, device, stream) -> blocks, the newest last; an older one may be part of a captured graph
 
 
 def arch_of(xp):
@@ -63,7 +63,23 @@ def launch(plan, args, *, buffers=(), const_buffers=()):
     if profile is None:
         run(plan, args, buffers, const_buffers)
     else:
-        profile.add(plan, lambda: run(plan, args, buffers, const_buffers))
+        profile.add(plan.spec.kernel, plan.arch, lambda: run(plan, args, buffers, const_buffers))
+
+
+def run_library(name, arch, run):
+    """Call `run`, which has another library work on the current stream, where `launch` would launch a kernel.
+
+    It does not run while recording, and is profiled as a kernel called `name`; `arch` is "cpu" or anything else.
+    """
+    if env.debug() >= 2:
+        env.log.debug("launch %s", name)
+    if _recorder.get() is not None:
+        return
+    profile = _profiler.get()
+    if profile is None:
+        run()
+    else:
+        profile.add(name, arch, run)
 
 
 @contextlib.contextmanager
@@ -118,10 +134,9 @@ class Profile:
         self._seconds = {}
         self._launches = {}
 
-    def add(self, plan, run):
-        name = plan.spec.kernel
+    def add(self, name, arch, run):
         self._launches[name] = self._launches.get(name, 0) + 1
-        if plan.arch == "cpu":
+        if arch == "cpu":
             start = time.perf_counter()
             run()
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
@@ -155,10 +170,26 @@ def workspace(xp, nbytes):
     uint8, 256-byte aligned, zeroed when it is made; what an op leaves in it is garbage to the next. A larger request
     makes a larger block; on a GPU the smaller ones stay, since a captured graph may write to them.
     """
+    return _block(xp, "workspace", nbytes)
+
+
+def arrival_counters(xp, count):
+    """int32 [count or more], all zero, for kernels that count arrivals and reset what they have counted.
+
+    Shared as a workspace is, but by those kernels only.
+    """
+    found = _block(xp, "counters", 4 * count).view(np.int32)
     if xp is np:
-        blocks = _host_workspaces.__dict__.setdefault("blocks", [])
+        found[:count] = 0   # an aborted launch has counted some arrivals
+    return found
+
+
+def _block(xp, use, nbytes):
+    """uint8 block of at least `nbytes` of this thread, or this device and stream; zeroed when it is made."""
+    if xp is np:
+        blocks = _host_workspaces.__dict__.setdefault(use, [])
     else:
-        blocks = _gpu_workspaces.setdefault((xp.cuda.runtime.getDevice(), xp.cuda.get_current_stream().ptr), [])
+        blocks = _gpu_workspaces.setdefault((use, xp.cuda.runtime.getDevice(), xp.cuda.get_current_stream().ptr), [])
     if not blocks or blocks[-1].size < nbytes:
         size = 1 << max(16, (nbytes - 1).bit_length())
         if xp is np:

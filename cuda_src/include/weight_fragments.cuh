@@ -1,0 +1,298 @@
+// SPDX-License-Identifier: Apache-2.0
+// weight_fragments.cuh - codes of packed weights as the A operand of mma.m16n8k16, half or bfloat16.
+//
+//   WeightFragments<Codes, T>   Codes of weight_codes.cuh, T of x
+//     PARTS                     operands whose sum is the weights: 1 where T holds every code's number, else 2
+//     make(words, t, a)         step t, known at compile time, of LaneCodes' words
+//
+// Numbers are those of the codes, centred but not scaled. They are exact; NF4 and FP4 are the sum of their nearest T
+// and the T nearest to the rest, 2^-17 (bfloat16) or 2^-22 (half) of the largest away.
+//
+// Fields of up to 6 bits become numbers by or-ing them into the mantissa of 2^10 (half) or 2^7 (bfloat16): where the
+// lowest bit of the field counts 2^at, one subtraction, or multiplication by 2^-at and subtraction, leaves the number.
+#ifndef CUPYATTN_WEIGHT_FRAGMENTS_CUH
+#define CUPYATTN_WEIGHT_FRAGMENTS_CUH
+
+#include "bits.cuh"
+#include "prelude.cuh"
+#include "weight_codes.cuh"
+
+template <typename Codes, typename T>
+struct WeightFragments;
+
+// ---- pairs of T ------------------------------------------------------------------------------------------------
+
+template <typename T>
+struct PairOps;
+
+template <>
+struct PairOps<__half> {
+  using Two = __half2;
+  static constexpr int MANTISSA = 10, MIN_EXPONENT = -14, EXPONENT_BITS = 5;
+  static __device__ __forceinline__ Two both(float x) { return __float2half2_rn(x); }
+};
+
+template <>
+struct PairOps<__nv_bfloat16> {
+  using Two = __nv_bfloat162;
+  static constexpr int MANTISSA = 7, MIN_EXPONENT = -126, EXPONENT_BITS = 8;
+  static __device__ __forceinline__ Two both(float x) { return __float2bfloat162_rn(x); }
+};
+
+__host__ __device__ constexpr uint32_t twice(uint32_t x) { return x << 16 | x; }
+
+template <typename Two>
+__device__ __forceinline__ Two as_pair(uint32_t bits) { return reinterpret_cast<const Two&>(bits); }
+template <typename Two>
+__device__ __forceinline__ uint32_t as_bits(const Two& pair) { return reinterpret_cast<const uint32_t&>(pair); }
+
+// `word` with bit n at n - down; down may be negative.
+__device__ __forceinline__ uint32_t moved_down(uint32_t word, int down) {
+  return down < 0 ? word << -down : word >> down;
+}
+
+// x * factor of both
+template <typename T>
+__device__ __forceinline__ uint32_t scaled_pair(uint32_t x, float factor) {
+  using Ops = PairOps<T>;
+  return as_bits(__hmul2(as_pair<typename Ops::Two>(x), Ops::both(factor)));
+}
+
+// Both fields at bit `at` of 2^MANTISSA + field * 2^at, less `centre`.
+template <typename T>
+__device__ __forceinline__ uint32_t unbiased_pair(uint32_t biased, int at, int centre) {
+  using Ops = PairOps<T>;
+  const auto pair = as_pair<typename Ops::Two>(biased);
+  if (at == 0) return as_bits(__hsub2(pair, Ops::both(static_cast<float>(1 << Ops::MANTISSA) + centre)));
+  const float bias = static_cast<float>(1 << (Ops::MANTISSA - at)) + centre;
+  return as_bits(__hfma2(pair, Ops::both(1.0f / (1 << at)), Ops::both(-bias)));
+}
+
+// ---- integers --------------------------------------------------------------------------------------------------
+
+template <int BITS, int CENTRE, typename T>
+struct WeightFragments<Ints<BITS, CENTRE>, T> {
+  static constexpr int PARTS = 1;
+
+  static __device__ __forceinline__ void make(const uint32_t (&words)[BITS], int t, uint32_t (&a)[PARTS][4]) {
+    using Ops = PairOps<T>;
+    constexpr int LOW = low_plane(BITS), HIGH = BITS - LOW;
+    constexpr int ROOM = Ops::MANTISSA - BITS;  // where a field may start at most
+    constexpr uint32_t ONE = Ops::MANTISSA == 10 ? 0x64006400u : 0x43004300u;
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      const int number = 4 * t + pair;
+      int at = LOW * number % 16;
+      // fields too high come down by 8 if they can: pairs share that shift
+      const int down = at <= ROOM ? 0 : at >= 8 && at - 8 <= ROOM ? 8 : at;
+      at -= down;
+      uint32_t biased = and_or(words[LOW * number / 16] >> down, twice(((1u << LOW) - 1) << at), ONE);
+      if constexpr (HIGH > 0) {
+        const uint32_t above = moved_down(words[LOW + HIGH * number / 16], HIGH * number % 16 - LOW - at);
+        biased = and_or(above, twice(((1u << HIGH) - 1) << (LOW + at)), biased);
+      }
+      a[0][pair] = unbiased_pair<T>(biased, at, CENTRE);
+    }
+  }
+};
+
+// Of 8 bits: words of row r, then of row r + 8; bytes 0 and 2 are columns 0 and 1 of a step, 1 and 3 columns 2 and 3.
+template <int CENTRE>
+struct WeightFragments<Ints<8, CENTRE>, __half> {
+  static constexpr int PARTS = 1;
+  static __device__ __forceinline__ void make(const uint32_t (&words)[8], int t, uint32_t (&a)[PARTS][4]) {
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      const uint32_t word = words[pair % 2 * 4 + t] >> (pair / 2 * 8);
+      a[0][pair] = unbiased_pair<__half>(and_or(word, 0x00ff00ffu, 0x64006400u), 0, CENTRE);
+    }
+  }
+};
+
+// 2^7 leaves room for 7 bits: the eighth is or-ed into another 2^7, of which it makes 2^8.
+template <int CENTRE>
+struct WeightFragments<Ints<8, CENTRE>, __nv_bfloat16> {
+  static constexpr int PARTS = 1;
+  static __device__ __forceinline__ void make(const uint32_t (&words)[8], int t, uint32_t (&a)[PARTS][4]) {
+    using Ops = PairOps<__nv_bfloat16>;
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      const uint32_t word = words[pair % 2 * 4 + t] >> (pair / 2 * 8);
+      const auto low = as_pair<Ops::Two>(and_or(word, 0x007f007fu, 0x43004300u));
+      const auto top = as_pair<Ops::Two>(and_or(word, 0x00800080u, 0x43004300u));
+      a[0][pair] = as_bits(__hadd2(low, __hsub2(top, Ops::both(256.0f + CENTRE))));
+    }
+  }
+};
+
+// ---- small floats ----------------------------------------------------------------------------------------------
+
+// Sign, exponent and mantissa are moved into their places in T, and the difference of the exponents' biases is
+// multiplied in, which takes care of subnormal codes.
+template <int EXPONENT_BITS, typename T>
+__host__ __device__ constexpr float bias_factor() {
+  float factor = 1.0f;
+  for (int i = (1 << (EXPONENT_BITS - 1)); i < 1 << (PairOps<T>::EXPONENT_BITS - 1); ++i) factor *= 2.0f;
+  return factor;
+}
+
+template <typename T>
+struct WeightFragments<Table<E2M1>, T> : WeightFragments<Ints<4, 0>, T> {
+  static __device__ __forceinline__ void make(const uint32_t (&words)[4], int t, uint32_t (&a)[1][4]) {
+    constexpr int MANTISSA = PairOps<T>::MANTISSA;
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      const uint32_t sign = words[t] << (12 - 4 * pair) & 0x80008000u;
+      // the lowest bit, 4 * pair, goes to the highest of the mantissa
+      const uint32_t bits = and_or(moved_down(words[t], 4 * pair - (MANTISSA - 1)), twice(7u << (MANTISSA - 1)), sign);
+      a[0][pair] = scaled_pair<T>(bits, bias_factor<2, T>());
+    }
+  }
+};
+
+// E4M3 codes that are NaN are not told apart: they read 480.
+template <typename T>
+struct WeightFragments<Float8<E4M3>, T> {
+  static constexpr int PARTS = 1;
+  static __device__ __forceinline__ void make(const uint32_t (&words)[8], int t, uint32_t (&a)[PARTS][4]) {
+    constexpr int UP = PairOps<T>::MANTISSA - 3;
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      const uint32_t word = words[pair % 2 * 4 + t];
+      const int at = pair / 2 * 8;  // of the code in its half
+      const uint32_t sign = word << (8 - at) & 0x80008000u;
+      a[0][pair] = scaled_pair<T>(and_or(moved_down(word, at - UP), twice(0x7fu << UP), sign), bias_factor<4, T>());
+    }
+  }
+};
+
+template <>
+struct WeightFragments<Float8<E5M2>, __half> {
+  static constexpr int PARTS = 1;
+  static __device__ __forceinline__ void make(const uint32_t (&words)[8], int t, uint32_t (&a)[PARTS][4]) {
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) a[0][pair] = words[pair % 2 * 4 + t] << (8 - pair / 2 * 8) & 0xff00ff00u;
+  }
+};
+
+template <>
+struct WeightFragments<Float8<E5M2>, __nv_bfloat16> {
+  static constexpr int PARTS = 1;
+  static __device__ __forceinline__ void make(const uint32_t (&words)[8], int t, uint32_t (&a)[PARTS][4]) {
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      const uint32_t word = words[pair % 2 * 4 + t];
+      const int at = pair / 2 * 8;
+      const uint32_t sign = word << (8 - at) & 0x80008000u;
+      a[0][pair] = scaled_pair<__nv_bfloat16>(and_or(moved_down(word, at - 5), twice(0x7fu << 5), sign),
+                                              bias_factor<5, __nv_bfloat16>());
+    }
+  }
+};
+
+// ---- tables ----------------------------------------------------------------------------------------------------
+
+// The T nearest to v, without infinities; and the number it is.
+template <typename T>
+__host__ __device__ constexpr uint32_t nearest_bits(double v) {
+  using Ops = PairOps<T>;
+  double size = v < 0 ? -v : v, unit = 1.0;
+  int exponent = 0;
+  for (; exponent > Ops::MIN_EXPONENT && unit > size; --exponent) unit *= 0.5;
+  for (; unit * 2 <= size; ++exponent) unit *= 2;
+  const double scaled = size / unit * (1 << Ops::MANTISSA);
+  uint32_t digits = static_cast<uint32_t>(scaled);
+  const double rest = scaled - digits;
+  if (rest > 0.5 || (rest == 0.5 && digits % 2 == 1)) ++digits;
+  return (v < 0 ? 0x8000u : 0u) | ((static_cast<uint32_t>(exponent - Ops::MIN_EXPONENT) << Ops::MANTISSA) + digits);
+}
+
+template <typename T>
+__host__ __device__ constexpr double number_of_bits(uint32_t bits) {
+  using Ops = PairOps<T>;
+  uint32_t digits = bits & ((1u << Ops::MANTISSA) - 1);
+  int exponent = static_cast<int>((bits & 0x7fffu) >> Ops::MANTISSA);
+  if (exponent == 0) exponent = 1;
+  else digits += 1u << Ops::MANTISSA;
+  double v = digits;
+  for (int e = exponent - 1 + Ops::MIN_EXPONENT - Ops::MANTISSA; e < 0; ++e) v *= 0.5;
+  for (int e = exponent - 1 + Ops::MIN_EXPONENT - Ops::MANTISSA; e > 0; --e) v *= 2;
+  return bits & 0x8000u ? -v : v;
+}
+
+// Bytes of 16 numbers of T, four to a word: [lower byte, upper byte].
+struct ByteTable {
+  uint32_t words[2][4];
+};
+
+// Of the numbers themselves (part 0), or of what is missing from them (part 1).
+template <typename Kind, typename T>
+__host__ __device__ constexpr ByteTable byte_table(int part) {
+  ByteTable table = {};
+  for (int code = 0; code < 16; ++code) {
+    const float v = Kind::numbers()[code];
+    uint32_t bits = nearest_bits<T>(v);
+    if (part == 1) bits = nearest_bits<T>(v - number_of_bits<T>(bits));
+    table.words[0][code / 4] |= (bits & 0xffu) << (code % 4 * 8);
+    table.words[1][code / 4] |= bits >> 8 << (code % 4 * 8);
+  }
+  return table;
+}
+
+template <typename Kind, typename T>
+__host__ __device__ constexpr bool holds_numbers() {
+  const ByteTable rests = byte_table<Kind, T>(1);
+  for (int i = 0; i < 8; ++i)
+    if (rests.words[i / 4][i % 4] != 0) return false;
+  return true;
+}
+
+// Four codes of four bits that look up bytes of a table.
+struct FourCodes {
+  uint32_t low;     // their lower three bits, for either half of a table
+  uint32_t choose;  // byte i of the lower or the upper half's four
+
+  __device__ __forceinline__ explicit FourCodes(uint32_t codes)
+      : low(codes & 0x7777u), choose(and_or(codes >> 1, 0x4444u, 0x3210u)) {}
+  __device__ __forceinline__ uint32_t look_up(uint32_t t0, uint32_t t1, uint32_t t2, uint32_t t3) const {
+    return __byte_perm(__byte_perm(t0, t1, low), __byte_perm(t2, t3, low), choose);
+  }
+};
+
+template <typename Kind, typename T>
+struct WeightFragments<Table<Kind>, T> : WeightFragments<Ints<4, 0>, T> {
+  static constexpr int PARTS = holds_numbers<Kind, T>() ? 1 : 2;
+  static __device__ __forceinline__ void make(const uint32_t (&words)[4], int t, uint32_t (&a)[PARTS][4]) {
+    // even and odd codes of pairs 0 and 2, in turn; of pairs 1 and 3
+    const uint32_t word = words[t];
+    const FourCodes codes[2] = {FourCodes((word & 0x0f0fu) | (word >> 12 & 0xf0f0u)),
+                                FourCodes((word >> 4 & 0x0f0fu) | (word >> 16 & 0xf0f0u))};
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+      constexpr ByteTable NUMBERS = byte_table<Kind, T>(0), RESTS = byte_table<Kind, T>(1);
+      const ByteTable table = part == 0 ? NUMBERS : RESTS;
+      const uint32_t (&l)[4] = table.words[0];
+      const uint32_t (&u)[4] = table.words[1];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t lower = codes[i].look_up(l[0], l[1], l[2], l[3]);
+        const uint32_t upper = codes[i].look_up(u[0], u[1], u[2], u[3]);
+        a[part][i] = __byte_perm(lower, upper, 0x5140u);
+        a[part][i + 2] = __byte_perm(lower, upper, 0x7362u);
+      }
+    }
+  }
+};
+
+// ---- uncompressed ----------------------------------------------------------------------------------------------
+
+template <typename T>
+struct WeightFragments<Dense<T>, T> {
+  static constexpr int PARTS = 1;
+  static __device__ __forceinline__ void make(const uint32_t (&words)[16], int t, uint32_t (&a)[PARTS][4]) {
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) a[0][pair] = words[pair % 2 * 8 + 2 * t + pair / 2];
+  }
+};
+
+#endif  // CUPYATTN_WEIGHT_FRAGMENTS_CUH

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How quant_gemm's tensor-core kernels are cut and launched (``cuda_src/include/quant_gemm_mma.cuh``)."""
+
+import functools
+import itertools
+from dataclasses import dataclass
+
+from .quant.layout import TILE_COLUMNS, TILE_ROWS, Form, dtype
+from .runtime import Plan, Specialisation
+
+_BLOCKS = 2 * 132                  # a GPU the columns are cut for, whatever it runs on: two blocks a multiprocessor
+_ROWS_PER_BLOCK = 64               # of the streaming kernel with codes of up to 8 bits
+_MIN_PIECE_TILES, _MAX_PIECES = 8, 32
+_CHUNKS = 8                        # of a piece
+_STREAM_BYTES = 4096               # of codes that a streaming warp has on their way, if they fit
+_SHARED_BYTES = 96 * 1024          # of a block
+_MAX_STAGES = 12
+
+
+@dataclass(frozen=True)
+class Partition:
+    """How the columns of a segment are summed: by pieces of eight chunks of whole units.
+
+    Attributes
+    ----------
+    unit : int
+        Tiles of a unit, which shares its scales.
+    pieces : int
+        Parts summed by blocks of their own.
+    tiles_per_piece, units_per_chunk : int
+    """
+
+    unit: int
+    pieces: int
+    tiles_per_piece: int
+    units_per_chunk: int
+
+
+@functools.lru_cache(maxsize=1024)
+def partition(rows, column_tiles, form):
+    """Partition of a segment of `rows` rows; the same for every number of tokens and every device."""
+    shared = form.scale is not None and form.groups == 1 and form.tiles_per_scale % 2 == 0
+    unit = 2 if shared and (form.super_scale is None or form.tiles_per_super % 2 == 0) else 1
+    blocks, units = -(-rows // _ROWS_PER_BLOCK), -(-column_tiles // unit)
+
+    def units_one_after_another(pieces):
+        waves, of_a_piece = -(-blocks * pieces // _BLOCKS), -(-units // pieces)
+        return waves * -(-of_a_piece // _CHUNKS)
+
+    legal = range(1, max(1, min(_MAX_PIECES, column_tiles // _MIN_PIECE_TILES)) + 1)
+    fewest = min(map(units_one_after_another, legal))
+    wanted = next(pieces for pieces in legal if 0.85 * units_one_after_another(pieces) <= fewest)
+    per_piece = -(-units // wanted)
+    return Partition(unit, -(-units // per_piece), per_piece * unit, -(-per_piece // _CHUNKS))
+
+
+_GPTQ = Form(4, "int", 8, "float16", "ZERO")
+_FORMS = (
+    _GPTQ, Form(4, "int", 8, "float16"), Form(4, "int", 8, "float16", "PLAIN", 2),
+    Form(4, "int", 0, "float16", "MINIMUM", 2), Form(8, "int", 128, "float16", "PLAIN", 2), Form(16, "float16"),
+    Form(16, "bfloat16"), Form(2, "int", 2, "float16", "ZERO"), Form(3, "int", 4, "bfloat16"),
+    Form(5, "int", 16, "float32", "ZERO"), Form(8, "int", 128, "bfloat16", "ZERO"),
+    Form(6, "int", 32, "int8", "PLAIN", 4, "float16"), Form(4, "int", 0, "int8", "MINIMUM", 2, "float16"),
+    Form(4, "nf4", 0, "float32"), Form(4, "fp4", 0, "float32"), Form(4, "iq4", 0, "int8", "PLAIN", 2, "float16"),
+    Form(4, "e2m1", 0, "float8_e8m0fnu", "PLAIN", 2), Form(4, "e2m1", 0, "float8_e4m3fn", "PLAIN", 4, "float32"),
+    Form(8, "e4m3", 0, "float32"), Form(8, "e5m2", 0, "float16"))
+_CORE = (
+    ("float16", "float16", "float16", 8, 2, _FORMS[1]), ("bfloat16", "bfloat16", "float32", 8, 2, _GPTQ),
+    ("float16", "float32", "float32", 16, 1, _FORMS[4]), ("bfloat16", "float32", "bfloat16", 8, 1, _FORMS[3]),
+    ("float16", "bfloat16", "float32", 32, 2, _GPTQ), ("bfloat16", "float16", "float32", 64, 1, _FORMS[2]),
+    ("float16", "float16", "float32", 8, 1, _FORMS[5]), ("bfloat16", "bfloat16", "bfloat16", 64, 1, _FORMS[6]),
+    ("float16", "float32", "float16", 64, 2, _FORMS[9]), ("bfloat16", "float32", "float32", 16, 2, _FORMS[8]),
+    ("float16", "float16", "float32", 8, 1, _FORMS[11]), ("bfloat16", "float32", "float32", 32, 1, _FORMS[13]),
+    ("float16", "float32", "float32", 8, 1, _FORMS[17]), ("bfloat16", "bfloat16", "float32", 8, 2, _FORMS[18]),
+    ("float16", "bfloat16", "float16", 16, 1, _FORMS[15]), ("float16", "float32", "float16", 8, 2, _FORMS[7]))
+
+
+def mma_spec(form, x, out, bias, m_tile, unit, row_tiles, warps, stages):
+    """Tensor cores: a stream with an `m_tile` of 8, else a pipeline."""
+    return Specialisation("quant_gemm", "quant_gemm_mma", "QuantGemmArgs",
+                          {"T": x, "U": out, "B": bias, "FORMAT": form.trait, "M_TILE": m_tile, "ROW_TILES": row_tiles,
+                           "WARPS": warps, "VEC": 8, "TENSOR_CORES": 1, "UNIT": unit, "STAGES": stages},
+                          min_sm=80, expects=("HMMA", "LDGSTS"))
+
+
+def _spec_of(form, x, out, bias, m_tile, unit):
+    row_tiles, warps, stages, _ = shape_of(form, m_tile)
+    return mma_spec(form, x, out, bias, m_tile, unit, row_tiles, warps, stages)
+
+
+def shape_of(form, m_tile):
+    """(row tiles of a warp, warps, stages, shared bytes) of the kernel for `m_tile` tokens."""
+    stream = m_tile == 8
+    row_tiles = (4 if form.bits <= 8 else 2) if stream else 2 if m_tile == 64 else 1
+    warps = 4 if m_tile == 64 else 8
+    sums = 512 * row_tiles * (m_tile // 8) * warps                       # of all lanes
+    fixed = 0 if stream else sums + 4 * form.groups * m_tile
+    record = 0 if form.scale is None else 2 * form.parameters * form.groups * dtype(form.scale).itemsize
+    above = 0 if form.super_scale is None else 2 * form.supers * dtype(form.super_scale).itemsize
+    weights = -(-row_tiles * (form.tile_bytes + 8 * (record + above)) // 128) * 128
+    rings = warps if stream else 1                                       # of x
+    stage = rings * 2 * TILE_COLUMNS * m_tile + warps * weights
+    wanted = 1 + -(-_STREAM_BYTES // (row_tiles * form.tile_bytes)) if stream else _MAX_STAGES
+    stages = max(2, min(wanted, (_SHARED_BYTES - fixed) // stage))
+    return row_tiles, warps, stages, max(stages * stage + fixed, sums + 16 if stream else 0)
+
+
+def mma_specs(*, core):
+    """What the compile tests build: a covering dozen, or what plans pick for the usual forms, and every form once."""
+    if core:
+        for x, out, bias, m_tile, unit, form in _CORE:
+            yield _spec_of(form, x, out, bias, m_tile, unit)
+        return
+    for form, (x, other) in itertools.product(_FORMS, (("float16", "bfloat16"), ("bfloat16", "float16"))):
+        if form.kind in ("float16", "bfloat16"):
+            if form.kind != x:
+                continue
+        for m_tile, unit in itertools.product((8, 16, 32, 64), (1, 2) if form.groups == 1 and form.scale else (1,)):
+            yield _spec_of(form, x, x, "float32", m_tile, unit)
+            yield _spec_of(form, x, "float32", x, m_tile, unit)
+        yield _spec_of(form, x, other, "float32", 8, 1)
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_mma(tokens, rows, pieces, unit, form, x, out, bias, arch, note):
+    """Plan of one segment from the number of rows of x and of the weight, its `Partition`, dtype names and arch."""
+    m_tile = next((m for m in (8, 16, 32) if tokens <= m), 64)
+    row_tiles, warps, stages, shared = shape_of(form, m_tile)
+    block_rows = TILE_ROWS * row_tiles * (1 if m_tile == 8 else warps)
+    grid = -(-rows // block_rows), -(-tokens // m_tile), pieces
+    return Plan(mma_spec(form, x, out, bias, m_tile, unit, row_tiles, warps, stages), arch, grid, (32 * warps,), shared,
+                note=f"{note}; {m_tile} rows of x and {block_rows} of the weight per block, {pieces} pieces, "
+                     f"{stages} stages")
+
+
+def tile_of_out(plan):
+    """(rows of x, rows of the weight) of a block."""
+    constants = dict(plan.spec.constants)
+    m_tile = constants["M_TILE"]
+    return m_tile, TILE_ROWS * constants["ROW_TILES"] * (1 if m_tile == 8 else constants["WARPS"])

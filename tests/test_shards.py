@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows and columns of packed matrices for tensor parallel; constructors on arrays of every kind."""
+
+import numpy as np
+import pytest
+from compare import assert_same_bits
+from matrices import gptq, mixed
+
+from cupyattn import QMatrix
+from cupyattn.quant import layout
+
+RNG = np.random.default_rng(7)
+
+
+def act_order():
+    tensors, _ = gptq(40, 256)
+    return QMatrix.from_gptq(tensors | {"g_idx": RNG.permutation(np.repeat(np.arange(4, dtype=np.int32), 64))})
+
+
+MATRICES = {
+    **{scheme: (lambda scheme=scheme: QMatrix.quantize(RNG.standard_normal((40, 272)).astype(np.float32), scheme))
+       for scheme in ("int4", "int4-g128-asym", "int8-g48", "fp8", "nf4", "mxfp4", "nvfp4")},
+    "dense": lambda: QMatrix.from_dense(RNG.standard_normal((40, 272)).astype(np.float16)),
+    "segments in a random order": mixed, "act-order": act_order,
+    "q4_k": lambda: QMatrix.from_gguf(RNG.integers(0, 60, 40 * 144 * 2, np.uint8), "Q4_K", (40, 512)),
+}
+
+
+def weights(matrix):
+    """float64 [N, K] by plain NumPy."""
+    if matrix.segments[0].form.kind in layout.DENSE:
+        (segment,) = matrix.segments
+        whole = layout.unpack_codes(segment.codes, segment.form).astype(np.float64)
+        return whole[:matrix.shape[0], :matrix.shape[1]]
+    return layout.unpack(matrix.segments, matrix.order, matrix.format, matrix.shape).dequantize()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("name", MATRICES)
+def test_shards_are_the_matrix(name, size):
+    matrix = MATRICES[name]()
+    whole = weights(matrix)
+    rows = [matrix.row_shard(rank, size) for rank in range(size)]
+    assert_same_bits(np.concatenate([weights(shard) for shard in rows]), whole)
+    assert all(shard.shape[0] % 16 == 0 for shard in rows[:-1])
+    columns = [matrix.column_shard(rank, size) for rank in range(size)]
+    assert_same_bits(np.concatenate([weights(shard) for shard in columns], axis=1), whole)
+    assert all(shard.shape[1] % 16 == 0 for shard in columns[:-1])
+
+
+def test_k_quants_keep_their_scales_of_scales():
+    shard = MATRICES["q4_k"]().column_shard(1, 2)
+    assert shard.shape == (40, 256) and shard.segments[0].supers is not None and shard.order is None
+    assert MATRICES["nvfp4"]().column_shard(1, 2).segments[0].supers is not None
+
+
+@pytest.mark.parametrize("name", ["int4-g128-asym", "segments in a random order", "act-order"])
+def test_two_layers_in_tensor_parallel(name):
+    """y = W2 (W1 x): each rank has rows of W1 and columns of W2, and only the sum of y is exchanged."""
+    after = MATRICES[name]()
+    before = QMatrix.quantize(RNG.standard_normal((after.shape[1], 64)).astype(np.float32), "int8")
+    x = RNG.standard_normal((5, 64)).astype(np.float32)
+    expected = after.matmul(before.matmul(x))
+    for size in (2, 4):
+        found = sum(after.column_shard(rank, size).matmul(before.row_shard(rank, size).matmul(x))
+                    for rank in range(size))
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("rank", "size", "message"), [
+    (0, 0, "size must be from 1 to 3, the sixteens of 40 features, got 0"), (0, 4, "size must be from 1 to 3"),
+    (2, 2, "rank must be from 0 to 1, got 2"), (-1, 2, "rank must be from 0 to 1, got -1")])
+def test_shards_that_are_none(rank, size, message):
+    with pytest.raises(ValueError, match=message):
+        MATRICES["int4"]().row_shard(rank, size)
+
+
+def test_arrays_of_every_kind(xp):
+    """Constructors take host or device arrays, and the matrix is where they are."""
+    tensors, weight = gptq(48, 128)
+    matrix = QMatrix.from_gptq({name: xp.array(array) for name, array in tensors.items()})
+    assert matrix.xp is xp.module
+    np.testing.assert_allclose(xp.numpy(matrix.reconstruct()), weight, rtol=1e-6)
+    assert matrix.column_shard(1, 2).xp is xp.module
+    assert QMatrix.from_gptq(tensors, xp=xp.module).xp is xp.module
