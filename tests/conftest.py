@@ -11,7 +11,7 @@ import pytest
 # what perf/gpu_suite.py runs on a machine with a GPU may not have these; nothing in the files is marked gpu
 collect_ignore = []
 if not all(importlib.util.find_spec(name) for name in ("gguf", "typer")):
-    collect_ignore += ["test_cli.py", "test_gguf.py"]
+    collect_ignore += ["test_cli.py", "test_formats_gguf.py", "test_gguf.py"]
 
 
 def _gpu_found():
