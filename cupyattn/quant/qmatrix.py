@@ -127,8 +127,8 @@ class QMatrix(Constructors):
         for m in matrices[1:]:
             if (m.format, m.shape[1], m._forms) != (first.format, first.shape[1], first._forms):
                 raise ValueError(f"QMatrix: matrices must agree in format and in_features, got {first!r} and {m!r}")
-            if m.order is not first.order and (m.order is None or first.order is None
-                                               or not bool((m.order == first.order).all())):
+            if m.order is not first.order and (m.order is None or first.order is None or not np.array_equal(
+                    _host(m.order, np)[0], _host(first.order, np)[0])):
                 raise ValueError(f"QMatrix: matrices must agree in the order of their columns, got {first!r} and {m!r} "
                                  "of different orders")
         odd = next((m for m in matrices[:-1] if m.shape[0] % layout.TILE_ROWS), None)
