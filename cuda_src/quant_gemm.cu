@@ -109,7 +109,7 @@ __device__ __forceinline__ void stage_x(const QuantGemmArgs& args, int token, in
   }
 }
 
-CA_KERNEL __launch_bounds__(32 * WARPS) void quant_gemm(const __grid_constant__ QuantGemmArgs args) {
+CA_KERNEL __launch_bounds__(32 * WARPS, 4) void quant_gemm(const __grid_constant__ QuantGemmArgs args) {
   CA_DYN_SMEM(float, staged);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int token = blockIdx.y * M_TILE, first_row_tile = blockIdx.x * ROW_TILES;
