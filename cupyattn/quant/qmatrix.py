@@ -9,6 +9,7 @@ import numpy as np
 
 from . import gguf, layout, packed_file, shards
 from .constructors import Constructors
+from .experts import QExperts
 
 _CHUNK_BYTES = 1 << 19   # of codes read at a time, so that reader and packer meet in the cache
 _SEGMENT_ARRAYS = ("codes", "scale", "zero", "minimum", "super_scale", "super_minimum")
@@ -137,6 +138,27 @@ class QMatrix(Constructors):
         return cls(first.format, (sum(m.shape[0] for m in matrices), first.shape[1]),
                    [layout.stacked(first.xp, parts) for parts in zip(*(m.segments for m in matrices), strict=True)],
                    first.order)
+
+    @staticmethod
+    def stack(matrices):
+        """The weights of a mixture of experts, for one launch of `cupyattn.quant_gemm`.
+
+        Parameters
+        ----------
+        matrices : sequence of QMatrix
+            Of one shape, format and order of columns.
+
+        Returns
+        -------
+        QExperts
+            Copies, [experts, out_features, in_features].
+
+        Raises
+        ------
+        ValueError
+            Shapes, formats or the orders of columns differ.
+        """
+        return QExperts.stack(matrices)
 
     def row_shard(self, rank, size):
         """The rows of one of `size` ranks: tensor parallel over out_features.
