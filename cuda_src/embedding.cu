@@ -28,7 +28,11 @@ __device__ __forceinline__ void copy_packed_row(const EmbeddingArgs& args, int64
     tile.load(args.weight, row_tile, 0, t, row % 8 * 4 + c);
     Run weights[2];
     tile.dequantize(weights);
-    store_run<VEC>(row % TILE_ROWS < 8 ? weights[0] : weights[1], out, t, c, args.order, args.columns);
+    if (row % TILE_ROWS < 8) {
+      store_run<VEC>(weights[0], out, t, c, args.order, args.columns);
+    } else {
+      store_run<VEC>(weights[1], out, t, c, args.order, args.columns);
+    }
   }
 }
 

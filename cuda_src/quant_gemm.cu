@@ -13,9 +13,13 @@
 //   The order of all additions depends on K and WARPS alone: a row of out has the same bits whatever M and M_TILE.
 //   A weight of several segments takes a launch each, a piece each: partials [pieces, tokens, rows] keeps the sums of
 //   all but the last, which adds them in order.
+//   EXPERTS: rows of x belong to experts, offsets[e] to offsets[e + 1] to expert e, each with a weight of its own; a
+//   block finds its expert and rows (experts.cuh).
 //
 // launch     quant_gemm: grid (ceil_div(row_tiles, ROW_TILES), ceil_div(tokens, M_TILE)), block (32 * WARPS)
 //            dynamic shared memory 4 * M_TILE * 64 * MAX_SLICE_TILES bytes
+//            with EXPERTS grid.y is at least the tiles of all experts: ceil_div(tokens + e * (M_TILE - 1), M_TILE) for
+//            e = min(experts, tokens)
 //            gather_columns: grid (tokens, any), block (any); no shared memory
 // aliasing   none
 // traffic    packed bytes once per M_TILE rows of x
@@ -23,6 +27,7 @@
 #include "params.h"
 #include "dequant.cuh"
 #include "warp.cuh"
+#include "experts.cuh"
 
 using T = CA_T;            // x
 using U = CA_U;            // out
@@ -32,6 +37,7 @@ constexpr int M_TILE = CA_M_TILE;        // rows of x per block
 constexpr int ROW_TILES = CA_ROW_TILES;  // rows of tiles per block
 constexpr int WARPS = CA_WARPS;          // share the columns of a row of tiles
 constexpr int VEC = CA_VEC;              // elements per load of x; divides every row stride (tensor cores copy 16 bytes)
+constexpr bool EXPERTS = CA_EXPERTS;     // rows of x have different weights
 static_assert(sizeof(QuantGemmArgs) == CA_SIZEOF_ARGS, "quant_gemm: Python and CUDA disagree on QuantGemmArgs");
 
 __device__ __forceinline__ void store_sum(const QuantGemmArgs& args, int token, int row, float sum) {
@@ -42,13 +48,13 @@ __device__ __forceinline__ void store_sum(const QuantGemmArgs& args, int token, 
   *out = from_float<U>(sum);
 }
 
-// x in the order of a weight's columns: out[m,k] = x[m,order[k]].
+// x in the order of a weight's columns: out[m,k] = x[m,order[k]]; without an order a copy whose rows are aligned.
 CA_KERNEL __launch_bounds__(256) void gather_columns(const __grid_constant__ QuantGemmArgs args) {
   const int64_t token = blockIdx.x;
   const T* x = static_cast<const T*>(args.x.data) + token * args.x.stride_row;
   T* out = static_cast<T*>(args.out.data) + token * args.out.stride_row;
   for (int k = blockIdx.y * blockDim.x + threadIdx.x; k < args.columns; k += gridDim.y * blockDim.x) {
-    const int from = args.order[k];
+    const int from = args.order ? args.order[k] : k;
     out[k] = from < 0 ? from_float<T>(0.0f) : x[from];
   }
 }
@@ -57,7 +63,12 @@ CA_KERNEL __launch_bounds__(256) void gather_columns(const __grid_constant__ Qua
 #include "quant_gemm_mma.cuh"
 
 CA_KERNEL __launch_bounds__(32 * WARPS, 2) void quant_gemm_mma(const __grid_constant__ QuantGemmArgs args) {
-  multiply_on_tensor_cores(args);
+  if constexpr (EXPERTS) {
+    const ExpertTile at = expert_tile<M_TILE>(args.experts, args.tokens);
+    if (at.expert >= 0) multiply_on_tensor_cores(expert_call<T, U, B>(args, at, 0), at.token);
+  } else {
+    multiply_on_tensor_cores(args, blockIdx.y * M_TILE);
+  }
 }
 #else
 
@@ -109,10 +120,10 @@ __device__ __forceinline__ void stage_x(const QuantGemmArgs& args, int token, in
   }
 }
 
-CA_KERNEL __launch_bounds__(32 * WARPS) void quant_gemm(const __grid_constant__ QuantGemmArgs args) {
+__device__ __forceinline__ void multiply(const QuantGemmArgs& args, int token) {
   CA_DYN_SMEM(float, staged);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int token = blockIdx.y * M_TILE, first_row_tile = blockIdx.x * ROW_TILES;
+  const int first_row_tile = blockIdx.x * ROW_TILES;
 
   float sums[SUMS] = {};  // [row tile][row of x][row r, row r + 8]
   for (int slice = 0; slice < args.weight.column_tiles; slice += MAX_SLICE_TILES) {
@@ -178,6 +189,16 @@ CA_KERNEL __launch_bounds__(32 * WARPS) void quant_gemm(const __grid_constant__ 
       store_piece(args, token + j / 2 % M_TILE,
                   (first_row_tile + j / (2 * M_TILE)) * TILE_ROWS + j % 2 * 8 + item % 8, sum);
     }
+  }
+}
+
+CA_KERNEL __launch_bounds__(32 * WARPS, 4) void quant_gemm(const __grid_constant__ QuantGemmArgs args) {
+  if constexpr (EXPERTS) {
+    const ExpertTile at = expert_tile<M_TILE>(args.experts, args.tokens);
+    if (at.expert < 0) return;
+    multiply(expert_call<T, U, B>(args, at, int64_t{args.pieces - 1} * args.rows), at.token);
+  } else {
+    multiply(args, blockIdx.y * M_TILE);
   }
 }
 

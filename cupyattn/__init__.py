@@ -25,14 +25,14 @@ from .ops.split_reduce import split_reduce
 from .page_table import PageTable
 from .pages import PageManager
 from .params import PagedParams, Params
-from .quant import QMatrix
+from .quant import QExperts, QMatrix
 from .quantized_kv import BlockKV, QuantizedKV
 from .rope_params import RopeKernelParam, RopeParams
 from .turbomind import flatten_kv, invoke_attention, invoke_decoding, process_kv, reduce_split_k
 
 __all__ = [
     "AttentionParams", "BlockIteratorParams", "BlockKV", "CompileError", "KernelCheckError", "LinearIteratorParams",
-    "PagedParams", "PageManager", "PageTable", "Params", "QMatrix", "QuantPolicy", "QuantizedKV", "RopeKernelParam",
+    "PagedParams", "PageManager", "PageTable", "Params", "QExperts", "QMatrix", "QuantPolicy", "QuantizedKV", "RopeKernelParam",
     "RopeParams", "Schedule",
     "attention", "dequantize", "embedding", "kv_append", "kv_flatten", "layer_norm", "paged_decode", "quant_gemm",
     "repack", "rms_norm", "rope", "schedule", "silu_mul", "split_reduce",

@@ -75,17 +75,18 @@ _CORE = (
     ("float16", "bfloat16", "float16", 16, 1, _FORMS[15]), ("float16", "float32", "float16", 8, 2, _FORMS[7]))
 
 
-def mma_spec(form, x, out, bias, m_tile, unit, row_tiles, warps, stages):
+def mma_spec(form, x, out, bias, m_tile, unit, row_tiles, warps, stages, experts=False):
     """Tensor cores: a stream with an `m_tile` of 8, else a pipeline."""
     return Specialisation("quant_gemm", "quant_gemm_mma", "QuantGemmArgs",
                           {"T": x, "U": out, "B": bias, "FORMAT": form.trait, "M_TILE": m_tile, "ROW_TILES": row_tiles,
-                           "WARPS": warps, "VEC": 8, "TENSOR_CORES": 1, "UNIT": unit, "STAGES": stages},
+                           "WARPS": warps, "VEC": 8, "TENSOR_CORES": 1, "EXPERTS": int(experts), "UNIT": unit,
+                           "STAGES": stages},
                           min_sm=80, expects=("HMMA", "LDGSTS"))
 
 
-def _spec_of(form, x, out, bias, m_tile, unit):
+def _spec_of(form, x, out, bias, m_tile, unit, experts=False):
     row_tiles, warps, stages, _ = shape_of(form, m_tile)
-    return mma_spec(form, x, out, bias, m_tile, unit, row_tiles, warps, stages)
+    return mma_spec(form, x, out, bias, m_tile, unit, row_tiles, warps, stages, experts)
 
 
 def shape_of(form, m_tile):
@@ -110,6 +111,8 @@ def mma_specs(*, core):
     if core:
         for x, out, bias, m_tile, unit, form in _CORE:
             yield _spec_of(form, x, out, bias, m_tile, unit)
+        yield _spec_of(_GPTQ, "float16", "float16", "float32", 8, 2, experts=True)
+        yield _spec_of(_FORMS[16], "bfloat16", "bfloat16", "bfloat16", 16, 1, experts=True)
         return
     for form, (x, other) in itertools.product(_FORMS, (("float16", "bfloat16"), ("bfloat16", "float16"))):
         if form.kind in ("float16", "bfloat16"):
@@ -118,19 +121,29 @@ def mma_specs(*, core):
         for m_tile, unit in itertools.product((8, 16, 32, 64), (1, 2) if form.groups == 1 and form.scale else (1,)):
             yield _spec_of(form, x, x, "float32", m_tile, unit)
             yield _spec_of(form, x, "float32", x, m_tile, unit)
+            yield _spec_of(form, x, x, x, m_tile, unit, experts=True)
         yield _spec_of(form, x, other, "float32", 8, 1)
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_mma(tokens, rows, pieces, unit, form, x, out, bias, arch, note):
-    """Plan of one segment from the number of rows of x and of the weight, its `Partition`, dtype names and arch."""
-    m_tile = next((m for m in (8, 16, 32) if tokens <= m), 64)
+def plan_mma(tokens, rows, pieces, unit, form, x, out, bias, arch, note, experts=0):
+    """Plan of one segment from the number of rows of x and of the weight, its `Partition`, dtype names and arch.
+
+    `experts`: how many share the rows of x, 0 for a weight for all of them.
+    """
+    m_tile = next((m for m in (8, 16, 32) if tokens <= m * max(1, experts)), 64)
     row_tiles, warps, stages, shared = shape_of(form, m_tile)
     block_rows = TILE_ROWS * row_tiles * (1 if m_tile == 8 else warps)
-    grid = -(-rows // block_rows), -(-tokens // m_tile), pieces
-    return Plan(mma_spec(form, x, out, bias, m_tile, unit, row_tiles, warps, stages), arch, grid, (32 * warps,), shared,
+    grid = -(-rows // block_rows), tiles_of_tokens(tokens, m_tile, experts), pieces
+    spec = mma_spec(form, x, out, bias, m_tile, unit, row_tiles, warps, stages, experts > 0)
+    return Plan(spec, arch, grid, (32 * warps,), shared,
                 note=f"{note}; {m_tile} rows of x and {block_rows} of the weight per block, {pieces} pieces, "
                      f"{stages} stages")
+
+
+def tiles_of_tokens(tokens, m_tile, experts):
+    """Tiles of m_tile rows of x, at most where `experts` have tiles of their own."""
+    return -(-(tokens + min(experts, tokens) * (m_tile - 1)) // m_tile)
 
 
 def tile_of_out(plan):

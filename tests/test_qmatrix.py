@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import time
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
 import pytest
 from compare import assert_same_bits
+from coded_weights import coded_weight
 from ggml_blocks import by_formula, quantized
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -14,6 +16,7 @@ from cupyattn import QMatrix
 
 BITS = {"Q4_0": 4.5, "Q4_1": 5, "Q8_0": 8.5}
 rng = np.random.default_rng(3)
+ORDERS = [rng.permutation(96).astype(np.int32) for _ in range(2)]
 
 
 def _quantized(name, n, k, generator=rng):
@@ -28,12 +31,16 @@ def test_reconstruct_is_ggufs_dequantizer(xp, name, shape):
     matrix = QMatrix.from_gguf(raw, name, shape, xp=xp.module)
     assert_same_bits(raw, kept)
     got = matrix.reconstruct()
-    assert isinstance(got, xp.module.ndarray) and isinstance(matrix.packed, xp.module.ndarray)
+    arrays = [array for array in matrix.segments[0].arrays if array is not None]
+    assert all(isinstance(array, xp.module.ndarray) for array in (got, *arrays)) and matrix.xp is xp.module
     assert_same_bits(xp.numpy(got), want)
     assert matrix.shape == shape and matrix.format == name.lower()
-    assert repr(matrix) == f"QMatrix({name.lower()}, {shape[0]}x{shape[1]}, {BITS[name]:g} bits per weight)"
+    # one group of all columns takes one scale a tile
+    bits = BITS[name] if shape[1] > 32 else BITS[name] - (BITS[name] - int(BITS[name]) or 1) / 2
     tiles = -(-shape[0] // 16) * -(-shape[1] // 64)
-    assert matrix.nbytes == tiles * 16 * 64 * BITS[name] / 8
+    assert matrix.nbytes == tiles * 16 * 64 * bits / 8
+    assert repr(matrix) == (f"QMatrix({name.lower()}, {shape[0]}x{shape[1]}, {bits:g} bits per weight, "
+                            f"{matrix.nbytes} bytes)")
 
 
 @pytest.mark.parametrize("name", BITS)
@@ -69,10 +76,10 @@ def test_type_and_layout_of_dense_gguf_tensors():
 
 def test_one_tile_is_laid_out_as_documented():
     w = np.arange(16 * 64, dtype=np.float32).reshape(16, 64)
-    packed = QMatrix.from_dense(w).packed
+    packed = QMatrix.from_dense(w).segments[0].codes
     chunks = packed[0, 0].view(np.float32).reshape(8, 8, 4, 4)          # [chunk, r, c, 4 values]
     for r, c, t, half in ((0, 0, 0, 0), (5, 3, 2, 1), (7, 1, 3, 0)):
-        columns = 16 * t + 2 * c + np.array([0, 8, 1, 9])
+        columns = 16 * t + 4 * c + np.array([0, 2, 1, 3])
         np.testing.assert_array_equal(chunks[4 * half + t, r, c], w[r + 8 * half, columns])
 
 
@@ -92,10 +99,29 @@ def test_concat():
         QMatrix.concat([])
 
 
+def test_concat_of_orders():
+    weights = [replace(coded_weight("int4 zero float16", n, 96, group=24), order=ORDERS[o])
+               for n, o in ((32, 0), (24, 0), (24, 1))]
+    a, b, c = map(QMatrix.from_coded, weights)
+    joined = QMatrix.concat([a, b])
+    want = np.concatenate([weights[0].dequantize(), weights[1].dequantize()]).astype(np.float32)
+    assert_same_bits(joined.reconstruct(), want)
+    with pytest.raises(ValueError, match="must agree in the order of their columns"):
+        QMatrix.concat([a, c])
+
+
+def test_matrices_move(xp):
+    matrix = QMatrix.from_coded(replace(coded_weight("int4 zero float16", 24, 96, group=24), order=ORDERS[0]))
+    there = matrix.to(xp.module)
+    assert (there is matrix) == (xp.module is np) and there.nbytes == matrix.nbytes
+    assert_same_bits(xp.numpy(there.reconstruct()), matrix.reconstruct())
+    assert_same_bits(there.to(np).reconstruct(), matrix.reconstruct())
+
+
 def test_errors():
     raw, _ = _quantized("Q4_0", 16, 64)
-    with pytest.raises(NotImplementedError, match="type must be one of Q4_0, Q4_1, Q8_0, F32, F16, BF16, got 'Q6_K'"):
-        QMatrix.from_gguf(raw, "Q6_K", (16, 64))
+    with pytest.raises(NotImplementedError, match="type must be one of Q4_0, Q4_1, .*, F32, F16, BF16, got 'TQ1_0'"):
+        QMatrix.from_gguf(raw, "TQ1_0", (16, 64))
     with pytest.raises(ValueError, match="data must hold 64 blocks of 18 bytes, got 576 bytes"):
         QMatrix.from_gguf(raw, "Q4_0", (16, 128))
     with pytest.raises(ValueError, match="in_features a multiple of 32 for Q4_0"):

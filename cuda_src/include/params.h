@@ -314,11 +314,22 @@ struct WeightView {
   int32_t tiles_per_super;   // tiles of a row that share a record of supers
 };
 
+struct Experts {
+  const int32_t* offsets;  // int32 [count + 1] first row of x of each expert, then the last one's end; null: no experts
+  int64_t stride_codes;    // bytes between the codes of experts' weights
+  int64_t stride_scales;   // bytes between their scales
+  int64_t stride_supers;   // bytes between their supers
+  int64_t stride_bias;     // elements between their rows of bias
+  int32_t count;           // of experts
+  int32_t reserved;        // zero
+};
+
 struct QuantGemmArgs {
   const RowView x;           // T [tokens, columns] activations
   RowView out;               // U [tokens, rows] x @ W.T
-  const WeightView weight;   // the segment
-  const int32_t* order;      // int32 [columns of out] for gather_columns: column of x, -1 for zeros; else null
+  const WeightView weight;   // the segment; with experts the first one's
+  const Experts experts;     // null for one weight for all rows of x
+  const int32_t* order;      // int32 [columns of out] for gather_columns: column of x, -1 for zeros; null: as they are
   const void* bias;          // B [rows] added to every row of out; null for none
   float* partials;           // float32 sums of pieces, placed as the kernel likes; null for one piece
   int32_t* counters;         // int32 [tiles of out] pieces that have arrived; zero before and after

@@ -199,15 +199,15 @@ __device__ __forceinline__ void close_chunk(Accumulators& sums, float* total) {
 
 // Number `item` of a tile of out is sum i = item / 32 % SUMS of lane item % 32 of warp item / 32 / SUMS; streams share
 // their rows.
-__device__ __forceinline__ void store_item(const QuantGemmArgs& args, int item, float sum) {
+__device__ __forceinline__ void store_item(const QuantGemmArgs& args, int first_token, int item, float sum) {
   const int lane = item % 32, i = item / 32 % SUMS, warp = item / (32 * SUMS);
   const int row_tile = (blockIdx.x * (STREAM ? 1 : WARPS) + warp) * ROW_TILES + i / (TOKEN_TILES * 4);
-  const int token = blockIdx.y * M_TILE + i / 4 % TOKEN_TILES * 8 + lane % 4 * 2 + i % 2;
+  const int token = first_token + i / 4 % TOKEN_TILES * 8 + lane % 4 * 2 + i % 2;
   store_sum(args, token, row_tile * TILE_ROWS + i % 4 / 2 * 8 + lane / 4, sum);
 }
 
 // From sums in shared memory to out. All threads take part; the sums have been written and the flag's place is free.
-__device__ __forceinline__ void finish(const QuantGemmArgs& args, const float* sums, int* flag) {
+__device__ __forceinline__ void finish(const QuantGemmArgs& args, int token, const float* sums, int* flag) {
   constexpr int ITEMS = (STREAM ? 1 : WARPS) * SUMS * 32;
   const int tile = blockIdx.y * gridDim.x + blockIdx.x, piece = args.first_piece + blockIdx.z;
   float* partials = args.partials + int64_t{tile} * args.pieces * ITEMS;
@@ -218,7 +218,7 @@ __device__ __forceinline__ void finish(const QuantGemmArgs& args, const float* s
 #pragma unroll
       for (int chunk = 1; chunk < CHUNKS; ++chunk) sum = plus(sum, sums[chunk * ITEMS + item]);
     }
-    if (args.pieces == 1) store_item(args, item, sum);
+    if (args.pieces == 1) store_item(args, token, item, sum);
     else partials[int64_t{piece} * ITEMS + item] = sum;
   }
   if (args.pieces == 1) return;
@@ -235,11 +235,11 @@ __device__ __forceinline__ void finish(const QuantGemmArgs& args, const float* s
   for (int item = threadIdx.x; item < ITEMS; item += THREADS) {
     float sum = partials[item];
     for (int p = 1; p < args.pieces; ++p) sum = plus(sum, partials[int64_t{p} * ITEMS + item]);
-    store_item(args, item, sum);
+    store_item(args, token, item, sum);
   }
 }
 
-__device__ __forceinline__ void multiply_on_tensor_cores(const QuantGemmArgs& args) {
+__device__ __forceinline__ void multiply_on_tensor_cores(const QuantGemmArgs& args, int token) {
   CA_DYN_SMEM(char, smem);
   const int warp = threadIdx.x / 32;
   const int row_tile = (STREAM ? blockIdx.x : blockIdx.x * WARPS + warp) * ROW_TILES;
@@ -255,7 +255,7 @@ __device__ __forceinline__ void multiply_on_tensor_cores(const QuantGemmArgs& ar
   float* total = reinterpret_cast<float*>(smem + SUMS_AT) + warp * SUMS * 32;
 
   // 1. start copying
-  TileAhead ahead(args, row_tile, blockIdx.y * M_TILE, range);
+  TileAhead ahead(args, row_tile, token, range);
   const LanePlaces own(STREAM ? warp * STAGES * STAGE_BYTES : 0);
 #pragma unroll
   for (int s = 0; s < STAGES - 1; ++s) ahead.copy(own, smem + s * STAGE_BYTES, s % UNIT == UNIT - 1);
@@ -299,7 +299,7 @@ __device__ __forceinline__ void multiply_on_tensor_cores(const QuantGemmArgs& ar
     close_chunk(sums, total);
   }
   __syncthreads();
-  finish(args, reinterpret_cast<const float*>(smem + SUMS_AT),
+  finish(args, token, reinterpret_cast<const float*>(smem + SUMS_AT),
          reinterpret_cast<int*>(smem + (STREAM ? CHUNKS * SUMS * 128 : 0)));
 }
 

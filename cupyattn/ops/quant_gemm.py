@@ -4,14 +4,16 @@
 import functools
 import itertools
 
+import numpy as np
+
 from ..matmul_blas import multiply_on_gpu, multiply_on_host
 from ..matmul_choice import INVARIANT_TOKENS, Product, by_blas
-from ..matmul_plans import Partition, mma_specs, partition, plan_mma, tile_of_out
-from ..quant import QMatrix
+from ..matmul_plans import Partition, mma_specs, partition, plan_mma, tile_of_out, tiles_of_tokens
+from ..quant import QExperts, QMatrix
 from ..quant.layout import TRAITS
-from ..runtime import Plan, Specialisation, arch_of, arrival_counters, blas, launch, make_args, workspace
+from ..runtime import Plan, Specialisation, arch_of, arrival_counters, blas, env, launch, make_args, workspace
 from ..runtime.arrays import alignment, array_namespace, as_rows, dtype_name, row_view
-from ..runtime.checks import FLOATS, check_dtype, check_element_strides, check_shape, check_writeable
+from ..runtime.checks import FLOATS, check_dtype, check_element_strides, check_last_axis, check_shape, check_writeable
 
 _MAX_TOKENS = 2**18        # rows of x per launch: grid.y ends at 65535 tiles
 _WORKSPACE_TOKENS = 2**12  # rows of x per launch that takes scratch for them
@@ -21,11 +23,12 @@ _WARPS = 4                 # of a block on a GPU
 _WHOLE = Partition(1, 1, 0, 0)   # how CUDA cores, which do not look at it, sum a segment: as one piece
 
 
-def _spec(x, out, bias, trait, m_tile, row_tiles, warps, vec):
+def _spec(x, out, bias, trait, m_tile, row_tiles, warps, vec, experts=False):
     """CUDA cores."""
     return Specialisation("quant_gemm", "quant_gemm", "QuantGemmArgs",
                           {"T": x, "U": out, "B": bias, "FORMAT": trait, "M_TILE": m_tile,
-                           "ROW_TILES": row_tiles, "WARPS": warps, "VEC": vec, "TENSOR_CORES": 0},
+                           "ROW_TILES": row_tiles, "WARPS": warps, "VEC": vec, "TENSOR_CORES": 0,
+                           "EXPERTS": int(experts)},
                           # one-warp blocks are the CPU executor's: a GPU would keep some of their sums in memory
                           spill_bytes=1024 if warps == 1 else 0)
 
@@ -34,7 +37,7 @@ def _gather_spec(x):
     """`gather_columns`, which looks at the type of x only."""
     return Specialisation("quant_gemm", "gather_columns", "QuantGemmArgs",
                           {"T": x, "U": x, "B": x, "FORMAT": "Weights<Dense<float>,NoScales>", "M_TILE": 1,
-                           "ROW_TILES": 1, "WARPS": 1, "VEC": 1, "TENSOR_CORES": 0})
+                           "ROW_TILES": 1, "WARPS": 1, "VEC": 1, "TENSOR_CORES": 0, "EXPERTS": 0})
 
 
 _Q4_0, _Q4_1, _Q8_0, _GPTQ, *_DENSE = _USUAL = (
@@ -52,7 +55,9 @@ CORE = [*(_spec(*case) for case in (
     ("bfloat16", "bfloat16", "float32", "Weights<Table<NF4>,Scales<float,PLAIN,1>>", 1, 4, 1, 8),
     ("float32", "float16", "float32", "Weights<Table<E2M1>,SuperScales<E4M3,float,PLAIN,4>>", 8, 1, 4, 1),
     ("float16", "float16", "float16", "Weights<Float8<E4M3>,Scales<float,PLAIN,1>>", 2, 1, 4, 8),
-)), _gather_spec("float16"), _gather_spec("float32"), *mma_specs(core=True)]
+)), _spec("float16", "float16", "float32", _Q4_1, 2, 4, 1, 8, experts=True),
+    _spec("float32", "float32", "float32", _GPTQ, 8, 1, 4, 4, experts=True), _gather_spec("float16"),
+    _gather_spec("float32"), *mma_specs(core=True)]
 
 
 def _all():
@@ -68,12 +73,14 @@ def _all():
                         yield _spec(x, out, bias, trait, m_tile, row_tiles, 1, vec)
     for i, trait in enumerate(TRAITS):
         yield _spec(FLOATS[i % 3], "float32", "float32", trait, 1 << i % 4, 1, _WARPS, 1)
+    for x, trait, m_tile in itertools.product(FLOATS, _USUAL, (1, 2, 4, 8)):
+        yield _spec(x, x, "float32", trait, m_tile, 1, _WARPS, 4 if x == "float32" else 8, experts=True)
     yield from mma_specs(core=False)
 
 
 @functools.lru_cache(maxsize=1024)
-def _version(kinds, x, align, arch):
-    """("mma" or "core", why) from the kinds of the weight's codes, x's dtype name and alignment, and arch."""
+def _version(kinds, x, arch):
+    """("mma" or "core", why) from the kinds of the weight's codes, x's dtype name and arch."""
     if x == "float32" or "float32" in kinds:
         return "core", "CUDA cores: float32 is not rounded for tensor cores"
     other = [kind for kind in kinds if kind in FLOATS and kind != x]
@@ -83,8 +90,6 @@ def _version(kinds, x, align, arch):
         return "core", "CUDA cores, the faster version on the CPU"
     if int(arch[3:].rstrip("af")) < 80:
         return "core", f"CUDA cores: {arch} is older than sm_80"
-    if align < 16:
-        return "core", f"CUDA cores: rows of x are aligned to {align} bytes, tensor cores need 16"
     return "mma", "tensor cores"
 
 
@@ -92,17 +97,20 @@ ALL = list(dict.fromkeys((*CORE, *_all())))
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan_quant_gemm(tokens, row_tiles, trait, x, out, bias, align, arch, version):
-    """Plan from the rows of x, the weight's row tiles and format, dtype names, x's alignment, arch, version."""
-    _, why = version
-    m_tile = next((m for m in (1, 2, 4) if tokens <= m), 8)
+def _plan_quant_gemm(tokens, row_tiles, trait, x, out, bias, align, arch, why, experts=0):
+    """Plan from the rows of x, the weight's row tiles and format, dtype names, x's alignment, arch, why this version.
+
+    `experts`: how many share the rows of x, 0 for a weight for all of them.
+    """
+    m_tile = next((m for m in (1, 2, 4) if tokens <= m * max(1, experts)), 8)
     vec = 16 // (4 if x == "float32" else 2) if align == 16 else 1
     warps, tiles_per_block = _WARPS, 1
     if arch == "cpu":
         # threads are dear here: one warp with as many rows as leave a few blocks to share among the workers
         warps, tiles_per_block = 1, next((n for n in (32, 16, 8, 4, 2) if row_tiles >= 4 * n and n * m_tile <= 64), 1)
-    spec = _spec(x, out, bias, trait, m_tile, tiles_per_block, warps, vec)
-    return Plan(spec, arch, (-(-row_tiles // tiles_per_block), -(-tokens // m_tile)), (32 * warps,),
+    spec = _spec(x, out, bias, trait, m_tile, tiles_per_block, warps, vec, experts > 0)
+    grid = -(-row_tiles // tiles_per_block), tiles_of_tokens(tokens, m_tile, experts)
+    return Plan(spec, arch, grid, (32 * warps,),
                 4 * m_tile * 64 * _SLICE_TILES,
                 note=f"{why}; {m_tile} rows of x per block, {vec} elements per load")
 
@@ -115,7 +123,7 @@ def _plan_gather(tokens, columns, x, arch):
                 note="x in the order of the weight's columns")
 
 
-def quant_gemm(x, qmatrix, /, *, bias=None, accumulate=False, invariant=False, out=None):
+def quant_gemm(x, qmatrix, /, *, expert_offsets=None, bias=None, accumulate=False, invariant=False, out=None):
     """Product of activations and a packed weight matrix.
 
     out = x @ W.T + bias (+ out with ``accumulate=True``)
@@ -124,12 +132,15 @@ def quant_gemm(x, qmatrix, /, *, bias=None, accumulate=False, invariant=False, o
     ----------
     x : ndarray [..., K], float16, bfloat16 or float32
         Rows may be strided (a slice of a wider array); the last axis is contiguous.
-    qmatrix : QMatrix [N, K]
-    bias : ndarray [N], float32 or x.dtype, optional
+    qmatrix : QMatrix [N, K] or QExperts [E, N, K]
+    expert_offsets : ndarray [E + 1], int32
+        With QExperts, and x [M, K]: rows ``expert_offsets[e]`` to ``expert_offsets[e + 1]`` of x are expert e's, any
+        number of them. Rows of `out` before the first and after the last stay as they are. Never read on the host.
+    bias : ndarray [N] or, with QExperts, [E, N], float32 or x.dtype, optional
     accumulate : bool
         Add to what `out` holds instead of replacing it. Needs `out`.
     invariant : bool
-        A row of `out` has the same bits whatever the number of rows. False: only for up to 64 rows.
+        A row of `out` has the same bits whatever the number of rows. False: only for up to 64 rows, or with QExperts.
     out : ndarray [..., N], float16, bfloat16 or float32, optional
         Default: a new array of x.dtype. Must overlap no input.
 
@@ -143,7 +154,9 @@ def quant_gemm(x, qmatrix, /, *, bias=None, accumulate=False, invariant=False, o
     TypeError
         NumPy and CuPy arrays mixed, an unsupported dtype, or `qmatrix` no QMatrix.
     ValueError
-        Shapes that do not fit, a last axis that is not contiguous, or ``accumulate=True`` without `out`.
+        Shapes that do not fit, a last axis that is not contiguous, ``accumulate=True`` without `out`, or offsets that
+        run backwards or past x: seen in NumPy arrays, and in others under ``CUPYATTN_CHECK=1``; without it such an
+        expert has fewer rows.
 
     Notes
     -----
@@ -162,17 +175,18 @@ def quant_gemm(x, qmatrix, /, *, bias=None, accumulate=False, invariant=False, o
     >>> cupyattn.quant_gemm(np.arange(8, dtype=np.float32), w)
     array([0., 1.], dtype=float32)
     """
-    if not isinstance(qmatrix, QMatrix):
+    if not isinstance(qmatrix, QMatrix | QExperts):
         raise TypeError(f"quant_gemm: qmatrix must be a QMatrix, got {type(qmatrix).__name__}; "
                         "make one with QMatrix.from_dense(w)")
-    xp = array_namespace("quant_gemm", x=x, qmatrix=qmatrix.segments[0].codes, bias=bias, out=out)
+    xp = array_namespace("quant_gemm", x=x, qmatrix=qmatrix.segments[0].codes, expert_offsets=expert_offsets, bias=bias,
+                         out=out)
     dtype, bias_dtype = check_dtype("quant_gemm", "x", x, FLOATS), "float32"
-    rows, columns = qmatrix.shape
+    *experts, rows, columns = qmatrix.shape
     if x.ndim == 0 or x.shape[-1] != columns:
         raise ValueError(f"quant_gemm: x must be [..., in_features={columns}], got {list(x.shape)}")
     if bias is not None:
         bias_dtype = check_dtype("quant_gemm", "bias", bias, tuple(dict.fromkeys(("float32", dtype))))
-        check_shape("quant_gemm", "bias", bias, (rows,), "[out_features]")
+        check_shape("quant_gemm", "bias", bias, (*experts, rows), f"[{'experts, ' if experts else ''}out_features]")
         check_element_strides("quant_gemm", "bias", bias)
     if out is None:
         if accumulate:
@@ -181,15 +195,14 @@ def quant_gemm(x, qmatrix, /, *, bias=None, accumulate=False, invariant=False, o
     out_dtype = check_dtype("quant_gemm", "out", out, FLOATS)
     check_shape("quant_gemm", "out", out, (*x.shape[:-1], rows), "[..., out_features]")
     check_writeable("quant_gemm", "out", out)
+    _check_offsets(x, qmatrix, expert_offsets)
     if out.size == 0:
         return out
     x_rows = as_rows("quant_gemm", "x", x if x.ndim > 1 else x[None])
     out_rows = as_rows("quant_gemm", "out", out if out.ndim > 1 else out[None])
-    fields = {"bias": bias, "stride_bias": 0 if bias is None else bias.strides[0] // bias.itemsize, "rows": rows,
-              "accumulate": int(accumulate)}
-    arch, align = arch_of(xp), 16 if qmatrix.order is not None else alignment(x_rows)
-    version = _version(qmatrix.kinds, dtype, align, arch)
-    if len(x_rows) > INVARIANT_TOKENS and not invariant:
+    arch = arch_of(xp)
+    version = _version(qmatrix.kinds, dtype, arch)
+    if len(x_rows) > INVARIANT_TOKENS and not invariant and not experts:
         product = Product(tuple(segment.form for segment in qmatrix.segments), len(x_rows), dtype, out_dtype,
                           bias is not None, accumulate, _blas_alignment(x_rows), _blas_alignment(out_rows))
         fits, why = by_blas(product, version[0], arch, blas.available(xp))
@@ -200,18 +213,30 @@ def quant_gemm(x, qmatrix, /, *, bias=None, accumulate=False, invariant=False, o
                 multiply_on_gpu(xp, x_rows, qmatrix, bias, accumulate, out_rows)
             return out
         version = version[0], f"{version[1]}; {why}"
-    step = _MAX_TOKENS if qmatrix.order is None else _WORKSPACE_TOKENS
-    if version[0] == "core":
-        cuts = [_WHOLE] * len(qmatrix.segments)
-    else:
-        cuts = [partition(rows, segment.codes.shape[1], segment.form) for segment in qmatrix.segments]
-        pieces = sum(cut.pieces for cut in cuts)
-        if pieces > 1:
-            step = min(step, max(128, _WORKSPACE_BYTES // (4 * rows * pieces) // 64 * 64))
-    for start in range(0, x_rows.shape[0], step):
-        _launch(xp, x_rows[start:start + step], qmatrix, out_rows[start:start + step], version, cuts, align, arch,
-                (dtype, out_dtype, bias_dtype), fields)
+    fields = {"bias": bias, "stride_bias": 0 if bias is None else bias.strides[-1] // bias.itemsize, "rows": rows,
+              "accumulate": int(accumulate)}
+    _launch_all(xp, x_rows, qmatrix, expert_offsets, out_rows, version, arch, (dtype, out_dtype, bias_dtype), fields)
     return out
+
+
+def _check_offsets(x, qmatrix, offsets):
+    """What must be true of `expert_offsets`, which only QExperts have."""
+    if (offsets is None) == isinstance(qmatrix, QExperts):
+        raise TypeError(f"quant_gemm: expert_offsets must be given with a QExperts and with nothing else, got "
+                        f"{'none' if offsets is None else 'some'} with a {type(qmatrix).__name__}")
+    if offsets is None:
+        return
+    if x.ndim != 2 or len(x) > _MAX_TOKENS:
+        raise ValueError(f"quant_gemm: x must be [tokens, in_features] of at most {_MAX_TOKENS} tokens with "
+                         f"expert_offsets, got {list(x.shape)}")
+    check_dtype("quant_gemm", "expert_offsets", offsets, "int32")
+    check_shape("quant_gemm", "expert_offsets", offsets, (len(qmatrix) + 1,), "[experts + 1]")
+    check_last_axis("quant_gemm", "expert_offsets", offsets)
+    if isinstance(offsets, np.ndarray) or env.check():
+        host = offsets if isinstance(offsets, np.ndarray) else offsets.get()
+        if host[0] < 0 or host[-1] > len(x) or (np.diff(host) < 0).any():
+            raise ValueError(f"quant_gemm: expert_offsets must rise from 0 or more to at most {len(x)} tokens, got "
+                             f"{host.tolist()}")
 
 
 def _blas_alignment(rows):
@@ -219,41 +244,70 @@ def _blas_alignment(rows):
     return alignment(rows) if rows.shape[1] * rows.itemsize <= rows.strides[0] < 2**31 * rows.itemsize else 0
 
 
-def _launch(xp, x, qmatrix, out, version, cuts, align, arch, dtypes, fields):
+def _launch_all(xp, x, qmatrix, offsets, out, version, arch, dtypes, fields):
+    """As many tokens per launch as a grid and the scratch for them allow; experts' all at once."""
+    rows, step = fields["rows"], _MAX_TOKENS
+    # the tensor-core kernels read 16 bytes at a time, and columns in the order of the weight's
+    copied = qmatrix.order is not None or (version[0] == "mma" and alignment(x) < 16)
+    if version[0] == "core":
+        cuts = [_WHOLE] * len(qmatrix.segments)
+    else:
+        cuts = [partition(rows, segment.codes.shape[-2], segment.form) for segment in qmatrix.segments]
+        pieces = sum(cut.pieces for cut in cuts)
+        if pieces > 1:
+            step = max(128, _WORKSPACE_BYTES // (4 * rows * pieces) // 64 * 64)
+    step = len(x) if offsets is not None else min(step, _WORKSPACE_TOKENS) if copied else step
+    for start in range(0, len(x), step):
+        _launch(xp, x[start:start + step], copied, qmatrix, offsets, out[start:start + step], version, cuts, arch,
+                dtypes, fields)
+
+
+def _launch(xp, x, copied, qmatrix, offsets, out, version, cuts, arch, dtypes, fields):
     """One launch per segment, behind one that puts the columns of `x` in order if the weight has an order."""
-    tokens, (rows, _), pieces = x.shape[0], qmatrix.shape, sum(cut.pieces for cut in cuts)
+    tokens, rows, pieces = len(x), fields["rows"], sum(cut.pieces for cut in cuts)
+    experts = 0 if offsets is None else len(qmatrix)
     if version[0] == "mma":
-        plans = [plan_mma(tokens, rows, cut.pieces, cut.unit, segment.form, *dtypes, arch, version[1])
+        plans = [plan_mma(tokens, rows, cut.pieces, cut.unit, segment.form, *dtypes, arch, version[1], experts)
                  for cut, segment in zip(cuts, qmatrix.segments, strict=True)]
         tiles = plans[0].grid[0] * plans[0].grid[1]
         m_tile, block_rows = tile_of_out(plans[0])
         sums = 0 if pieces == 1 else 4 * tiles * pieces * m_tile * block_rows
     else:
-        plans = [_plan_quant_gemm(tokens, segment.codes.shape[0], segment.form.trait, *dtypes, align, arch, version)
-                 for segment in qmatrix.segments]
+        align = 16 if copied else alignment(x)
+        plans = [_plan_quant_gemm(tokens, segment.codes.shape[-3], segment.form.trait, *dtypes, align, arch, version[1],
+                                  experts) for segment in qmatrix.segments]
         tiles, sums = 0, 4 * (pieces - 1) * tokens * rows
-    x, partials = _scratch(xp, x, qmatrix.order, sums, arch)
+    x, partials = _scratch(xp, x, copied, qmatrix.order, sums, arch)
     arrived = arrival_counters(xp, tiles) if tiles and partials is not None else None
     column = piece = 0
     for plan, cut, segment in zip(plans, cuts, qmatrix.segments, strict=True):
         some = x if len(plans) == 1 else x[:, column:column + segment.columns]
-        launch(plan, make_args(plan, x=row_view(some), out=row_view(out), weight=segment.view, order=None,
-                               partials=partials, counters=arrived, tokens=tokens, columns=segment.columns,
+        launch(plan, make_args(plan, x=row_view(some), out=row_view(out), weight=segment.view,
+                               experts=None if offsets is None else _experts(segment, offsets, fields["bias"]),
+                               order=None, partials=partials, counters=arrived, tokens=tokens, columns=segment.columns,
                                pieces=pieces, first_piece=piece, tiles_per_piece=cut.tiles_per_piece,
                                units_per_chunk=cut.units_per_chunk, **fields))
         column, piece = column + segment.columns, piece + cut.pieces
 
 
-def _scratch(xp, x, order, sums, arch):
-    """(x in the `order` of the weight's columns, itself without one; float32 room of `sums` bytes or None)."""
-    if order is None:
+def _experts(segment, offsets, bias):
+    """Fields of the kernels' ``Experts``."""
+    codes, scales, supers = (0 if array is None else array.strides[0] for array in segment.arrays)
+    return {"offsets": offsets, "stride_codes": codes, "stride_scales": scales, "stride_supers": supers,
+            "stride_bias": 0 if bias is None else bias.strides[0] // bias.itemsize, "count": len(offsets) - 1,
+            "reserved": 0}
+
+
+def _scratch(xp, x, copied, order, sums, arch):
+    """(x or a copy with its columns in `order`, if there is one; float32 room of `sums` bytes or None)."""
+    if not copied:
         return x, workspace(xp, sums)[:sums].view("float32") if sums else None
-    tokens, columns = x.shape[0], order.size
+    tokens, columns = len(x), x.shape[1] if order is None else order.size
     nbytes = -(-tokens * columns * x.itemsize // 16) * 16
     scratch = workspace(xp, nbytes + sums)
-    gathered = scratch[:tokens * columns * x.itemsize].view(x.dtype).reshape(tokens, columns)
+    copy = scratch[:tokens * columns * x.itemsize].view(x.dtype).reshape(tokens, columns)
     plan = _plan_gather(tokens, columns, dtype_name(x), arch)
-    launch(plan, make_args(plan, x=row_view(x), out=row_view(gathered), weight=None, order=order, bias=None,
+    launch(plan, make_args(plan, x=row_view(x), out=row_view(copy), weight=None, experts=None, order=order, bias=None,
                            stride_bias=0, rows=columns, accumulate=0, partials=None, counters=None, tokens=tokens,
                            columns=columns, pieces=1, first_piece=0, tiles_per_piece=0, units_per_chunk=0))
-    return gathered, scratch[nbytes:nbytes + sums].view("float32") if sums else None
+    return copy, scratch[nbytes:nbytes + sums].view("float32") if sums else None

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weight matrices in the layout the kernels read, and the checkpoint formats they come from."""
 
+from .experts import QExperts
 from .qmatrix import QMatrix
 from .safetensors_file import Safetensors
 
-__all__ = ["QMatrix", "Safetensors"]
+__all__ = ["QExperts", "QMatrix", "Safetensors"]

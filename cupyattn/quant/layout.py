@@ -160,7 +160,7 @@ class PackedSegment:
     @functools.cached_property
     def view(self):
         """Fields of the kernels' ``WeightView``, made once."""
-        row_tiles, column_tiles = self.codes.shape[:2]
+        row_tiles, column_tiles = self.codes.shape[-3:-1]   # of an expert, where there is an axis of experts in front
         return {"codes": self.codes, "scales": self.scales, "supers": self.supers, "row_tiles": row_tiles,
                 "column_tiles": column_tiles, "tiles_per_scale": self.form.tiles_per_scale,
                 "tiles_per_super": self.form.tiles_per_super}
@@ -172,8 +172,11 @@ class PackedSegment:
 
     def with_arrays(self, change):
         """This segment with `change(array)` for each of its arrays."""
-        return PackedSegment(*(None if array is None else change(array) for array in self.arrays), self.form,
-                             self.columns)
+        return self.of_arrays(*(None if array is None else change(array) for array in self.arrays))
+
+    def of_arrays(self, codes, scales, supers):
+        """This segment with other arrays."""
+        return PackedSegment(codes, scales, supers, self.form, self.columns)
 
 
 def dtype(name):

@@ -9,6 +9,7 @@ import numpy as np
 
 from . import gguf, layout, packed_file, shards
 from .constructors import Constructors
+from .experts import QExperts
 
 _CHUNK_BYTES = 1 << 19   # of codes read at a time, so that reader and packer meet in the cache
 _SEGMENT_ARRAYS = ("codes", "scale", "zero", "minimum", "super_scale", "super_minimum")
@@ -127,8 +128,8 @@ class QMatrix(Constructors):
         for m in matrices[1:]:
             if (m.format, m.shape[1], m._forms) != (first.format, first.shape[1], first._forms):
                 raise ValueError(f"QMatrix: matrices must agree in format and in_features, got {first!r} and {m!r}")
-            if m.order is not first.order and (m.order is None or first.order is None
-                                               or not bool((m.order == first.order).all())):
+            if m.order is not first.order and (m.order is None or first.order is None or not np.array_equal(
+                    _host(m.order, np)[0], _host(first.order, np)[0])):
                 raise ValueError(f"QMatrix: matrices must agree in the order of their columns, got {first!r} and {m!r} "
                                  "of different orders")
         odd = next((m for m in matrices[:-1] if m.shape[0] % layout.TILE_ROWS), None)
@@ -137,6 +138,27 @@ class QMatrix(Constructors):
         return cls(first.format, (sum(m.shape[0] for m in matrices), first.shape[1]),
                    [layout.stacked(first.xp, parts) for parts in zip(*(m.segments for m in matrices), strict=True)],
                    first.order)
+
+    @staticmethod
+    def stack(matrices):
+        """The weights of a mixture of experts, for one launch of `cupyattn.quant_gemm`.
+
+        Parameters
+        ----------
+        matrices : sequence of QMatrix
+            Of one shape, format and order of columns.
+
+        Returns
+        -------
+        QExperts
+            Copies, [experts, out_features, in_features].
+
+        Raises
+        ------
+        ValueError
+            Shapes, formats or the orders of columns differ.
+        """
+        return QExperts.stack(matrices)
 
     def row_shard(self, rank, size):
         """The rows of one of `size` ranks: tensor parallel over out_features.
