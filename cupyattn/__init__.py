@@ -32,8 +32,8 @@ from .turbomind import flatten_kv, invoke_attention, invoke_decoding, process_kv
 
 __all__ = [
     "AttentionParams", "BlockIteratorParams", "BlockKV", "CompileError", "KernelCheckError", "LinearIteratorParams",
-    "PagedParams", "PageManager", "PageTable", "Params", "QExperts", "QMatrix", "QuantPolicy", "QuantizedKV", "RopeKernelParam",
-    "RopeParams", "Schedule",
+    "PagedParams", "PageManager", "PageTable", "Params", "QExperts", "QMatrix", "QuantPolicy", "QuantizedKV",
+    "RopeKernelParam", "RopeParams", "Schedule",
     "attention", "dequantize", "embedding", "kv_append", "kv_flatten", "layer_norm", "paged_decode", "quant_gemm",
     "repack", "rms_norm", "rope", "schedule", "silu_mul", "split_reduce",
     "contiguous_shards", "create_cache_iter_factory", "flatten_kv", "invoke_attention", "invoke_decoding",

@@ -5,7 +5,7 @@ import functools
 import itertools
 from dataclasses import dataclass
 
-from .quant.layout import TILE_COLUMNS, TILE_ROWS, Form, dtype
+from .quant.layout import TILE_COLUMNS, TILE_ROWS, Form
 from .runtime import Plan, Specialisation
 
 _BLOCKS = 2 * 132                  # a GPU the columns are cut for, whatever it runs on: two blocks a multiprocessor
@@ -96,9 +96,7 @@ def shape_of(form, m_tile):
     warps = 4 if m_tile == 64 else 8
     sums = 512 * row_tiles * (m_tile // 8) * warps                       # of all lanes
     fixed = 0 if stream else sums + 4 * form.groups * m_tile
-    record = 0 if form.scale is None else 2 * form.parameters * form.groups * dtype(form.scale).itemsize
-    above = 0 if form.super_scale is None else 2 * form.supers * dtype(form.super_scale).itemsize
-    weights = -(-row_tiles * (form.tile_bytes + 8 * (record + above)) // 128) * 128
+    weights = -(-row_tiles * (form.tile_bytes + TILE_ROWS * (form.scale_bytes + form.super_bytes)) // 128) * 128
     rings = warps if stream else 1                                       # of x
     stage = rings * 2 * TILE_COLUMNS * m_tile + warps * weights
     wanted = 1 + -(-_STREAM_BYTES // (row_tiles * form.tile_bytes)) if stream else _MAX_STAGES

@@ -4,7 +4,7 @@
 ``with install() as xp:`` replaces the CuPy calls listed in `REPLACED`, nothing else: allocation, copies, streams,
 capture, device properties, cuBLAS and function launch. A launch first compiles the same source and options with NVRTC
 for the pretended GPU and enforces CuPy's and CUDA's rules. Any other CuPy call that needs a driver fails, so code that
-passes its tests here uses our kernels and these calls alone. test_cuda_backend.py checks each of them on a real GPU too.
+passes its tests here uses our kernels and these calls alone. test_cuda_backend.py checks each of them on a GPU too.
 """
 
 import bisect

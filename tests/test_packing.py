@@ -72,7 +72,8 @@ def test_order_of_columns():
 def test_columns_of_no_x(group):
     weight = coded_weight("int4 zero float16", 24, 96, group=group)
     order = np.full(96, -1, np.int32)
-    order[np.arange(96) % group < 20] = np.random.default_rng(1).permutation(np.count_nonzero(np.arange(96) % group < 20))
+    used = np.arange(96) % group < 20
+    order[used] = np.random.default_rng(1).permutation(np.count_nonzero(used))
     weight = replace(weight, order=order, shape=(24, int(order.max()) + 1))
     (packed,), packed_order = layout.pack(weight)
     back = layout.unpack((packed,), packed_order, weight.format, weight.shape)

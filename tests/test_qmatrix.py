@@ -5,8 +5,8 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 import pytest
-from compare import assert_same_bits
 from coded_weights import coded_weight
+from compare import assert_same_bits
 from ggml_blocks import by_formula, quantized
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings

@@ -145,8 +145,8 @@ def test_matrix_packed_where_it_lives(xp, name, group):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_uncompressed_matrix_packed_where_it_lives(xp, dtype):
     w = np.random.default_rng(3).standard_normal((24, 136), np.float32).astype(dtype_of(dtype))
-    for given, module in ((w, xp.module), (xp.array(w), None), (xp.array(w).T, None), (xp.array(w), np)):
-        matrix = cupyattn.QMatrix.from_dense(given, xp=module)
+    for source, module in ((w, xp.module), (xp.array(w), None), (xp.array(w).T, None), (xp.array(w), np)):
+        matrix = cupyattn.QMatrix.from_dense(source, xp=module)
         assert matrix.xp is (module or xp.module)
         want = layout.pack_dense(w if given.shape == w.shape else np.ascontiguousarray(w.T))
         assert_packed(matrix.segments[0], want, xp if module is not np else None)

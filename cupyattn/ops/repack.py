@@ -98,10 +98,10 @@ def _pack(values, parameters, form, columns, filled_group, out):
     shapes = {"codes": (row_tiles, column_tiles, form.tile_bytes), "scales": None, "supers": None}
     if form.scale is not None:
         shapes["scales"] = (row_tiles, -(-column_tiles // form.tiles_per_scale),
-                            16 * form.parameters * form.groups * layout.dtype(form.scale).itemsize)
+                            layout.TILE_ROWS * form.scale_bytes)
     if form.supers:
         shapes["supers"] = (row_tiles, -(-column_tiles // form.tiles_per_super),
-                            16 * form.supers * layout.dtype(form.super_scale).itemsize)
+                            layout.TILE_ROWS * form.super_bytes)
     if out is None:
         made = {name: None if shape is None else xp.empty(shape, "uint8") for name, shape in shapes.items()}
         out = layout.PackedSegment(**made, form=form, columns=columns)
@@ -120,7 +120,7 @@ def _pack(values, parameters, form, columns, filled_group, out):
 
 
 def _log2_bytes(name):
-    return 0 if name is None else layout.dtype(name).itemsize.bit_length() - 1
+    return 0 if name is None else layout.item_bytes(name).bit_length() - 1
 
 
 def _matrix_view(array):

@@ -159,15 +159,11 @@ def _iq4_nl(blocks):
 
 
 def _mxfp4(blocks):
-    import ml_dtypes
-
     return {"codes": _planes(blocks[..., 1:], 16, 4), "bits": 4, "kind": "e2m1", "group": 32,
             "scale": blocks[..., :1].copy().view(dtype("float8_e8m0fnu"))}
 
 
 def _nvfp4(blocks):
-    import ml_dtypes
-
     scale = blocks[..., :4] & 127            # unsigned; a NaN stands for 0 here
     scale[scale == 127] = 0
     return {"codes": _planes(blocks[..., 4:], 8, 4), "bits": 4, "kind": "e2m1", "group": 16,

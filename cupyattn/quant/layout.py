@@ -109,13 +109,21 @@ class Form:
         return 0 if self.super_scale is None else 2 if self.mode == "MINIMUM" else 1
 
     @property
+    def scale_bytes(self):
+        """Bytes of a row's record of scales."""
+        return 0 if self.scale is None else item_bytes(self.scale) * self.parameters * self.groups
+
+    @property
+    def super_bytes(self):
+        """Bytes of a row's record of super scales."""
+        return 0 if self.super_scale is None else item_bytes(self.super_scale) * self.supers
+
+    @property
     def bits_per_weight(self):
         """Scales included, padding not."""
         bits = float(self.bits)
-        if self.scale is not None:
-            bits += 8 * dtype(self.scale).itemsize * self.parameters * self.groups / (64 * self.tiles_per_scale)
-        if self.super_scale is not None:
-            bits += 8 * dtype(self.super_scale).itemsize * self.supers / (64 * self.tiles_per_super)
+        bits += 8 * self.scale_bytes / (TILE_COLUMNS * self.tiles_per_scale)
+        bits += 8 * self.super_bytes / (TILE_COLUMNS * self.tiles_per_super)
         return bits
 
 
@@ -186,6 +194,11 @@ def dtype(name):
     import ml_dtypes
 
     return np.dtype(getattr(ml_dtypes, name))
+
+
+def item_bytes(name):
+    """Bytes of an element of the dtype; without ml_dtypes, which takes long to import."""
+    return {"float32": 4, "float16": 2, "bfloat16": 2}.get(name, 1)
 
 
 def tiles(shape):
@@ -494,7 +507,7 @@ def stacked(xp, parts):
 
 
 def pack_by_rows(rows, parts):
-    """One segment of `rows` rows from an iterator of those of 16, 32, ... rows each, as in `stacked`, held one by one."""
+    """One segment of `rows` rows from those of 16, 32, ... rows each, as in `stacked`; of an iterator one is held."""
     whole, at = None, 0
     for part in parts:
         if whole is None:
