@@ -6,6 +6,7 @@ NumPy arrays in: the `.cu` source runs on the CPU. CuPy arrays in: it runs on th
 
 from .attention_params import AttentionParams
 from .cache_iterators import BlockIteratorParams, LinearIteratorParams, QuantPolicy, create_cache_iter_factory
+from .caches import PagedCache
 from .context_parallel import contiguous_shards, merge_shards, rank_result, round_robin
 from .errors import CompileError, KernelCheckError
 from .ops.attention import attention
@@ -32,8 +33,8 @@ from .turbomind import flatten_kv, invoke_attention, invoke_decoding, process_kv
 
 __all__ = [
     "AttentionParams", "BlockIteratorParams", "BlockKV", "CompileError", "KernelCheckError", "LinearIteratorParams",
-    "PagedParams", "PageManager", "PageTable", "Params", "QExperts", "QMatrix", "QuantPolicy", "QuantizedKV",
-    "RopeKernelParam", "RopeParams", "Schedule",
+    "PagedCache", "PagedParams", "PageManager", "PageTable", "Params", "QExperts", "QMatrix", "QuantPolicy",
+    "QuantizedKV", "RopeKernelParam", "RopeParams", "Schedule",
     "attention", "dequantize", "embedding", "kv_append", "kv_flatten", "layer_norm", "paged_decode", "quant_gemm",
     "repack", "rms_norm", "rope", "schedule", "silu_mul", "split_reduce",
     "contiguous_shards", "create_cache_iter_factory", "flatten_kv", "invoke_attention", "invoke_decoding",
