@@ -54,7 +54,7 @@ class PagedCache:
     >>> import cupyattn
     >>> cache = cupyattn.PagedCache(2, 8, 16, 4, 64, k_format="hadamard8", v_format="hadamard4")
     >>> cache
-    PagedCache(2 layers, 8 pages of 16 tokens, 4 heads of 64, hadamard8/hadamard4, 114688 bytes, 8 pages free)
+    PagedCache(2 layers, 8 pages of 16 tokens, 4 heads of 64, hadamard8/hadamard4, 106496 bytes, 8 pages free)
     >>> cache.pages.allocate_tokens(20)
     [0, 1]
     """
