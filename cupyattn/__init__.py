@@ -9,6 +9,7 @@ from .cache_iterators import BlockIteratorParams, LinearIteratorParams, QuantPol
 from .caches import PagedCache
 from .context_parallel import contiguous_shards, merge_shards, rank_result, round_robin
 from .errors import CompileError, KernelCheckError
+from .lora import LoRA, load_lora
 from .ops.attention import attention
 from .ops.dequantize import dequantize
 from .ops.embedding import embedding
@@ -35,6 +36,7 @@ from .q_attn_functions import (
     make_q_attn,
     q_attn_forward_1,
     q_attn_forward_2,
+    q_attn_set_loras,
 )
 from .quant import QExperts, QMatrix
 from .quantized_kv import BlockKV, QuantizedKV
@@ -43,11 +45,12 @@ from .turbomind import flatten_kv, invoke_attention, invoke_decoding, process_kv
 
 __all__ = [
     "AttentionParams", "BlockIteratorParams", "BlockKV", "CompileError", "KernelCheckError", "LinearIteratorParams",
-    "PagedCache", "PagedParams", "PageManager", "PageTable", "Params", "QAttn", "QExperts", "QMatrix", "QuantPolicy",
-    "QuantizedKV", "ROPE_STYLE_GPTJ", "ROPE_STYLE_NEOX", "ROPE_STYLE_NONE", "RopeKernelParam", "RopeParams", "Schedule",
+    "LoRA", "PagedCache", "PagedParams", "PageManager", "PageTable", "Params", "QAttn", "QExperts", "QMatrix",
+    "QuantPolicy", "QuantizedKV", "ROPE_STYLE_GPTJ", "ROPE_STYLE_NEOX", "ROPE_STYLE_NONE", "RopeKernelParam",
+    "RopeParams", "Schedule",
     "attention", "dequantize", "embedding", "kv_append", "kv_flatten", "layer_norm", "paged_decode", "quant_gemm",
     "repack", "rms_norm", "rope", "schedule", "silu_mul", "split_reduce",
-    "free_q_attn", "make_q_attn", "q_attn_forward_1", "q_attn_forward_2",
+    "free_q_attn", "make_q_attn", "q_attn_forward_1", "q_attn_forward_2", "q_attn_set_loras", "load_lora",
     "contiguous_shards", "create_cache_iter_factory", "flatten_kv", "invoke_attention", "invoke_decoding",
     "merge_shards", "process_kv", "rank_result", "reduce_split_k", "round_robin",
 ]
