@@ -211,10 +211,14 @@ def _check_q_len(tokens, q_len, rope_base):
     return tokens // q_len, "[tokens / q_len]"
 
 
+def _host(array):
+    return array if isinstance(array, np.ndarray) else to_host(array)
+
+
 def _host_rows(tokens, positions, rope_rows, q_len, rope_base):
     """Row of the tables of each token, on the host."""
-    if q_len is None:
-        return to_host(positions if rope_rows is None else rope_rows)
+    if q_len is None or q_len == 1 and rope_rows is None and positions is not None:
+        return _host(positions if rope_rows is None else rope_rows)
     if rope_rows is None and positions is not None:
         first = to_host(positions).astype(np.int64)[:, None]
         return np.where(first < 0, -1, first + np.arange(q_len)).ravel()
