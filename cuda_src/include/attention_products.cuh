@@ -84,7 +84,10 @@ __device__ __forceinline__ void stage_queries(const AttentionArgs& args, const R
     }
     const Vec<KOperand, STEP> rounded = q.to<KOperand>();
     if constexpr (KTile::TOKEN_SCALE) {
-      const float sum = group_sum<LANES>(EightFloats::from(rounded).sum());
+      float sum = 0.0f;
+#pragma unroll
+      for (int j = 0; j < STEP; ++j) sum = __fadd_rn(sum, to_float(rounded.v[j]));
+      sum = group_sum<LANES>(sum);
       if (dim == 0) factors[ROWS + r] = sum;
     }
     if constexpr (KTile::E == 2) {
