@@ -38,6 +38,7 @@
 #include "attention_products.cuh"
 #include "attention_store.cuh"
 #include "cp_async.cuh"
+#include "softcap.cuh"
 
 constexpr int THREADS = ROWS / WARP_ROWS * 32;
 // Keys whose scores registers hold, the same for any ROWS: bits depend on it.
@@ -337,25 +338,19 @@ struct ScalesAhead {
   }
 };
 
-// tanh to 2^-22, without a branch.
-__device__ __forceinline__ float quick_tanh(float x) {
-  return 1.0f - __fdividef(2.0f, 1.0f + exp2f(2.0f * LOG2_E * x));
-}
-
 // Natural scores from dot products in units of unit[i].
 __device__ __forceinline__ void scale_scores(const AttentionArgs& args, const float (&unit)[LANE_ROWS],
                                              float (&scores)[AT_ONCE / 8][4 * M_TILES]) {
-  const bool capped = args.softcap > 0.0f;
-  const float scale = capped ? args.softmax_scale / args.softcap : args.softmax_scale;
+  const ScoreScale natural(args);
 #pragma unroll
   for (int n = 0; n < AT_ONCE / 8; ++n)
 #pragma unroll
-    for (int j = 0; j < 4 * M_TILES; ++j) scores[n][j] *= unit[j / 2] * scale;
-  if (!capped) return;
+    for (int j = 0; j < 4 * M_TILES; ++j) scores[n][j] = __fmul_rn(scores[n][j], unit[j / 2] * natural.scale);
+  if (natural.cap == 0.0f) return;
 #pragma unroll
   for (int n = 0; n < AT_ONCE / 8; ++n)
 #pragma unroll
-    for (int j = 0; j < 4 * M_TILES; ++j) scores[n][j] = args.softcap * quick_tanh(scores[n][j]);
+    for (int j = 0; j < 4 * M_TILES; ++j) scores[n][j] = natural.cap * quick_tanh(scores[n][j]);
 }
 
 // Of visible keys alone: only they have entries in masks.

@@ -54,14 +54,6 @@ struct RowBias {
   }
 };
 
-// Score in log2 units from a dot product: scale, softcap, then biases.
-__device__ __forceinline__ float masked_score(const AttentionArgs& args, float dot, const RowBias& bias, int token) {
-  float score = dot * args.softmax_scale;
-  if (args.softcap > 0.0f) score = args.softcap * tanhf(score / args.softcap);
-  if constexpr (BIAS) score = bias.apply(args, score, token);
-  return LOG2_E * score;
-}
-
 // ---- results -------------------------------------------------------------------------------------------
 
 // 8 elements, in 16-byte pieces or one by one. (A whole Vec<float, 8> in memory would have to be 32-byte aligned.)
