@@ -8,6 +8,7 @@
 
 import numpy as np
 
+from .bit_stream import transposed
 from .coded import CodedWeight, Segment
 from .groups import group_columns
 from .tensors import SCALES, WORDS, check_shape, only, take, zero_points
@@ -58,7 +59,7 @@ def read(tensors, bits=None, group_size=None, *, version="gemm"):
 
 def _columns(words, bits):
     """Fields of words [rows, words] as uint8 [columns, rows]."""
-    words = np.ascontiguousarray(words.T).view(np.uint32)
+    words = transposed(words).view(np.uint32)
     fields = np.empty((len(words), 32 // bits, words.shape[1]), np.uint8)
     for i, column in enumerate(_COLUMNS[bits]):
         np.bitwise_and(words >> np.uint32(i * bits), np.uint32((1 << bits) - 1), out=fields[:, column],
