@@ -108,12 +108,7 @@ def compile_all(specs, arch, progress=None):
         ``progress(done, total, spec)`` after each kernel.
     """
     specs = list(dict.fromkeys(specs))
-    if arch == "cpu":
-        build = cpu.compiler_for_current_settings()
-    else:
-        from . import cuda
-
-        build = cuda.compiler_for(arch)
+    build = _compiler(arch)
     with ThreadPoolExecutor(max(1, min(len(specs), os.cpu_count() or 1))) as pool:
         jobs = {pool.submit(build, spec): spec for spec in specs}
         try:
@@ -124,6 +119,22 @@ def compile_all(specs, arch, progress=None):
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)   # a failure or Ctrl-C does not wait for the rest
             raise
+
+
+def compile_first(plans):
+    """Compile the kernels of `plans`, so that none of their launches does once another has been made."""
+    if _recorder.get() is None:
+        for plan in plans:
+            _compiler(plan.arch)(plan.spec)
+
+
+def _compiler(arch):
+    """Function of a Specialisation that compiles it for `arch`, once."""
+    if arch == "cpu":
+        return cpu.compiler_for_current_settings()
+    from . import cuda
+
+    return cuda.compiler_for(arch)
 
 
 class Profile:
@@ -176,7 +187,8 @@ def workspace(xp, nbytes):
 def arrival_counters(xp, count):
     """int32 [count or more], all zero, for kernels that count arrivals and reset what they have counted.
 
-    Shared as a workspace is, but by those kernels only.
+    Shared as a workspace is, but by those kernels only. Who makes several launches that count together must put them
+    back to zero when it does not get to the last one.
     """
     found = _block(xp, "counters", 4 * count).view(np.int32)
     if xp is np:
