@@ -3,6 +3,7 @@
 
 import functools
 import importlib
+import threading
 
 import numpy as np
 import pytest
@@ -81,3 +82,35 @@ def test_every_segment_is_compiled_before_the_first_launch(monkeypatch):
         assert xp.events["launches"] == 0
         monkeypatch.setattr(cuda, "_compile", compile_)
         _assert_right(xp, there, w, 3)
+
+
+# ---- threads that share a stream
+
+def test_two_threads_on_one_stream_have_scratch_of_their_own(monkeypatch):
+    """One is held between the launches of its call while the other makes a whole call."""
+    matrix, w = _segments()
+    with install() as xp:
+        there, launch, main = matrix.to(xp.module), op.launch, threading.get_ident()
+        _assert_right(xp, there, w, 3)
+        waiting, go_on, failed = threading.Event(), threading.Event(), []
+
+        def held(plan, args):
+            launch(plan, args)
+            if threading.get_ident() != main and plan.spec.kernel == "quant_gemm_mma" and not waiting.is_set():
+                waiting.set()
+                assert go_on.wait(60)
+
+        def other():
+            try:
+                _assert_right(xp, there, w, 3, seed=1)
+            except BaseException as error:   # for the thread that waits
+                failed.append(error)
+
+        monkeypatch.setattr(op, "launch", held)
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert waiting.wait(60)
+        _assert_right(xp, there, w, 3, seed=2)
+        go_on.set()
+        thread.join()
+        assert not failed, failed

@@ -15,7 +15,9 @@ from . import cpu, env
 _recorder = contextvars.ContextVar("cupyattn_recorder", default=None)
 _profiler = contextvars.ContextVar("cupyattn_profiler", default=None)
 _host_workspaces = threading.local()
-_gpu_workspaces = {}   # (use, device, stream) -> blocks, the newest last; an older one may be part of a captured graph
+# (use, device, stream, thread) -> blocks, the newest last; an older one may be part of a captured graph, which is why
+# they outlive their threads
+_gpu_workspaces = {}
 
 
 def arch_of(xp):
@@ -176,10 +178,12 @@ def profiling():
 
 
 def workspace(xp, nbytes):
-    """Scratch of at least `nbytes`, shared by all ops of this thread (NumPy) or of this device and stream (CuPy).
+    """Scratch of at least `nbytes`, shared by all ops of this thread (NumPy), on this device and stream (CuPy).
 
     uint8, 256-byte aligned, zeroed when it is made; what an op leaves in it is garbage to the next. A larger request
-    makes a larger block; on a GPU the smaller ones stay, since a captured graph may write to them.
+    makes a larger block; on a GPU the smaller ones stay, since a captured graph may write to them. So a graph must be
+    replayed where nothing else uses its block meanwhile: on the stream that captured it or ordered with it, and not
+    while the thread that captured it is inside an op on that stream.
     """
     return _block(xp, "workspace", nbytes)
 
@@ -197,11 +201,12 @@ def arrival_counters(xp, count):
 
 
 def _block(xp, use, nbytes):
-    """uint8 block of at least `nbytes` of this thread, or this device and stream; zeroed when it is made."""
+    """uint8 block of at least `nbytes` of this thread, on a GPU of this device and stream; zeroed when it is made."""
     if xp is np:
         blocks = _host_workspaces.__dict__.setdefault(use, [])
     else:
-        blocks = _gpu_workspaces.setdefault((use, xp.cuda.runtime.getDevice(), xp.cuda.get_current_stream().ptr), [])
+        key = use, xp.cuda.runtime.getDevice(), xp.cuda.get_current_stream().ptr, threading.get_ident()
+        blocks = _gpu_workspaces.setdefault(key, [])
     if not blocks or blocks[-1].size < nbytes:
         size = 1 << max(16, (nbytes - 1).bit_length())
         if xp is np:
