@@ -114,3 +114,30 @@ def test_two_threads_on_one_stream_have_scratch_of_their_own(monkeypatch):
         go_on.set()
         thread.join()
         assert not failed, failed
+
+
+# ---- graphs
+
+ON_GPU = pytest.mark.parametrize("xp", ["standin", pytest.param("cupy", marks=pytest.mark.gpu)], indirect=True)
+
+
+@ON_GPU
+def test_the_first_call_in_a_capture_is_refused_and_its_cure_works(xp):
+    matrix, w = _segments()
+    there, stream = matrix.to(xp.module), xp.module.cuda.Stream(non_blocking=True)
+    x, out = xp.array(_x(3, 416)), xp.array(np.full((3, 24), np.nan, np.float32))
+    cupyattn.quant_gemm(x, there, out=out)   # compiled, on another stream
+    with stream:
+        stream.begin_capture()
+        with pytest.raises(RuntimeError, match="bytes must be there before a graph is captured; call the op once"):
+            cupyattn.quant_gemm(x, there, out=out)
+        stream.end_capture()
+        cupyattn.quant_gemm(x, there, out=out)
+        stream.begin_capture()
+        cupyattn.quant_gemm(x, there, out=out)
+        graph = stream.end_capture()
+        for seed in range(3):
+            x.set(_x(3, 416, seed=seed))
+            graph.launch(stream)
+            stream.synchronize()
+            assert _error(xp.numpy(out), _x(3, 416, seed=seed).astype(np.float64) @ w.T) <= 1e-5

@@ -168,6 +168,8 @@ def quant_gemm(x, qmatrix, /, *, expert_offsets=None, bias=None, accumulate=Fals
         Shapes that do not fit, a last axis that is not contiguous, ``accumulate=True`` without `out`, or offsets that
         run backwards or past x: seen in NumPy arrays, and in others under ``CUPYATTN_CHECK=1``; without it such an
         expert has fewer rows.
+    RuntimeError
+        The current CuPy stream captures a graph and lacks the scratch: call the op once before the capture.
 
     Notes
     -----

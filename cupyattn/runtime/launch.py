@@ -184,6 +184,12 @@ def workspace(xp, nbytes):
     makes a larger block; on a GPU the smaller ones stay, since a captured graph may write to them. So a graph must be
     replayed where nothing else uses its block meanwhile: on the stream that captured it or ordered with it, and not
     while the thread that captured it is inside an op on that stream.
+
+    Raises
+    ------
+    RuntimeError
+        The current stream captures a graph, and this thread has no block as large for it: memory made then would have
+        its zeros only once the graph is launched.
     """
     return _block(xp, "workspace", nbytes)
 
@@ -205,7 +211,8 @@ def _block(xp, use, nbytes):
     if xp is np:
         blocks = _host_workspaces.__dict__.setdefault(use, [])
     else:
-        key = use, xp.cuda.runtime.getDevice(), xp.cuda.get_current_stream().ptr, threading.get_ident()
+        stream = xp.cuda.get_current_stream()
+        key = use, xp.cuda.runtime.getDevice(), stream.ptr, threading.get_ident()
         blocks = _gpu_workspaces.setdefault(key, [])
     if not blocks or blocks[-1].size < nbytes:
         size = 1 << max(16, (nbytes - 1).bit_length())
@@ -213,6 +220,10 @@ def _block(xp, use, nbytes):
             raw = np.zeros(size + 256, np.uint8)
             start = -raw.__array_interface__["data"][0] % 256
             blocks[:] = [raw[start:start + size]]
+        elif stream.ptr and stream.is_capturing():
+            raise RuntimeError(f"workspace: {nbytes} bytes must be there before a graph is captured; call the op once, "
+                               "with arrays of these shapes, on the same stream and from the same thread before "
+                               "begin_capture()")
         else:
             blocks.append(xp.zeros(size, np.uint8))
     return blocks[-1]
