@@ -11,7 +11,18 @@ from ..matmul_choice import INVARIANT_TOKENS, Product, by_blas
 from ..matmul_plans import Partition, mma_specs, partition, plan_mma, tile_of_out, tiles_of_tokens
 from ..quant import QExperts, QMatrix
 from ..quant.layout import TRAITS
-from ..runtime import Plan, Specialisation, arch_of, arrival_counters, blas, env, launch, make_args, workspace
+from ..runtime import (
+    Plan,
+    Specialisation,
+    arch_of,
+    arrival_counters,
+    blas,
+    compile_first,
+    env,
+    launch,
+    make_args,
+    workspace,
+)
 from ..runtime.arrays import alignment, array_namespace, as_rows, dtype_name, row_view
 from ..runtime.checks import FLOATS, check_dtype, check_element_strides, check_last_axis, check_shape, check_writeable
 
@@ -157,6 +168,8 @@ def quant_gemm(x, qmatrix, /, *, expert_offsets=None, bias=None, accumulate=Fals
         Shapes that do not fit, a last axis that is not contiguous, ``accumulate=True`` without `out`, or offsets that
         run backwards or past x: seen in NumPy arrays, and in others under ``CUPYATTN_CHECK=1``; without it such an
         expert has fewer rows.
+    RuntimeError
+        The current CuPy stream captures a graph and lacks the scratch: call the op once before the capture.
 
     Notes
     -----
@@ -277,17 +290,24 @@ def _launch(xp, x, copied, qmatrix, offsets, out, version, cuts, arch, dtypes, f
         plans = [_plan_quant_gemm(tokens, segment.codes.shape[-3], segment.form.trait, *dtypes, align, arch, version[1],
                                   experts) for segment in qmatrix.segments]
         tiles, sums = 0, 4 * (pieces - 1) * tokens * rows
+    if len(plans) > 1:
+        compile_first(plans)
     x, partials = _scratch(xp, x, copied, qmatrix.order, sums, arch)
     arrived = arrival_counters(xp, tiles) if tiles and partials is not None else None
     column = piece = 0
-    for plan, cut, segment in zip(plans, cuts, qmatrix.segments, strict=True):
-        some = x if len(plans) == 1 else x[:, column:column + segment.columns]
-        launch(plan, make_args(plan, x=row_view(some), out=row_view(out), weight=segment.view,
-                               experts=None if offsets is None else _experts(segment, offsets, fields["bias"]),
-                               order=None, partials=partials, counters=arrived, tokens=tokens, columns=segment.columns,
-                               pieces=pieces, first_piece=piece, tiles_per_piece=cut.tiles_per_piece,
-                               units_per_chunk=cut.units_per_chunk, **fields))
-        column, piece = column + segment.columns, piece + cut.pieces
+    try:
+        for plan, cut, segment in zip(plans, cuts, qmatrix.segments, strict=True):
+            some = x if len(plans) == 1 else x[:, column:column + segment.columns]
+            launch(plan, make_args(
+                plan, x=row_view(some), out=row_view(out), weight=segment.view,
+                experts=None if offsets is None else _experts(segment, offsets, fields["bias"]), order=None,
+                partials=partials, counters=arrived, tokens=tokens, columns=segment.columns, pieces=pieces,
+                first_piece=piece, tiles_per_piece=cut.tiles_per_piece, units_per_chunk=cut.units_per_chunk, **fields))
+            column, piece = column + segment.columns, piece + cut.pieces
+    except BaseException:
+        if arrived is not None:
+            arrived.fill(0)   # those launched have counted arrivals of pieces whose last will never come
+        raise
 
 
 def _experts(segment, offsets, bias):

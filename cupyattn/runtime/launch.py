@@ -15,7 +15,9 @@ from . import cpu, env
 _recorder = contextvars.ContextVar("cupyattn_recorder", default=None)
 _profiler = contextvars.ContextVar("cupyattn_profiler", default=None)
 _host_workspaces = threading.local()
-_gpu_workspaces = {}   # (use, device, stream) -> blocks, the newest last; an older one may be part of a captured graph
+# (use, device, stream, thread) -> blocks, the newest last; an older one may be part of a captured graph, which is why
+# they outlive their threads
+_gpu_workspaces = {}
 
 
 def arch_of(xp):
@@ -108,12 +110,7 @@ def compile_all(specs, arch, progress=None):
         ``progress(done, total, spec)`` after each kernel.
     """
     specs = list(dict.fromkeys(specs))
-    if arch == "cpu":
-        build = cpu.compiler_for_current_settings()
-    else:
-        from . import cuda
-
-        build = cuda.compiler_for(arch)
+    build = _compiler(arch)
     with ThreadPoolExecutor(max(1, min(len(specs), os.cpu_count() or 1))) as pool:
         jobs = {pool.submit(build, spec): spec for spec in specs}
         try:
@@ -124,6 +121,22 @@ def compile_all(specs, arch, progress=None):
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)   # a failure or Ctrl-C does not wait for the rest
             raise
+
+
+def compile_first(plans):
+    """Compile the kernels of `plans`, so that none of their launches does once another has been made."""
+    if _recorder.get() is None:
+        for plan in plans:
+            _compiler(plan.arch)(plan.spec)
+
+
+def _compiler(arch):
+    """Function of a Specialisation that compiles it for `arch`, once."""
+    if arch == "cpu":
+        return cpu.compiler_for_current_settings()
+    from . import cuda
+
+    return cuda.compiler_for(arch)
 
 
 class Profile:
@@ -165,10 +178,18 @@ def profiling():
 
 
 def workspace(xp, nbytes):
-    """Scratch of at least `nbytes`, shared by all ops of this thread (NumPy) or of this device and stream (CuPy).
+    """Scratch of at least `nbytes`, shared by all ops of this thread (NumPy), on this device and stream (CuPy).
 
     uint8, 256-byte aligned, zeroed when it is made; what an op leaves in it is garbage to the next. A larger request
-    makes a larger block; on a GPU the smaller ones stay, since a captured graph may write to them.
+    makes a larger block; on a GPU the smaller ones stay, since a captured graph may write to them. So a graph must be
+    replayed where nothing else uses its block meanwhile: on the stream that captured it or ordered with it, and not
+    while the thread that captured it is inside an op on that stream.
+
+    Raises
+    ------
+    RuntimeError
+        The current stream captures a graph, and this thread has no block as large for it: memory made then would have
+        its zeros only once the graph is launched.
     """
     return _block(xp, "workspace", nbytes)
 
@@ -176,7 +197,8 @@ def workspace(xp, nbytes):
 def arrival_counters(xp, count):
     """int32 [count or more], all zero, for kernels that count arrivals and reset what they have counted.
 
-    Shared as a workspace is, but by those kernels only.
+    Shared as a workspace is, but by those kernels only. Who makes several launches that count together must put them
+    back to zero when it does not get to the last one.
     """
     found = _block(xp, "counters", 4 * count).view(np.int32)
     if xp is np:
@@ -185,17 +207,23 @@ def arrival_counters(xp, count):
 
 
 def _block(xp, use, nbytes):
-    """uint8 block of at least `nbytes` of this thread, or this device and stream; zeroed when it is made."""
+    """uint8 block of at least `nbytes` of this thread, on a GPU of this device and stream; zeroed when it is made."""
     if xp is np:
         blocks = _host_workspaces.__dict__.setdefault(use, [])
     else:
-        blocks = _gpu_workspaces.setdefault((use, xp.cuda.runtime.getDevice(), xp.cuda.get_current_stream().ptr), [])
+        stream = xp.cuda.get_current_stream()
+        key = use, xp.cuda.runtime.getDevice(), stream.ptr, threading.get_ident()
+        blocks = _gpu_workspaces.setdefault(key, [])
     if not blocks or blocks[-1].size < nbytes:
         size = 1 << max(16, (nbytes - 1).bit_length())
         if xp is np:
             raw = np.zeros(size + 256, np.uint8)
             start = -raw.__array_interface__["data"][0] % 256
             blocks[:] = [raw[start:start + size]]
+        elif stream.ptr and stream.is_capturing():
+            raise RuntimeError(f"workspace: {nbytes} bytes must be there before a graph is captured; call the op once, "
+                               "with arrays of these shapes, on the same stream and from the same thread before "
+                               "begin_capture()")
         else:
             blocks.append(xp.zeros(size, np.uint8))
     return blocks[-1]
