@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import numpy as np
 
 from . import cpu, env
+from .bound import Bound, LibraryCall
+from .capturing import tape
 
 _recorder = contextvars.ContextVar("cupyattn_recorder", default=None)
 _profiler = contextvars.ContextVar("cupyattn_profiler", default=None)
@@ -53,6 +55,10 @@ def launch(plan, args, *, buffers=(), const_buffers=()):
     if recorded is not None:
         recorded.setdefault(plan.spec, plan.arch)
         return
+    under_capture = tape()
+    if under_capture is not None:
+        under_capture.add(Bound(plan, args, buffers, const_buffers), plan.arch == "cpu")
+        return
     if plan.arch == "cpu":
         run = cpu.launch
     else:
@@ -69,17 +75,31 @@ def launch(plan, args, *, buffers=(), const_buffers=()):
 def run_library(name, arch, run):
     """Call `run`, which has another library work on the current stream, where `launch` would launch a kernel.
 
-    It does not run while recording, and is profiled as a kernel called `name`; `arch` is "cpu" or anything else.
+    It does not run while recording, is kept as a launch is while a step is captured, and is profiled as a kernel called
+    `name`; `arch` is "cpu" or anything else.
     """
     if env.debug() >= 2:
         env.log.debug("launch %s", name)
     if _recorder.get() is not None:
+        return
+    under_capture = tape()
+    if under_capture is not None:
+        under_capture.add(LibraryCall(name, run), arch == "cpu")
         return
     profile = _profiler.get()
     if profile is None:
         run()
     else:
         profile.add(name, arch, run)
+
+
+def on_host(name, run):
+    """Call `run`, which computes in NumPy and may launch; while a step is captured it is kept as launches are."""
+    under_capture = tape()
+    if under_capture is None:
+        run()
+    else:
+        under_capture.add(LibraryCall(name, run), True)
 
 
 @contextlib.contextmanager
