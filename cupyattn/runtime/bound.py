@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bound launches: everything resolved but the contents of arrays."""
 
-from . import cpu
+from . import cpu, cuda
 
 
 class Bound:
@@ -28,10 +28,7 @@ class Bound:
     __slots__ = ("plan", "args", "buffers", "run")
 
     def __init__(self, plan, args, buffers=(), const_buffers=()):
-        if plan.arch == "cpu":
-            bind = cpu.bind
-        else:
-            from .cuda import bind
+        bind = cpu.bind if plan.arch == "cpu" else cuda.bind
         self.plan, self.args, self.buffers = plan, args, (*buffers, *const_buffers)
         self.run = bind(plan, args, buffers, const_buffers)
 

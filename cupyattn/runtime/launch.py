@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
 
-from . import cpu, env
+from . import cpu, cuda, env
 from .bound import Bound, LibraryCall
 from .capturing import tape
 
@@ -24,8 +24,6 @@ def arch_of(xp):
     """``"cpu"`` for NumPy, the current device's ``"sm_90a"``-style name for CuPy."""
     if xp is np:
         return "cpu"
-    from . import cuda
-
     return cuda.arch()
 
 
@@ -59,12 +57,7 @@ def launch(plan, args, *, buffers=(), const_buffers=()):
     if under_capture is not None:
         under_capture.add(Bound(plan, args, buffers, const_buffers), plan.arch == "cpu")
         return
-    if plan.arch == "cpu":
-        run = cpu.launch
-    else:
-        from . import cuda
-
-        run = cuda.launch
+    run = cpu.launch if plan.arch == "cpu" else cuda.launch
     profile = _profiler.get()
     if profile is None:
         run(plan, args, buffers, const_buffers)
@@ -131,8 +124,6 @@ def compile_all(specs, arch, progress=None):
     if arch == "cpu":
         build = cpu.compiler_for_current_settings()
     else:
-        from . import cuda
-
         build = cuda.compiler_for(arch)
     with ThreadPoolExecutor(max(1, min(len(specs), os.cpu_count() or 1))) as pool:
         jobs = {pool.submit(build, spec): spec for spec in specs}
@@ -161,8 +152,6 @@ class Profile:
             run()
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
         else:
-            from . import cuda
-
             self._pending.append((name, cuda.timed(run)))
 
     def rows(self):

@@ -104,10 +104,15 @@ class Plan:
     shared_bytes: int = 0
     workspace_bytes: int = 0
     note: str = ""
+    _hash: int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         object.__setattr__(self, "grid", (*self.grid, 1, 1)[:3])
         object.__setattr__(self, "block", (*self.block, 1, 1)[:3])
+        object.__setattr__(self, "_hash", hash((self.spec, self.arch, self.grid, self.block, self.shared_bytes)))
+
+    def __hash__(self):
+        return self._hash
 
     def bind(self, *, buffers=(), const_buffers=(), **fields):
         """A prepared launch: all that ops do before one is done here, once.
