@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step captured once and replayed while its inputs change: a CUDA graph for CuPy, bound launches for NumPy."""
+"""A step captured once and replayed while its inputs change: a CUDA graph for CuPy, bound launches for NumPy.
+
+`capture` is for a step that is always the same, `BoundSteps` for calls among which earlier ones recur.
+"""
 
 import contextlib
 import sys
+import threading
 
 import numpy as np
 
 from .errors import CaptureError
-from .runtime import arch_of
+from .runtime import arch_of, cpu
 from .runtime.capturing import taping
+from .runtime.launch import is_watched
+from .runtime.structs import address
 
 
 class Graph:
@@ -109,10 +115,10 @@ def _name(launch):
 
 
 def _capture_on_host(step, args, warmups):
-    with taping("cpu", keep=False):
+    with taping("cpu"):
         for _ in range(warmups):
             step(*args)
-    with taping("cpu", keep=True) as tape:
+    with taping("cpu", keep=True, capturing=True) as tape:
         result = step(*args)
     runs = tuple(launch.run for launch in tape.launches)
 
@@ -131,13 +137,13 @@ def _capture_on_device(xp, step, args, warmups):
         stream.wait_event(before)
     blocks = _Blocks(xp.cuda.get_allocator())
     with stream:
-        with taping(arch_of(xp), keep=False):
+        with taping(arch_of(xp)):
             for _ in range(warmups - 1):
                 step(*args)
             with xp.cuda.using_allocator(blocks.make):
                 step(*args)
         stream.synchronize()
-        with taping(arch_of(xp), keep=True) as tape, xp.cuda.using_allocator(blocks.reuse):
+        with taping(arch_of(xp), keep=True, capturing=True) as tape, xp.cuda.using_allocator(blocks.reuse):
             graph, result = _captured(stream, step, args)
     blocks.check_all_used()
     return Graph(tuple(tape.launches), result, graph.launch, (stream, blocks))
@@ -186,3 +192,76 @@ class _Blocks:
         if self._used != len(self._blocks):
             raise CaptureError(f"capture: the step must allocate what its last warm-up allocated, got {self._used} of "
                                f"{len(self._blocks)} allocations; give more warmups")
+
+
+class BoundSteps:
+    """Steps that were run before are launched again without their Python.
+
+    What an eager step costs on the host is nearly all in checks and in filling argument structs. Where it is called
+    with the very arrays of an earlier call, only its bound launches are needed.
+
+    Parameters
+    ----------
+    xp : module
+        numpy or cupy: of the steps' arrays.
+    most : int
+        Steps kept; with one more the oldest is dropped.
+
+    Examples
+    --------
+    >>> import numpy as np, cupyattn
+    >>> from cupyattn.graphs import BoundSteps, place
+    >>> weight, out, steps = np.ones(8, np.float32), np.empty((1, 8), np.float32), BoundSteps(np)
+    >>> def norm(x):
+    ...     return steps.run((place(x),), lambda: cupyattn.rms_norm(x, weight, eps=0.0, out=out))
+    >>> x = np.ones((1, 8), np.float32)
+    >>> norm(x)
+    array([[1., 1., 1., 1., 1., 1., 1., 1.]], dtype=float32)
+    >>> x[:, 4:] = 7
+    >>> norm(x)
+    array([[0.2, 0.2, 0.2, 0.2, 1.4, 1.4, 1.4, 1.4]], dtype=float32)
+    """
+
+    def __init__(self, xp, most=256):
+        self._xp, self._most = xp, most
+        self._steps = {}   # key -> (launches, result)
+
+    def run(self, key, step):
+        """The result of ``step()``, or when `key` is that of an earlier call, of its launches run again.
+
+        Parameters
+        ----------
+        key : tuple
+            All that the launches depend on but the contents of arrays: `place` of every array that may be another one,
+            and every option. The arrays are kept alive with the launches.
+        step : callable
+            Launches ops; as in `capture`, nothing else it does is done again. Its checks of contents are not: NumPy
+            arrays of lengths and page ids must be right.
+
+        Returns
+        -------
+        What `step` returned the first time: an array that it made then is written again.
+        """
+        if is_watched():
+            return step()
+        xp = self._xp
+        if xp is np:   # workspaces are those of the thread
+            key = (key, threading.get_ident(), cpu.current_settings())
+        else:          # ... and of the stream
+            key = (key, xp.cuda.runtime.getDevice(), xp.cuda.get_current_stream().ptr)
+        known = self._steps.get(key)
+        if known is None:
+            with taping(arch_of(xp), keep=True) as tape:
+                result = step()
+            if len(self._steps) >= self._most:
+                self._steps.pop(next(iter(self._steps)), None)
+            self._steps[key] = tuple(launch.run for launch in tape.launches), result, tape.launches
+            return result
+        for run in known[0]:
+            run()
+        return known[1]
+
+
+def place(array):
+    """What a launch depends on of an array, its contents apart; None of None."""
+    return None if array is None else (address(array), array.shape, array.strides, array.dtype)

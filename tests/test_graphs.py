@@ -9,8 +9,8 @@ import pytest
 
 import cupyattn
 from cupyattn.errors import CaptureError
-from cupyattn.graphs import capture
-from cupyattn.runtime import Bound, Plan, Specialisation, arch_of, cpu, make_args
+from cupyattn.graphs import BoundSteps, capture, place
+from cupyattn.runtime import Bound, Plan, Specialisation, arch_of, cpu, make_args, recording
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 64, 4, 2, 64
 BATCH, MAX_PAGES, PAGE_SIZE = 3, 12, 16
@@ -183,6 +183,61 @@ def test_a_current_stream_is_the_one_that_captures(xp):
         graph = capture(cupyattn.rms_norm, x, weight)
         assert graph._kept[0] is stream and not stream.is_capturing()
         np.testing.assert_allclose(xp.numpy(graph.replay()), 1, rtol=1e-6)
+
+
+# ---- steps run before -------------------------------------------------------------------------------------
+
+
+def test_steps_run_before_are_only_launched(xp):
+    eager, again = Decode(xp, True), Decode(xp, False)
+    steps, calls = BoundSteps(xp.module), []
+
+    def step(extra=()):
+        key = *map(place, (again.x, again.lengths, again.table, again.positions)), *extra
+        return steps.run(key, lambda: calls.append(extra) or again.step())
+
+    for seed in (1, 2, 3):
+        for decode in (eager, again):
+            decode.change(seed)
+        want, found = xp.numpy(eager.step()), step()
+        assert found.size and len(calls) == 1
+        np.testing.assert_array_equal(xp.numpy(found), want)
+        for held, expected in zip(again.state(), eager.state(), strict=True):
+            np.testing.assert_array_equal(held, expected)
+    step(("another option",))
+    assert len(calls) == 2
+    again.x = xp.array(np.zeros((BATCH, HIDDEN), np.float16))
+    step()
+    assert len(calls) == 3
+
+
+def test_steps_with_other_surroundings(xp):
+    """Another stream has another workspace; a recording or a capture sees the step itself."""
+    x, weight, out = (xp.array(np.ones(shape, np.float32)) for shape in ((2, 8), 8, (2, 8)))
+    steps, calls = BoundSteps(xp.module, most=2), []
+
+    def step(option=0):
+        return steps.run((place(x), place(None), option), lambda: calls.append(option) or cupyattn.rms_norm(
+            x, weight, out=out))
+
+    assert step() is step() is out and calls == [0]
+    with recording() as wanted:
+        step()
+    assert [spec.kernel for spec in wanted] == ["rms_norm"] and calls == [0, 0]
+    assert len(capture(step, xp=xp.module).launches) == 1 and calls == [0] * 5
+    with cpu.settings(workers=1) if xp.name == "numpy" else xp.module.cuda.Stream(non_blocking=True):
+        assert step() is step()
+    assert calls == [0] * 6
+    step(1), step(), step(1)   # the oldest went when a third one came
+    assert calls == [0] * 6 + [1, 0]
+
+
+def test_a_step_that_fails_is_not_kept(xp):
+    steps, x = BoundSteps(xp.module), xp.array(np.ones((2, 8), np.float32))
+    for weight in (xp.array(np.ones(7, np.float32)), xp.array(np.ones(8, np.float32))):
+        with contextlib.suppress(ValueError):
+            out = steps.run((), lambda weight=weight: cupyattn.rms_norm(x, weight))
+    np.testing.assert_allclose(xp.numpy(out), 1, rtol=1e-6)
 
 
 # ---- what a capture refuses --------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from ..planning import (
 from ..quantized_kv import FORMATS
 from ..runtime import arch_of
 from ..runtime.arrays import array_namespace
-from ..runtime.capturing import refuse_in_capture, tape
+from ..runtime.capturing import refuse_to_keep, tape
 from ..runtime.checks import (
     check_dtype,
     check_element_strides,
@@ -214,7 +214,7 @@ def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, head_dim_v=
     xp = lengths_xp if xp is None else xp
     on_host = lengths_xp is np
     if on_host and (xp is not np or out is None):
-        refuse_in_capture(f"call {op} with lengths in host memory unless all is in NumPy arrays and out is given")
+        refuse_to_keep(f"call {op} with lengths in host memory unless all is in NumPy arrays and out is given")
     if not on_host and xp is np:
         raise ValueError(f"{op}: xp must be cupy for CuPy lengths, got numpy; copy the lengths to the host")
     _check_arrays(op, cache_seqlens, cu_seqlens_q, finished, cache_starts=cache_starts, key_offsets=key_offsets,

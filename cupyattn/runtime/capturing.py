@@ -10,15 +10,16 @@ _tape = contextvars.ContextVar("cupyattn_tape", default=None)
 
 
 class Tape:
-    """Where the launches of a step go while it is warmed up and captured.
+    """Where the launches of a step go.
 
     Parameters
     ----------
     arch : str
         Of the step's launches.
     keep : bool
-        Capture: launches are kept. Those for a GPU also go to the stream that captures, those for ``"cpu"`` do not run.
-        Otherwise they only run.
+        Keep them.
+    capturing : bool
+        They are only kept. (Those for a GPU run as well, for the stream that captures them.)
 
     Attributes
     ----------
@@ -26,8 +27,8 @@ class Tape:
         Bound launches and calls of other libraries, in order.
     """
 
-    def __init__(self, arch, keep):
-        self.arch, self.keep = arch, keep
+    def __init__(self, arch, keep, capturing):
+        self.arch, self.keep, self.capturing = arch, keep, capturing
         self.launches = []
 
     def add(self, launch, on_host):
@@ -35,23 +36,23 @@ class Tape:
         if on_host != (self.arch == "cpu"):
             raise CaptureError(f"capture: xp must be {'numpy' if on_host else 'cupy'} for a step that launches "
                                f"{launch!r}")
-        if not (self.keep and on_host):
+        if not (self.capturing and on_host):
             launch()
         if self.keep:
             self.launches.append(launch)
 
 
 def tape():
-    """The Tape of the warm-up or capture under way in this context, or None."""
+    """The Tape that launches in this context go to, or None."""
     return _tape.get()
 
 
 @contextlib.contextmanager
-def taping(arch, keep):
+def taping(arch, *, keep=False, capturing=False):
     """Launches inside go to a new Tape; yields that."""
     if _tape.get() is not None:
         raise CaptureError("capture: a step under capture must not capture another")
-    new = Tape(arch, keep)
+    new = Tape(arch, keep, capturing)
     token = _tape.set(new)
     try:
         yield new
@@ -59,8 +60,15 @@ def taping(arch, keep):
         _tape.reset(token)
 
 
-def refuse_in_capture(what):
-    """Raises CaptureError while a step is captured; `what` is what it must not do."""
-    under_capture = _tape.get()
-    if under_capture is not None and under_capture.keep:
-        raise CaptureError(f"capture: the step must not {what}; its warm-up must have done all that is done once")
+def refuse_to_keep(what):
+    """Raises CaptureError while launches are kept; `what` is what would not be done again with them."""
+    current = _tape.get()
+    if current is not None and current.keep:
+        raise CaptureError(f"capture: the step must not {what}")
+
+
+def refuse_to_compile(spec):
+    """Raises CaptureError while a step is captured."""
+    current = _tape.get()
+    if current is not None and current.capturing:
+        raise CaptureError(f"capture: the step must not compile {spec}, which its warm-up did not launch")

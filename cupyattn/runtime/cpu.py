@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import CompileError
 from . import cpu_report as report
 from . import env, host_compiler, source
-from .capturing import refuse_in_capture
+from .capturing import refuse_to_compile
 
 _RELEASE = ("-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-DCA_CPU=1")
 _FUSED, _UNFUSED = (*_RELEASE, "-DCA_FUSED=1"), (*_RELEASE, "-DCA_FUSED=0")
@@ -79,6 +79,12 @@ def settings(**changes):
         yield new
     finally:
         _settings.reset(token)
+
+
+def current_settings():
+    """What a launch depends on beside its arguments."""
+    options = _settings.get()
+    return options, options.checking()
 
 
 # ---- the C structs of cuda_src/cpu/api.h -----------------------------------------------------------------
@@ -219,7 +225,7 @@ def _kernel(spec, flavour, cxx):
     found = _kernels.get(key)
     if found is not None:
         return found
-    refuse_in_capture(f"compile or load {spec}")
+    refuse_to_compile(spec)
     with _registry_lock:
         lock = _build_locks.setdefault(key, threading.Lock())
     with lock:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..errors import CompileError
 from . import env, source
-from .capturing import refuse_in_capture
+from .capturing import refuse_to_compile
 
 _GRID_LIMITS = (2**31 - 1, 65535, 65535)
 _BLOCK_LIMITS = (1024, 1024, 64)
@@ -78,7 +78,7 @@ def kernel(spec, device):
     found = _kernels.get(key)
     if found is not None:
         return found
-    refuse_in_capture(f"compile {spec}")
+    refuse_to_compile(spec)
     with _lock:
         lock = _locks.setdefault(key, threading.Lock())
     with lock:

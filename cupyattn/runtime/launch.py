@@ -95,6 +95,11 @@ def on_host(name, run):
         under_capture.add(LibraryCall(name, run), True)
 
 
+def is_watched():
+    """Whether something stands around launches here: a recording, a profile or a capture."""
+    return _recorder.get() is not None or _profiler.get() is not None or tape() is not None
+
+
 @contextlib.contextmanager
 def recording():
     """Collect what would be launched without compiling or running anything.
