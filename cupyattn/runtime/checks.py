@@ -2,7 +2,11 @@
 """Metadata checks shared by the ops. Each message names the op, the argument, the rule and what was found."""
 
 import functools
+import math
 import numbers
+from typing import NamedTuple
+
+import numpy as np
 
 from .arrays import dtype_name
 
@@ -59,6 +63,44 @@ def check_element_strides(op, name, array):
 @functools.lru_cache(maxsize=4096)
 def _whole_elements(strides, itemsize):
     return not any(s % itemsize for s in strides)
+
+
+class _Metadata(NamedTuple):
+    """What the checks above ask of an array."""
+
+    dtype: np.dtype
+    shape: tuple
+    strides: tuple
+
+    @property
+    def itemsize(self):
+        return self.dtype.itemsize
+
+    @property
+    def size(self):
+        return math.prod(self.shape)
+
+
+def check_array(op, name, array, dtypes, shape, axes, *, contiguous=True):
+    """`check_dtype`, `check_shape`, `check_element_strides` and, if `contiguous`, `check_last_axis`; the dtype's name.
+
+    What passed once passes at once the next time.
+    """
+    try:
+        facts = _Metadata(array.dtype, array.shape, array.strides)
+    except AttributeError:
+        raise _no_array(op, name, array) from None
+    return _checked(op, name, facts, dtypes, shape, axes, contiguous)
+
+
+@functools.lru_cache(maxsize=4096)
+def _checked(op, name, facts, dtypes, shape, axes, contiguous):
+    found = check_dtype(op, name, facts, dtypes)
+    check_shape(op, name, facts, shape, axes)
+    if contiguous:
+        check_last_axis(op, name, facts)
+    check_element_strides(op, name, facts)
+    return found
 
 
 def check_writeable(op, name, array):
