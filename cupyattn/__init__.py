@@ -7,7 +7,7 @@ NumPy arrays in: the `.cu` source runs on the CPU. CuPy arrays in: it runs on th
 from .attention_params import AttentionParams
 from .cache_iterators import BlockIteratorParams, LinearIteratorParams, QuantPolicy, create_cache_iter_factory
 from .context_parallel import contiguous_shards, merge_shards, rank_result, round_robin
-from .errors import CompileError, KernelCheckError
+from .errors import CaptureError, CompileError, KernelCheckError
 from .ops.attention import attention
 from .ops.dequantize import dequantize
 from .ops.embedding import embedding
@@ -31,9 +31,9 @@ from .rope_params import RopeKernelParam, RopeParams
 from .turbomind import flatten_kv, invoke_attention, invoke_decoding, process_kv, reduce_split_k
 
 __all__ = [
-    "AttentionParams", "BlockIteratorParams", "BlockKV", "CompileError", "KernelCheckError", "LinearIteratorParams",
-    "PagedParams", "PageManager", "PageTable", "Params", "QExperts", "QMatrix", "QuantPolicy", "QuantizedKV",
-    "RopeKernelParam", "RopeParams", "Schedule",
+    "AttentionParams", "BlockIteratorParams", "BlockKV", "CaptureError", "CompileError", "KernelCheckError",
+    "LinearIteratorParams", "PagedParams", "PageManager", "PageTable", "Params", "QExperts", "QMatrix", "QuantPolicy",
+    "QuantizedKV", "RopeKernelParam", "RopeParams", "Schedule",
     "attention", "dequantize", "embedding", "kv_append", "kv_flatten", "layer_norm", "paged_decode", "quant_gemm",
     "repack", "rms_norm", "rope", "schedule", "silu_mul", "split_reduce",
     "contiguous_shards", "create_cache_iter_factory", "flatten_kv", "invoke_attention", "invoke_decoding",

@@ -39,6 +39,7 @@ class RawModule:
         self.options = options
 
     def get_function(self, name):
+        device.refuse_in_capture(f"compiling {name}")
         compiled = nvrtc.compile_code(self.code, self.options, f"sm_{device.state.capability}")
         return RawKernel(self, name, nvrtc.resources(compiled, name))
 

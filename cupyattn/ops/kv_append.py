@@ -12,15 +12,7 @@ from ..page_table import PageTable
 from ..quantized_kv import FORMATS, BlockKV, QuantizedKV, kv_side
 from ..runtime import Plan, Specialisation, arch_of, env, launch, make_args
 from ..runtime.arrays import alignment, array_namespace, head_view, row_view, strides
-from ..runtime.checks import (
-    FLOATS,
-    check_dtype,
-    check_element_strides,
-    check_last_axis,
-    check_number,
-    check_shape,
-    check_writeable,
-)
+from ..runtime.checks import FLOATS, check_array, check_number, check_shape, check_writeable
 from ..runtime.plan import CUDA_TYPES
 from ..runtime.structs import address
 
@@ -118,13 +110,7 @@ def _plan_kv_append(tokens, num_heads, num_kv_heads, head_dim, head_dim_v, rotar
 
 def _check_array(name, array, dtype, shape, axes):
     """Dtype, shape and strides of an array whose last axis the kernel reads or writes in pieces; the dtype's name."""
-    dtype = check_dtype("kv_append", name, array, dtype)
-    check_shape("kv_append", name, array, shape, axes)
-    itemsize, steps = array.itemsize, array.strides
-    if steps[-1] != itemsize or steps[0] % itemsize or steps[-2:][0] % itemsize:   # seldom, and then perhaps allowed
-        check_last_axis("kv_append", name, array)
-        check_element_strides("kv_append", name, array)
-    return dtype
+    return check_array("kv_append", name, array, dtype, shape, axes)
 
 
 def _check_new(k, v, q):

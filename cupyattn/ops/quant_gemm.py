@@ -25,6 +25,7 @@ from ..runtime import (
 )
 from ..runtime.arrays import alignment, array_namespace, as_rows, dtype_name, row_view
 from ..runtime.checks import FLOATS, check_dtype, check_element_strides, check_last_axis, check_shape, check_writeable
+from ..runtime.launch import on_host
 
 _MAX_TOKENS = 2**18        # rows of x per launch: grid.y ends at 65535 tiles
 _WORKSPACE_TOKENS = 2**12  # rows of x per launch that takes scratch for them
@@ -221,7 +222,7 @@ def quant_gemm(x, qmatrix, /, *, expert_offsets=None, bias=None, accumulate=Fals
         fits, why = by_blas(product, version[0], arch, blas.available(xp))
         if fits:
             if arch == "cpu":
-                multiply_on_host(x_rows, qmatrix, bias, accumulate, out_rows)
+                on_host("blas", lambda: multiply_on_host(x_rows, qmatrix, bias, accumulate, out_rows))
             else:
                 multiply_on_gpu(xp, x_rows, qmatrix, bias, accumulate, out_rows)
             return out

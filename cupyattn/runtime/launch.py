@@ -10,7 +10,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
 
-from . import cpu, env
+from . import cpu, cuda, env
+from .bound import Bound, LibraryCall
+from .capturing import tape
 
 _recorder = contextvars.ContextVar("cupyattn_recorder", default=None)
 _profiler = contextvars.ContextVar("cupyattn_profiler", default=None)
@@ -24,8 +26,6 @@ def arch_of(xp):
     """``"cpu"`` for NumPy, the current device's ``"sm_90a"``-style name for CuPy."""
     if xp is np:
         return "cpu"
-    from . import cuda
-
     return cuda.arch()
 
 
@@ -55,12 +55,11 @@ def launch(plan, args, *, buffers=(), const_buffers=()):
     if recorded is not None:
         recorded.setdefault(plan.spec, plan.arch)
         return
-    if plan.arch == "cpu":
-        run = cpu.launch
-    else:
-        from . import cuda
-
-        run = cuda.launch
+    under_capture = tape()
+    if under_capture is not None:
+        under_capture.add(Bound(plan, args, buffers, const_buffers), plan.arch == "cpu")
+        return
+    run = cpu.launch if plan.arch == "cpu" else cuda.launch
     profile = _profiler.get()
     if profile is None:
         run(plan, args, buffers, const_buffers)
@@ -71,17 +70,36 @@ def launch(plan, args, *, buffers=(), const_buffers=()):
 def run_library(name, arch, run):
     """Call `run`, which has another library work on the current stream, where `launch` would launch a kernel.
 
-    It does not run while recording, and is profiled as a kernel called `name`; `arch` is "cpu" or anything else.
+    It does not run while recording, is kept as a launch is while a step is captured, and is profiled as a kernel called
+    `name`; `arch` is "cpu" or anything else.
     """
     if env.debug() >= 2:
         env.log.debug("launch %s", name)
     if _recorder.get() is not None:
+        return
+    under_capture = tape()
+    if under_capture is not None:
+        under_capture.add(LibraryCall(name, run), arch == "cpu")
         return
     profile = _profiler.get()
     if profile is None:
         run()
     else:
         profile.add(name, arch, run)
+
+
+def on_host(name, run):
+    """Call `run`, which computes in NumPy and may launch; while a step is captured it is kept as launches are."""
+    under_capture = tape()
+    if under_capture is None:
+        run()
+    else:
+        under_capture.add(LibraryCall(name, run), True)
+
+
+def is_watched():
+    """Whether something stands around launches here: a recording, a profile or a capture."""
+    return _recorder.get() is not None or _profiler.get() is not None or tape() is not None
 
 
 @contextlib.contextmanager
@@ -134,8 +152,6 @@ def _compiler(arch):
     """Function of a Specialisation that compiles it for `arch`, once."""
     if arch == "cpu":
         return cpu.compiler_for_current_settings()
-    from . import cuda
-
     return cuda.compiler_for(arch)
 
 
@@ -154,8 +170,6 @@ class Profile:
             run()
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
         else:
-            from . import cuda
-
             self._pending.append((name, cuda.timed(run)))
 
     def rows(self):
