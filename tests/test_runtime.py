@@ -251,12 +251,13 @@ def test_debug_prints_compile_and_launch(tmp_path):
 
 
 def test_import_is_light():
-    code = ("import sys, time; import numpy; start = time.perf_counter(); import cupyattn; "
-            "print(time.perf_counter() - start); "
+    """Beside NumPy's own import in the same process, since the machine may be busy."""
+    code = ("import sys, time; start = time.perf_counter(); import numpy; middle = time.perf_counter(); "
+            "import cupyattn; print((time.perf_counter() - middle) / (middle - start)); "
             "print([m for m in ('cupy', 'ml_dtypes', 'typer', 'platformdirs', 'tokenizers', 'gguf') "
             "if m in sys.modules])")
-    seconds, modules = min(_python(code).stdout.splitlines() for _ in range(3))
-    assert float(seconds) < 0.25 and modules == "[]"
+    ratio, modules = min((_python(code).stdout.splitlines() for _ in range(5)), key=lambda lines: float(lines[0]))
+    assert float(ratio) < 3 and modules == "[]"
 
 
 def test_interrupt_stops_a_long_kernel_and_leaves_the_executor_usable():

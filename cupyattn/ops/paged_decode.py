@@ -5,12 +5,12 @@ import numpy as np
 
 from ..attend import attend, prepare_keys
 from ..attention_args import check_options, check_partials, check_per_head, check_per_sequence
-from ..attention_plans import DECODE_ALL, DECODE_CORE
+from ..attention_plans import DECODE_CORE, decode_specs
 from ..runtime.arrays import array_namespace
 from ..runtime.checks import FLOATS, check_array, check_dtype
 from .split_reduce import check_outputs, split_out
 
-CORE, ALL = DECODE_CORE, DECODE_ALL
+CORE, more_specs = DECODE_CORE, decode_specs
 MAX_Q_LEN = 8
 _AXES = {3: "[batch, num_heads, head_dim]", 4: "[batch, q_len, num_heads, head_dim]"}
 

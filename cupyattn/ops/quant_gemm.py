@@ -72,7 +72,7 @@ CORE = [*(_spec(*case) for case in (
     _gather_spec("float32"), *mma_specs(core=True)]
 
 
-def _all():
+def more_specs():
     """What plans pick; of the CPU's one-warp blocks those with a float32 bias, the other type is a conversion only.
     Formats are the usual ones, and every other once."""
     for x in FLOATS:
@@ -103,9 +103,6 @@ def _version(kinds, x, arch):
     if int(arch[3:].rstrip("af")) < 80:
         return "core", f"CUDA cores: {arch} is older than sm_80"
     return "mma", "tensor cores"
-
-
-ALL = list(dict.fromkeys((*CORE, *_all())))
 
 
 @functools.lru_cache(maxsize=4096)

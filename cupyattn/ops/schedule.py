@@ -38,7 +38,7 @@ from ..runtime.checks import (
 from ..runtime.plan import CUDA_TYPES
 from ..work_list import WorkList
 
-CORE = ALL = [SCHEDULE]
+CORE = [SCHEDULE]
 
 
 @dataclass(frozen=True, eq=False, repr=False)

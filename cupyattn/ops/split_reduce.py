@@ -27,7 +27,7 @@ def _spec(out, vec):
     return Specialisation("split_reduce", "split_reduce", "SplitReduceArgs", {"U": out, "VEC": vec})
 
 
-CORE = ALL = [_spec(out, vec) for out in FLOATS for vec in (4, 1)]
+CORE = [_spec(out, vec) for out in FLOATS for vec in (4, 1)]
 
 
 @functools.lru_cache(maxsize=4096)
