@@ -274,6 +274,12 @@ def test_options(options):
     check(several(), **options)
 
 
+def test_wide_softcap():
+    """Caps far above the scores change no digit that float32 has: tanh is exact near zero."""
+    for softcap in (50.0, 1000.0):
+        check(make([6] * 20, [6] * 20), softcap=softcap)
+
+
 def test_options_elsewhere(xp):
     check(several("float16"), xp, **OPTIONS["all"])
 
