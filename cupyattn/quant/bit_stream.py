@@ -43,15 +43,18 @@ def unpack_stream(words, bits, axis=-1, count=None):
     low, *upper = _numbers(stream.reshape(-1), bits)
     codes = np.empty((*words.shape[:-1], 8 * units), np.uint8)
     numbers = codes.reshape(-1).view("<u8")
+    scratch = np.empty(min(_CHUNK, len(numbers)), "<u8")
     for start in range(0, len(numbers), _CHUNK):
         part = numbers[start:start + _CHUNK]
+        room, at = scratch[:len(part)], 8 * low.itemsize
         part[:] = low[start:start + _CHUNK]
-        at = 8 * low.itemsize
         for more in upper:
-            part |= more[start:start + _CHUNK].astype("<u8") << np.uint64(at)
+            room[:] = more[start:start + _CHUNK]
+            room <<= np.uint64(at)
+            part |= room
             at += 8 * more.itemsize
         if bits < 8:
-            _spread(part, bits)
+            _spread(part, bits, room)
     return np.moveaxis(codes[..., :count], -1, axis)
 
 
@@ -100,14 +103,19 @@ def _numbers(stream, bits):
     return [records[name] for name, _ in fields]
 
 
-def _spread(numbers, bits):
+def _spread(numbers, bits, room):
     """Eight codes in the low ``8 * bits`` bits of each number become its eight bytes: halves part three times."""
     for half, place in ((4, 32), (2, 16), (1, 8)):
-        low = _lanes((1 << half * bits) - 1, 2 * place)
-        upper = numbers & ~low
-        numbers &= low
-        upper <<= np.uint64(place - half * bits)
-        numbers |= upper
+        low, by = (1 << half * bits) - 1, np.uint64(place - half * bits)
+        if bits <= 4:   # what is left behind does not reach the upper halves' new places
+            np.left_shift(numbers, by, out=room)
+            room |= numbers
+            np.bitwise_and(room, _lanes(low, place), out=numbers)
+        else:
+            np.bitwise_and(numbers, ~_lanes(low, 2 * place), out=room)
+            room <<= by
+            numbers &= _lanes(low, 2 * place)
+            numbers |= room
 
 
 def _gather(numbers, bits):
