@@ -17,7 +17,7 @@ import cupyattn
 from cupyattn import QMatrix
 from cupyattn.quant.coded import CodedWeight
 from cupyattn.runtime import arrival_counters
-from cupyattn.runtime.cpu import settings
+from cupyattn.runtime.cpu import counters, settings
 
 op = importlib.import_module("cupyattn.ops.quant_gemm")
 RAGGED = [0, 3, 3, 20, 21, 37]   # five experts, the second without a row
@@ -127,6 +127,26 @@ def test_wild_offsets_stay_inside(monkeypatch, offsets):
         with settings(check=True):
             out = cupyattn.quant_gemm(x, stacked, expert_offsets=np.int32(offsets), out=held.copy())
             assert_same_bits(out, _one_by_one(x, matrices, kept, held))
+
+
+@pytest.mark.parametrize("version", ["core", "mma"])
+def test_many_experts_are_searched_by_all_lanes(monkeypatch, version):
+    """70 of them: runs of three a lane, and lanes without any. No thread reads the offsets of all."""
+    monkeypatch.setattr(op, "_version", lambda *args: (version, "chosen by the test"))
+    matrices, stacked, _ = _experts("int4 zero float16", 70, 8, 64)
+    sizes = np.random.default_rng(2).integers(0, 12, 70) * (np.arange(70) % 3 > 0)
+    offsets = np.concatenate([[2], 2 + np.cumsum(sizes)])
+    x = _x(offsets[-1] + 5, 64, "float16")
+    held = np.full((len(x), 8), 7, np.float32)
+    for check in (False, True):   # whose build may round otherwise
+        with settings(check=check):
+            want = _one_by_one(x, matrices, offsets, held.copy())
+            with counters() as collected:
+                out = cupyattn.quant_gemm(x, stacked, expert_offsets=np.int32(offsets), out=held.copy())
+        assert_same_bits(out, want)
+    (launched,) = collected
+    loads = launched.buffers["experts.offsets"]["bytes_read"] / 4 / launched.counts["threads"]
+    assert 3 < loads <= 3 + 3 + 3 + 2, loads
 
 
 def test_columns_in_one_order_and_several_segments():

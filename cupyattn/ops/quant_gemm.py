@@ -289,7 +289,7 @@ def _launch(xp, x, copied, qmatrix, offsets, out, version, cuts, arch, dtypes, f
         align = 16 if copied else alignment(x)
         plans = [_plan_quant_gemm(tokens, segment.codes.shape[-3], segment.form.trait, *dtypes, align, arch, version[1],
                                   experts) for segment in qmatrix.segments]
-        tiles, sums = 0, 4 * (pieces - 1) * tokens * rows
+        tiles, sums = 0, 4 * (pieces - 1) * plans[0].grid[1] * dict(plans[0].spec.constants)["M_TILE"] * rows
     if len(plans) > 1:
         compile_first(plans)
     x, partials = _scratch(xp, x, copied, qmatrix.order, sums, arch)
