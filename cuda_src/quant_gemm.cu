@@ -18,8 +18,8 @@
 //
 // launch     quant_gemm: grid (ceil_div(row_tiles, ROW_TILES), ceil_div(tokens, M_TILE)), block (32 * WARPS)
 //            dynamic shared memory 4 * M_TILE * 64 * MAX_SLICE_TILES bytes
-//            with EXPERTS grid.y is at least the tiles of all experts: ceil_div(tokens + e * (M_TILE - 1), M_TILE) for
-//            e = min(experts, tokens)
+//            with EXPERTS gridDim.y of all launches together is at least the tiles of all experts:
+//            ceil_div(tokens + e * (M_TILE - 1), M_TILE) for e = min(experts, tokens)
 //            gather_columns: grid (tokens, any), block (any); no shared memory
 // aliasing   none
 // traffic    packed bytes once per M_TILE rows of x

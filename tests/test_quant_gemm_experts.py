@@ -162,6 +162,41 @@ def test_columns_in_one_order_and_several_segments():
 
 
 @pytest.mark.parametrize("version", ["core", "mma"])
+@pytest.mark.parametrize("m, offsets", [(37, [0, 3, 20, 37]), (200, [0, 70, 70, 200])])
+def test_sums_that_do_not_fit_the_workspace(monkeypatch, version, m, offsets):
+    """Rounds of launches, each for as many tiles as fit, at least for one: the same bits."""
+    monkeypatch.setattr(op, "_version", lambda *args: (version, "chosen by the test"))
+    coded, order = [], np.random.default_rng(1).permutation(2144).astype(np.int32)
+    for e in range(3):
+        parts = (coded_weight(f"int{bits} plain float16", 40, k, 32, seed=e) for bits, k in ((6, 96), (4, 2048)))
+        coded.append(CodedWeight("mixed", (40, 2144), tuple(part.segments[0] for part in parts), order))
+    matrices, x = [QMatrix.from_coded(weight) for weight in coded], _x(m, 2144, "float16")
+    stacked = QMatrix.stack(matrices)
+    whole = _assert_right(x, matrices, stacked, np.stack([weight.dequantize() for weight in coded]), offsets)
+    launch, workspace, launched, taken = op.launch, op.workspace, [], []
+    monkeypatch.setattr(op, "launch", lambda plan, args: (launched.append(plan), launch(plan, args)))
+    monkeypatch.setattr(op, "workspace", lambda xp, nbytes: (taken.append(nbytes), workspace(xp, nbytes))[1])
+
+    def again(most):
+        """(Tiles of a launch, launches for the two segments, bytes of sums) with `most` bytes for these."""
+        monkeypatch.setattr(op, "_WORKSPACE_BYTES", most)
+        del launched[:], taken[:]
+        got = cupyattn.quant_gemm(x, stacked, expert_offsets=np.int32(offsets), out=np.full_like(whole, np.nan))
+        assert_same_bits(got, whole)
+        gather, *products = launched
+        assert {plan.grid[1] for plan in products} == {products[0].grid[1]}
+        return products[0].grid[1], len(products), taken[0] - 2 * m * stacked.order.size
+
+    tiles, launches, most = again(2**26)
+    assert tiles > 2 and launches == 2
+    assert again(most) == (tiles, 2, most)
+    for parts in (2, 3):
+        at_once, launches, sums = again(most // parts)
+        assert sums <= most // parts and launches == 2 * -(-tiles // at_once) >= 2 * parts
+    assert again(1) == (1, 2 * tiles, most // tiles)
+
+
+@pytest.mark.parametrize("version", ["core", "mma"])
 def test_quant_gemm_experts_checked(monkeypatch, version):
     monkeypatch.setattr(op, "_version", lambda *args: (version, "chosen by the test"))
     matrices, stacked, w = _experts("int4 zero float16", 3, 24, 1096)

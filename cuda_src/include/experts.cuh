@@ -12,12 +12,12 @@ struct ExpertTile {
   int expert, token, end;
 };
 
-// Tiles of M_TILE rows are counted expert by expert, and blockIdx.y is the tile's number. A block past the last tile
-// gets expert -1. Offsets that run backwards or past x count as the one before, or as x's end.
+// Tiles of M_TILE rows are counted expert by expert, and first_tile + blockIdx.y is the tile's number. A block past the
+// last tile gets expert -1. Offsets that run backwards or past x count as the one before, or as x's end.
 // Every warp searches for itself, all its lanes take part: each adds up the tiles of a run of experts.
 template <int M_TILE>
 __device__ __forceinline__ ExpertTile expert_tile(const Experts& experts, int tokens) {
-  const int tile = blockIdx.y, lane = threadIdx.x % 32, run = ceil_div(experts.count, 32);
+  const int tile = experts.first_tile + blockIdx.y, lane = threadIdx.x % 32, run = ceil_div(experts.count, 32);
   const int begin = min(lane * run, experts.count), stop = min(begin + run, experts.count);
   int64_t ends[1] = {max(experts.offsets[0], 0)}, tiles[1] = {0};
   for (int expert = begin; expert < stop; ++expert) {

@@ -321,7 +321,7 @@ struct Experts {
   int64_t stride_supers;   // bytes between their supers
   int64_t stride_bias;     // elements between their rows of bias
   int32_t count;           // of experts
-  int32_t reserved;        // zero
+  int32_t first_tile;      // of all experts' tiles of rows of x, that of blockIdx.y 0
 };
 
 struct QuantGemmArgs {
