@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Activations times a packed weight. Kernel: ``cuda_src/quant_gemm.cu``."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -29,7 +30,7 @@ from ..runtime.launch import on_host
 
 _MAX_TOKENS = 2**18        # rows of x per launch: grid.y ends at 65535 tiles
 _WORKSPACE_TOKENS = 2**12  # rows of x per launch that takes scratch for them
-_WORKSPACE_BYTES = 2**26   # of a launch's sums
+_WORKSPACE_BYTES = 2**26   # of a launch's sums, if a tile of all rows of the weight is no more
 _SLICE_TILES = 24          # MAX_SLICE_TILES of the kernel
 _WARPS = 4                 # of a block on a GPU
 _WHOLE = Partition(1, 1, 0, 0)   # how CUDA cores, which do not look at it, sum a segment: as one piece
@@ -256,7 +257,7 @@ def _blas_alignment(rows):
 
 
 def _launch_all(xp, x, qmatrix, offsets, out, version, arch, dtypes, fields):
-    """As many tokens per launch as a grid and the scratch for them allow; experts' all at once."""
+    """As many tokens per launch as a grid and the scratch for them allow; experts' are cut by tiles, in `_launch`."""
     rows, step = fields["rows"], _MAX_TOKENS
     # the tensor-core kernels read 16 bytes at a time, and columns in the order of the weight's
     copied = qmatrix.order is not None or (version[0] == "mma" and alignment(x) < 16)
@@ -264,9 +265,9 @@ def _launch_all(xp, x, qmatrix, offsets, out, version, arch, dtypes, fields):
         cuts = [_WHOLE] * len(qmatrix.segments)
     else:
         cuts = [partition(rows, segment.codes.shape[-2], segment.form) for segment in qmatrix.segments]
-        pieces = sum(cut.pieces for cut in cuts)
-        if pieces > 1:
-            step = max(128, _WORKSPACE_BYTES // (4 * rows * pieces) // 64 * 64)
+    pieces = sum(cut.pieces for cut in cuts)
+    if pieces > 1:
+        step = max(128, _WORKSPACE_BYTES // (4 * rows * pieces) // 64 * 64)
     step = len(x) if offsets is not None else min(step, _WORKSPACE_TOKENS) if copied else step
     for start in range(0, len(x), step):
         _launch(xp, x[start:start + step], copied, qmatrix, offsets, out[start:start + step], version, cuts, arch,
@@ -274,46 +275,63 @@ def _launch_all(xp, x, qmatrix, offsets, out, version, arch, dtypes, fields):
 
 
 def _launch(xp, x, copied, qmatrix, offsets, out, version, cuts, arch, dtypes, fields):
-    """One launch per segment, behind one that puts the columns of `x` in order if the weight has an order."""
+    """One launch per segment, behind one that puts the columns of `x` in order if the weight has an order.
+
+    Tiles of experts' rows whose sums take too much scratch are left to further such launches.
+    """
     tokens, rows, pieces = len(x), fields["rows"], sum(cut.pieces for cut in cuts)
     experts = 0 if offsets is None else len(qmatrix)
     if version[0] == "mma":
         plans = [plan_mma(tokens, rows, cut.pieces, cut.unit, segment.form, *dtypes, arch, version[1], experts)
                  for cut, segment in zip(cuts, qmatrix.segments, strict=True)]
-        tiles = plans[0].grid[0] * plans[0].grid[1]
-        m_tile, block_rows = tile_of_out(plans[0])
-        sums = 0 if pieces == 1 else 4 * tiles * pieces * m_tile * block_rows
     else:
         align = 16 if copied else alignment(x)
         plans = [_plan_quant_gemm(tokens, segment.codes.shape[-3], segment.form.trait, *dtypes, align, arch, version[1],
                                   experts) for segment in qmatrix.segments]
-        tiles, sums = 0, 4 * (pieces - 1) * tokens * rows
+    tiles_x, tiles, _ = plans[0].grid
+    m_tile, block_rows = tile_of_out(plans[0])
+    # of a tile of rows of x: tensor cores keep all pieces, by tiles of out, CUDA cores all but the last
+    sums = 0 if pieces == 1 else 4 * m_tile * (tiles_x * block_rows * pieces if version[0] == "mma" else
+                                               rows * (pieces - 1))
+    if experts and tiles * sums > _WORKSPACE_BYTES:
+        rounds = -(-tiles // max(1, _WORKSPACE_BYTES // sums))
+        at_once = -(-tiles // rounds)   # those of the last round that there are not do nothing
+        plans = [dataclasses.replace(plan, grid=(plan.grid[0], at_once, plan.grid[2])) for plan in plans]
+    else:
+        at_once = tiles
     if len(plans) > 1:
         compile_first(plans)
-    x, partials = _scratch(xp, x, copied, qmatrix.order, sums, arch)
-    arrived = arrival_counters(xp, tiles) if tiles and partials is not None else None
-    column = piece = 0
+    x, partials = _scratch(xp, x, copied, qmatrix.order, at_once * sums, arch)
+    arrived = arrival_counters(xp, tiles_x * at_once) if sums and version[0] == "mma" else None
     try:
-        for plan, cut, segment in zip(plans, cuts, qmatrix.segments, strict=True):
+        for first_tile, (plan, cut, segment, column, piece) in itertools.product(
+                range(0, tiles, at_once), _segments(plans, cuts, qmatrix.segments)):
             some = x if len(plans) == 1 else x[:, column:column + segment.columns]
             launch(plan, make_args(
                 plan, x=row_view(some), out=row_view(out), weight=segment.view,
-                experts=None if offsets is None else _experts(segment, offsets, fields["bias"]), order=None,
+                experts=None if offsets is None else _experts(segment, offsets, fields["bias"], first_tile), order=None,
                 partials=partials, counters=arrived, tokens=tokens, columns=segment.columns, pieces=pieces,
                 first_piece=piece, tiles_per_piece=cut.tiles_per_piece, units_per_chunk=cut.units_per_chunk, **fields))
-            column, piece = column + segment.columns, piece + cut.pieces
     except BaseException:
         if arrived is not None:
             arrived.fill(0)   # those launched have counted arrivals of pieces whose last will never come
         raise
 
 
-def _experts(segment, offsets, bias):
+def _segments(plans, cuts, segments):
+    """(Plan, Partition, segment, its first column, its first piece) of each segment."""
+    column = piece = 0
+    for plan, cut, segment in zip(plans, cuts, segments, strict=True):
+        yield plan, cut, segment, column, piece
+        column, piece = column + segment.columns, piece + cut.pieces
+
+
+def _experts(segment, offsets, bias, first_tile):
     """Fields of the kernels' ``Experts``."""
     codes, scales, supers = (0 if array is None else array.strides[0] for array in segment.arrays)
     return {"offsets": offsets, "stride_codes": codes, "stride_scales": scales, "stride_supers": supers,
             "stride_bias": 0 if bias is None else bias.strides[0] // bias.itemsize, "count": len(offsets) - 1,
-            "reserved": 0}
+            "first_tile": first_tile}
 
 
 def _scratch(xp, x, copied, order, sums, arch):
