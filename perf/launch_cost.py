@@ -85,18 +85,18 @@ def decode_ops(array, to):
 
 
 def seconds(call, rounds, wait):
-    """Of a call on the host: the best round of 100."""
+    """Of a call on the host: the best round, of 20 calls so that other processes leave some rounds alone."""
     times = []
     for _ in range(rounds):
         wait()
         start = time.perf_counter()
-        for _ in range(100):
+        for _ in range(20):
             call()
-        times.append((time.perf_counter() - start) / 100)
+        times.append((time.perf_counter() - start) / 20)
     return min(times)
 
 
-def measure(xp, array, rounds=10):
+def measure(xp, array, rounds=100):
     """Rows (op, launches, seconds of an eager call, of its bound launches); the last two are all ops in order.
 
     ``"step, BoundSteps"`` is the step where four of its arrays say that it was called with them before.
