@@ -126,7 +126,7 @@ def _capture_on_host(step, args, warmups):
         for run in runs:
             run()
 
-    return Graph(tuple(tape.launches), result, replay)
+    return Graph(tuple(tape.launches), result, replay, (step, args))
 
 
 def _capture_on_device(xp, step, args, warmups):
@@ -146,7 +146,7 @@ def _capture_on_device(xp, step, args, warmups):
         with taping(arch_of(xp), keep=True, capturing=True) as tape, xp.cuda.using_allocator(blocks.reuse):
             graph, result = _captured(stream, step, args)
     blocks.check_all_used()
-    return Graph(tuple(tape.launches), result, graph.launch, (stream, blocks))
+    return Graph(tuple(tape.launches), result, graph.launch, (stream, blocks, step, args))
 
 
 def _captured(stream, step, args):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Python costs a decode step: every op called anew, beside its bound launches. Kernels do not run.
 
-``python perf/launch_cost.py`` prints microseconds on the host, the best of several rounds. NumPy: what calls into the
+``python perf/launch_cost.py`` prints microseconds of processor time, the best of many rounds. NumPy: what calls into the
 executor's library reaches a function that does nothing. A GPU: launches are real, of arrays so small that the device
 keeps up.
 """
@@ -85,18 +85,18 @@ def decode_ops(array, to):
 
 
 def seconds(call, rounds, wait):
-    """Of a call on the host: the best round of 100."""
+    """Processor time of a call: the best round of 20."""
     times = []
     for _ in range(rounds):
         wait()
-        start = time.perf_counter()
-        for _ in range(100):
+        start = time.thread_time()
+        for _ in range(20):
             call()
-        times.append((time.perf_counter() - start) / 100)
+        times.append((time.thread_time() - start) / 20)
     return min(times)
 
 
-def measure(xp, array, rounds=10):
+def measure(xp, array, rounds=100):
     """Rows (op, launches, seconds of an eager call, of its bound launches); the last two are all ops in order.
 
     ``"step, BoundSteps"`` is the step where four of its arrays say that it was called with them before.

@@ -221,4 +221,5 @@ def install(capability="90", devices=1, cublas=True):
 def _forget_device():
     cuda._arch.cache_clear()
     cuda._shared_limit.cache_clear()
+    cuda._device_count.cache_clear()
     blas.cublas.cache_clear()

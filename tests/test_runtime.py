@@ -58,6 +58,10 @@ def test_make_args_names_fields():
         make_args(plan, x=x, out=x, n=4)
     with pytest.raises(TypeError, match=r"unknown fields \['y'\]"):
         make_args(plan, x=x, out=x, n=4, factor=1.0, y=2)
+    norm = Plan(Specialisation("rms_norm", "rms_norm", "RmsNormArgs", {}), "cpu", (1,), (1,))
+    with pytest.raises(TypeError, match=r"RowView: missing fields \['stride_row'\], unknown fields \['stride'\]"):
+        make_args(norm, x={"data": x, "stride": 1}, weight=x, residual=None, out=None, rows=1, hidden=4, eps=0.0,
+                  reserved=0)
     with pytest.raises(TypeError, match="ScaleArgs.x: must be float32, got float64"):
         make_args(plan, x=np.zeros(4), out=x, n=4, factor=1.0)
     with pytest.raises(ValueError, match=r"ScaleArgs.n: 4294967296 does not fit the field \(elements\)"):

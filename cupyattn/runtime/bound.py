@@ -22,7 +22,8 @@ class Bound:
 
     Notes
     -----
-    On a GPU asynchronous on the stream that is current when it is called. Nothing is checked but the device.
+    On a GPU asynchronous on the stream that is current when it is called. Nothing is checked but the device, and
+    neither `runtime.recording` nor `runtime.profiling` sees it.
     """
 
     __slots__ = ("plan", "args", "buffers", "run")

@@ -293,7 +293,8 @@ def bind(plan, args, buffers=(), const_buffers=()):
                       options.num_workers(), _SCHEDULES[options.schedule], options.seed, checking, checking)
     if checking:
         known = _known_arrays(args, buffers, const_buffers)
-        return functools.partial(_launch_checked, plan, kernel, request, known)
+        request.num_buffers, request.buffers = len(known), _ranges(known)
+        return functools.partial(_launch_checked, plan, kernel, request, [name for name, _, _ in known])
     ca_launch, by_reference = kernel.executor.ca_launch, ctypes.byref(request)
 
     def run():
@@ -307,15 +308,13 @@ def _launch_nothing():
     """A launch of no blocks."""
 
 
-def _launch_checked(plan, kernel, request, known):
-    """Launch in the checking mode; `known` is the memory it may touch."""
-    names = [name for name, _, _ in known]
-    request.num_buffers, request.buffers = len(known), _ranges(known)
+def _launch_checked(plan, kernel, request, names):
+    """Launch in the checking mode; `names` are those of the memory it may touch."""
     collected = _counters.get()
     if collected is None:
         request.counters = None
     else:
-        counts = _Counters(per_buffer=(_BufferCounters * (len(known) + 1))(),
+        counts = _Counters(per_buffer=(_BufferCounters * (len(names) + 1))(),
                            shared=(_SharedCounters * _MAX_INSTRUCTIONS)(), num_shared=_MAX_INSTRUCTIONS)
         request.counters = ctypes.pointer(counts)
     _drive(plan, names, kernel, kernel.executor.ca_launch, request, _Error())

@@ -205,6 +205,8 @@ def _checked(plan, args, buffers, const_buffers):
     compiled = _prepared.get((plan, device))
     if compiled is None:
         compiled = _prepared[plan, device] = _prepare(plan, device)
+    if _device_count() == 1:
+        return compiled, device
     for leaf, array in args.arrays:
         if array.data.device_id != device:
             raise _wrong_device(plan, leaf.path, array, device)
@@ -213,6 +215,13 @@ def _checked(plan, args, buffers, const_buffers):
             if array.data.device_id != device:
                 raise _wrong_device(plan, f"{name}[{i}]", array, device)
     return compiled, device
+
+
+@functools.cache
+def _device_count():
+    import cupy
+
+    return cupy.cuda.runtime.getDeviceCount()
 
 
 def _wrong_device(plan, name, array, device):

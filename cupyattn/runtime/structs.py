@@ -177,13 +177,13 @@ def fill(struct, values):
 
     A pointer takes an array or None, a nested struct a dict of its fields or None (all zero).
     """
-    missing = [f for f in struct.fields if f not in values]
-    if missing or len(values) != len(struct.fields):
-        unknown = [f for f in values if f not in struct.fields]
-        raise TypeError(f"{struct.name}: missing fields {missing}, unknown fields {unknown}; "
-                        f"the fields are {', '.join(struct.fields)}")
     flat, arrays = [], []
-    _flatten(struct, values, flat)
+    try:
+        _flatten(struct, values, flat)
+    except KeyError:
+        raise _wrong_fields(struct, values) from None
+    if len(values) != len(struct.fields):
+        raise _wrong_fields(struct, values)
     for place, leaf, pointee in struct.pointers:
         value = flat[place]
         if value is None:
@@ -191,7 +191,7 @@ def fill(struct, values):
             continue
         if pointee is not None and value.dtype != pointee:
             raise TypeError(f"{struct.name}.{leaf.path}: must be {pointee}, got {value.dtype.name}")
-        flat[place] = address(value)
+        flat[place] = _read_pointer(id(value) + _POINTER).value if isinstance(value, np.ndarray) else value.data.ptr
         arrays.append((leaf, value))
     try:
         data = struct.packer.pack(*flat)
@@ -210,6 +210,17 @@ def _flatten(struct, values, flat):
             flat += [None if leaf.is_pointer else 0 for leaf in nested.leaves]
         else:
             _flatten(nested, found, flat)
+
+
+def _wrong_fields(struct, values):
+    """TypeError about `values`, in which a field of the struct or of one inside it is missing, or one is unknown."""
+    missing, unknown = [f for f in struct.fields if f not in values], [f for f in values if f not in struct.fields]
+    if not missing and not unknown:
+        inner = ((nested, get(values)) for get, nested in struct.parts if nested is not None)
+        return next(_wrong_fields(nested, found) for nested, found in inner
+                    if found is not None and not found.keys() >= set(nested.fields))
+    return TypeError(f"{struct.name}: missing fields {missing}, unknown fields {unknown}; "
+                     f"the fields are {', '.join(struct.fields)}")
 
 
 def _explain(struct, flat, error):
