@@ -5,6 +5,8 @@ Code e of a vector is bits [e * bits, (e + 1) * bits) of its little-endian 32-bi
 fill `bits` words and a code may lie across two of them.
 """
 
+import functools
+
 import numpy as np
 
 _CHUNK = 1 << 15   # groups of 8 codes in flight: 256 KiB each of the number and of what moves in it
@@ -128,6 +130,7 @@ def _gather(numbers, bits):
         numbers |= upper
 
 
+@functools.cache
 def _lanes(mask, width):
     return np.uint64(sum(mask << at for at in range(0, 64, width)))
 
