@@ -282,7 +282,8 @@ def _launch(xp, x, copied, qmatrix, offsets, out, version, cuts, arch, dtypes, f
     tokens, rows, pieces = len(x), fields["rows"], sum(cut.pieces for cut in cuts)
     experts = 0 if offsets is None else len(qmatrix)
     if version[0] == "mma":
-        plans = [plan_mma(tokens, rows, cut.pieces, cut.unit, segment.form, *dtypes, arch, version[1], experts)
+        others = tuple(segment.form for segment in qmatrix.segments) if len(cuts) > 1 else ()
+        plans = [plan_mma(tokens, rows, cut.pieces, cut.unit, segment.form, *dtypes, arch, version[1], experts, others)
                  for cut, segment in zip(cuts, qmatrix.segments, strict=True)]
     else:
         align = 16 if copied else alignment(x)
