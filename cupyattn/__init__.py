@@ -8,7 +8,7 @@ from .attention_params import AttentionParams
 from .cache_iterators import BlockIteratorParams, LinearIteratorParams, QuantPolicy, create_cache_iter_factory
 from .caches import PagedCache
 from .context_parallel import contiguous_shards, merge_shards, rank_result, round_robin
-from .errors import CompileError, KernelCheckError
+from .errors import CaptureError, CompileError, KernelCheckError
 from .lora import LoRA, load_lora
 from .ops.attention import attention
 from .ops.dequantize import dequantize
@@ -44,10 +44,10 @@ from .rope_params import RopeKernelParam, RopeParams
 from .turbomind import flatten_kv, invoke_attention, invoke_decoding, process_kv, reduce_split_k
 
 __all__ = [
-    "AttentionParams", "BlockIteratorParams", "BlockKV", "CompileError", "KernelCheckError", "LinearIteratorParams",
-    "LoRA", "PagedCache", "PagedParams", "PageManager", "PageTable", "Params", "QAttn", "QExperts", "QMatrix",
-    "QuantPolicy", "QuantizedKV", "ROPE_STYLE_GPTJ", "ROPE_STYLE_NEOX", "ROPE_STYLE_NONE", "RopeKernelParam",
-    "RopeParams", "Schedule",
+    "AttentionParams", "BlockIteratorParams", "BlockKV", "CaptureError", "CompileError", "KernelCheckError",
+    "LinearIteratorParams", "LoRA", "PagedCache", "PagedParams", "PageManager", "PageTable", "Params", "QAttn",
+    "QExperts", "QMatrix", "QuantPolicy", "QuantizedKV", "ROPE_STYLE_GPTJ", "ROPE_STYLE_NEOX", "ROPE_STYLE_NONE",
+    "RopeKernelParam", "RopeParams", "Schedule",
     "attention", "dequantize", "embedding", "kv_append", "kv_flatten", "layer_norm", "paged_decode", "quant_gemm",
     "repack", "rms_norm", "rope", "schedule", "silu_mul", "split_reduce",
     "free_q_attn", "make_q_attn", "q_attn_forward_1", "q_attn_forward_2", "q_attn_set_loras", "load_lora",
