@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .errors import CaptureError
 from .kv_formats import dtype_of
 from .lora import Adapters
 from .ops.attention import attention
@@ -20,6 +21,7 @@ from .q_attn_step import block_borders, steps_of
 from .q_attn_weights import check_scratch, joined, kind_of, matrix, rope_style, tables, vector
 from .runtime import layer_workspace
 from .runtime.arrays import array_namespace, as_rows, dtype_name
+from .runtime.capturing import tape
 from .runtime.checks import FLOATS, check_number
 from .runtime.structs import address
 
@@ -286,8 +288,8 @@ class QAttn:
             Of `dtype`, or float32 with `residual_fp32`.
         params : Params or PagedParams
             Lengths, offsets, masks and pages; made once per step and given to all layers, which keep in it what they
-            make of it (a `Schedule` too). Shapes do not change after its first use, the contents of its arrays on the
-            device may.
+            make of it (a `Schedule` too). It does not change after its first use; only the contents of its arrays on
+            the device may, where `schedule` is made of these.
         cache : PagedCache, optional
             With PagedParams, its pages; with Params, page b is sequence b (`PagedCache.contiguous`). A list of caches
             of one sequence each goes with a list as ``past_len``. None: nothing is cached, and new tokens see each
@@ -332,29 +334,39 @@ class QAttn:
         stream. Calls with the very objects of the call before, whose arrays change in place, only launch again what
         that launched, without checks of contents.
         """
+        loras = tuple(loras)
+        if sequence_loras is not None:
+            sequence_loras = tuple(sequence_loras)
         repeats = self._repeats
-        if repeats is not None and repeats.call is not None:
+        kept = None if repeats is None else repeats.kept
+        if kept is not None:
             (x_, params_, cache_, layer_, sin_, cos_, scale_, window_, softcap_, sinks_, invariant_, schedule_, loras_,
-             sequence_, adapters_) = repeats.call
-            if (x is x_ and params is params_ and cache is cache_ and layer is layer_ and sin is sin_ and cos is cos_
-                    and softmax_scale is scale_ and window_size is window_ and softcap is softcap_ and sinks is sinks_
-                    and invariant is invariant_ and schedule is schedule_ and loras is loras_
-                    and sequence_loras is sequence_ and self.loras is adapters_ and repeats.again()):
+             sequence_, adapters_) = kept[0]
+            if (x is x_ and params is params_ and cache is cache_ and layer == layer_ and sin is sin_ and cos is cos_
+                    and softmax_scale == scale_ and window_size == window_ and softcap == softcap_ and sinks is sinks_
+                    and invariant is invariant_ and schedule is schedule_ and loras == loras_
+                    and sequence_loras == sequence_ and self.loras is adapters_ and repeats.again(kept)):
                 return x
         self._check_open()
         call = (x, params, cache, layer, sin, cos, softmax_scale, window_size, softcap, sinks, invariant, schedule,
-                tuple(loras), None if sequence_loras is None else tuple(sequence_loras), self.loras)
-        repeats.first(call, lambda: self._forward(*call[:-1]), lambda: self._watched(params, cache, schedule))
+                loras, sequence_loras, self.loras)
+        seen = (*map(id, (x, params, cache, sin, cos, sinks, schedule, self.loras)), layer, softmax_scale, window_size,
+                softcap, invariant, loras, sequence_loras)
+        repeats.first(call, seen, lambda: self._forward(*call[:-1]), lambda: self._watched(*call[1:]))
         return x
 
-    def _watched(self, params, cache, schedule):
-        """Whether a call can be repeated, and the lengths its schedule was made from on the host, if any."""
+    def _watched(self, params, cache, layer, sin, cos, softmax_scale, window_size, softcap, sinks, invariant, schedule,
+                 *loras):
+        """Whether a call of `forward` can be repeated, and the lengths its schedule was made from, if on the host."""
         if cache is None or isinstance(cache, list | tuple) or params.block_diag_layers:
             return False, None
         (step,) = steps_of(params, cache, self.xp)
         if schedule is None and step.mask is not None:   # attention makes one every time
             return False, None
-        return True, step.after if schedule is None else None
+        if schedule is not None:
+            return True, None
+        self._schedule(step, cache, window_size, invariant)   # made now, a repeated step makes none
+        return True, step.after
 
     def _forward(self, x, params, cache, layer, sin, cos, softmax_scale, window_size, softcap, sinks, invariant,
                  schedule, loras, sequence_loras):
@@ -412,11 +424,10 @@ class QAttn:
         k_cache, v_cache = _layer_of(cache, layer)
         kv_append(buffers.k, buffers.v, k_cache, v_cache, block_table=step.table, positions=step.before, q_len=q_len,
                   q=buffers.q, q_out=q, **turn, **self._finish)
-        decode = step.mask is None and step.causal and (q_len == 1 or q_len <= MAX_Q_LEN and not options["invariant"])
         if schedule is None and step.mask is None:
-            schedule = step.schedule((self.num_heads, self.num_kv_heads, self.head_dim, self._dtype_name,
-                                      cache.k_format, options["window_size"], options["invariant"], decode))
-        if decode:
+            self._refuse_capture()
+            schedule = self._schedule(step, cache, window_size=options["window_size"], invariant=options["invariant"])
+        if _decodes(step, options["invariant"]):
             q = q.reshape(step.batch, q_len, self.num_heads, self.head_dim)
             paged_decode(q, k_cache, v_cache, block_table=step.table, cache_seqlens=step.after, schedule=schedule,
                          out=q, **options)
@@ -424,6 +435,11 @@ class QAttn:
             attention(q, k_cache, v_cache, cu_seqlens_q=step.cu_seqlens_q, cache_seqlens=step.after,
                       block_table=step.table, causal=step.causal, mask=step.mask, max_q_len=q_len, schedule=schedule,
                       out=q, **options)
+
+    def _schedule(self, step, cache, window_size, invariant):
+        """The Schedule of this layer's attention, which `step` keeps."""
+        return step.schedule((self.num_heads, self.num_kv_heads, self.head_dim, self._dtype_name, cache.k_format,
+                              window_size, invariant, _decodes(step, invariant)))
 
     # ---- ExLlamaV2's halves ----------------------------------------------------------------------------
 
@@ -467,9 +483,8 @@ class QAttn:
             flat.append(self._head_rows(name, given, tokens, heads))
         check_scratch("loras_temp", loras_temp, self.loras.max_rank * tokens if loras else 0)
         buffers = self._project(rows, self._added(loras, sequence_loras, batch_size, q_len))
-        if tokens:
-            kv_append(buffers.k, buffers.v, flat[1][:, None], flat[2][:, None], slots=self._slots(tokens),
-                      q=buffers.q, q_out=flat[0], q_len=q_len, **turn, **self._finish)
+        kv_append(buffers.k, buffers.v, flat[1][:, None], flat[2][:, None], slots=self._slots(tokens), q=buffers.q,
+                  q_out=flat[0], q_len=q_len, **turn, **self._finish)
         return tuple(made)
 
     def forward_2(self, x, attn_output, batch_size, q_len, loras=(), loras_temp=None, sequence_loras=None):
@@ -589,6 +604,14 @@ class QAttn:
             return rms_norm(x, gain, eps=self.norm_epsilon, out=out)
         return layer_norm(x, gain, bias, eps=self.norm_epsilon, out=out)
 
+    def _refuse_capture(self):
+        """A captured step would go on with the Schedule of its first lengths."""
+        under_capture = tape()
+        if under_capture is not None and under_capture.capturing or (
+                self.xp is not np and self.xp.cuda.get_current_stream().is_capturing()):
+            raise CaptureError("QAttn: schedule must be given while a step is captured, got None; make it inside the "
+                               "step by cupyattn.schedule(lengths, out=...)")
+
     def _slots(self, tokens):
         """int32 [tokens]: 0, 1, 2, ..."""
         key = self.xp.__name__, None if self.xp is np else self.xp.cuda.runtime.getDevice()
@@ -600,7 +623,7 @@ class QAttn:
     # ---- checks of a call ------------------------------------------------------------------------------
 
     def _tokens(self, batch_size, q_len):
-        check_number("QAttn", "batch_size", batch_size, least=0, integer=True)
+        check_number("QAttn", "batch_size", batch_size, least=1, integer=True)
         check_number("QAttn", "q_len", q_len, least=1, integer=True)
         return batch_size * q_len
 
@@ -670,6 +693,11 @@ def _viewed(name, array, shape):
         raise ValueError(f"QAttn: {name} must have one stride between tokens, got strides {array.strides} bytes for "
                          f"shape {list(array.shape)}")
     return view
+
+
+def _decodes(step, invariant):
+    """Whether `paged_decode` attends."""
+    return step.mask is None and step.causal and (step.q_len == 1 or step.q_len <= MAX_Q_LEN and not invariant)
 
 
 def _layer_of(cache, layer):
