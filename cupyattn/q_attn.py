@@ -348,10 +348,12 @@ class QAttn:
                     and sequence_loras == sequence_ and self.loras is adapters_ and repeats.again(kept)):
                 return x
         self._check_open()
+        if not isinstance(params, Params):
+            raise TypeError(f"QAttn: params must be Params or PagedParams, got {type(params).__name__}")
         call = (x, params, cache, layer, sin, cos, softmax_scale, window_size, softcap, sinks, invariant, schedule,
                 loras, sequence_loras, self.loras)
-        seen = (*map(id, (x, params, cache, sin, cos, sinks, schedule, self.loras)), layer, softmax_scale, window_size,
-                softcap, invariant, loras, sequence_loras)
+        seen = (params.serial, *map(id, (x, cache, sin, cos, sinks, schedule, self.loras)), layer, softmax_scale,
+                window_size, softcap, invariant, loras, sequence_loras)
         repeats.first(call, seen, lambda: self._forward(*call[:-1]), lambda: self._watched(*call[1:]))
         return x
 
@@ -371,8 +373,6 @@ class QAttn:
     def _forward(self, x, params, cache, layer, sin, cos, softmax_scale, window_size, softcap, sinks, invariant,
                  schedule, loras, sequence_loras):
         """`forward`, every time anew."""
-        if not isinstance(params, Params):
-            raise TypeError(f"QAttn: params must be Params or PagedParams, got {type(params).__name__}")
         steps = steps_of(params, cache, self.xp)
         rows = self._rows("x", x, params.batch_size, steps[0].q_len, self.hidden_size, self._x_name)
         added = self._added(loras, sequence_loras, params.batch_size, steps[0].q_len)
