@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """QAttn: the attention part of a decoder layer, from norm to residual, with ExLlamaV2's arguments."""
 
-from typing import NamedTuple
-
 import numpy as np
 
 from .errors import CaptureError
@@ -16,37 +14,12 @@ from .ops.paged_decode import MAX_Q_LEN, paged_decode
 from .ops.quant_gemm import quant_gemm
 from .ops.rms_norm import rms_norm
 from .params import Params
+from .q_attn_buffers import Workspace, buffers_of_rows, head_rows, row_numbers, token_rows
 from .q_attn_repeats import Repeats
 from .q_attn_step import block_borders, steps_of
 from .q_attn_weights import check_scratch, joined, kind_of, matrix, rope_style, tables, vector
-from .runtime import layer_workspace
-from .runtime.arrays import array_namespace, as_rows, dtype_name
 from .runtime.capturing import tape
 from .runtime.checks import FLOATS, check_number
-from .runtime.structs import address
-
-_places = {}   # (numpy or cupy, device) -> int32 0, 1, 2, ...: places of rows in arrays of their own
-
-
-class _Buffers(NamedTuple):
-    """Views into the workspace for one number of tokens."""
-
-    tokens: int
-    block: object
-    normed: object        # [tokens, hidden_size], dtype
-    heads: object         # [tokens, rows of q, k and v], dtype
-    linears: tuple        # the columns of `heads` of each Linear of q, k and v
-    q: object             # [tokens, num_heads, head_dim] of heads
-    k: object
-    v: object
-    mixed: object         # [tokens, num_heads, head_dim]: finished queries, then attention's output in their place
-    k_out: object         # [tokens, num_kv_heads, head_dim]: finished keys, where no cache takes them
-    v_out: object
-    projected: object     # float32 [tokens, hidden_size], before a post-norm
-    added: object         # [tokens, hidden_size], x's dtype, after it
-    outs: dict            # columns of `heads` of "q", "k" and "v"
-    sorted_x: object      # bytes for rows in the order of their adapters: of an input
-    sorted_y: object      # and of an output, None without adapters
 
 
 class QAttn:
@@ -165,7 +138,7 @@ class QAttn:
             raise ValueError(f"QAttn: dtype must be {', '.join(FLOATS)}, got {name!r}")
         self.dtype = dtype_of(name)
         self._dtype_name = name
-        self._x_dtype = np.dtype(np.float32) if self.residual_fp32 else self.dtype
+        self.x_dtype = np.dtype(np.float32) if self.residual_fp32 else self.dtype
         self._x_name = "float32" if self.residual_fp32 else name
 
     def _set_rope(self, style, sincos_size):
@@ -204,52 +177,6 @@ class QAttn:
                              "[hidden_size, num_heads * head_dim]").to(self.xp)
         self.o_bias = vector("o_bias", o_bias, ((self.hidden_size,),), self.xp)
 
-    def _lay_out(self):
-        """Bytes of a token in each buffer of the workspace."""
-        size, hidden = self.dtype.itemsize, self.hidden_size
-        columns = self.q_size + 2 * self.kv_size
-        loras = self.loras.max_rank > 0
-        post = loras or self.post_layernorm is not None
-        self._row_bytes = (hidden * size, columns * size, self.q_size * size, self.kv_size * size, self.kv_size * size,
-                           hidden * 4 * post, hidden * self._x_dtype.itemsize * post,
-                           max(hidden * self._x_dtype.itemsize, self.q_size * size) * loras,
-                           max(columns * size, hidden * 4) * loras)
-        self._buffers = None
-
-    def _scratch(self, tokens):
-        """_Buffers for `tokens`: made once, as long as the number of tokens and the workspace stay."""
-        starts, end = [], 0
-        held = self._buffers
-        if held is not None and held.tokens == tokens:
-            if layer_workspace(self.xp, held.block.size) is held.block:
-                return held
-        for row in self._row_bytes:
-            starts.append(end)
-            end += -(-tokens * row // 256) * 256
-        block = layer_workspace(self.xp, max(end, 1))
-
-        def part(n, dtype, *shape):
-            nbytes = tokens * self._row_bytes[n]
-            return block[starts[n]:starts[n] + nbytes].view(dtype).reshape(tokens, *shape) if nbytes else None
-
-        kv = self.num_kv_heads, self.head_dim
-        heads = part(1, self.dtype, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
-        flat = heads.reshape(tokens, -1)
-        sorted_x, sorted_y = (block[starts[n]:starts[n] + tokens * self._row_bytes[n]] for n in (7, 8))
-        self._buffers = held = _Buffers(
-            tokens, block, part(0, self.dtype, self.hidden_size), flat,
-            tuple(flat[:, linear.start:linear.stop] for linear in self.qkv), heads[:, :self.num_heads],
-            heads[:, self.num_heads:-self.num_kv_heads], heads[:, -self.num_kv_heads:],
-            part(2, self.dtype, self.num_heads, self.head_dim), part(3, self.dtype, *kv), part(4, self.dtype, *kv),
-            part(5, np.float32, self.hidden_size), part(6, self._x_dtype, self.hidden_size), self._columns(flat),
-            sorted_x, sorted_y)
-        return held
-
-    def _columns(self, flat):
-        """Columns of q, k and v in rows of all of them."""
-        q, kv = self.q_size, self.kv_size
-        return {"q": flat[:, :q], "k": flat[:, q:q + kv], "v": flat[:, q + kv:]}
-
     def set_loras(self, adapters):
         """The adapters that calls can name, in place of those of an earlier call.
 
@@ -273,7 +200,7 @@ class QAttn:
         self.loras = Adapters(dict(adapters), sizes, self._dtype_name, self.xp)
         if self.loras.max_rank and self._gain is None:
             self._gain = self.xp.asarray(np.ones(self.hidden_size, np.float32))
-        self._lay_out()
+        self._workspace = Workspace(self, self.loras.max_rank > 0)
         return self.loras.max_rank
 
     # ---- the whole step --------------------------------------------------------------------------------
@@ -387,7 +314,7 @@ class QAttn:
             if self.max_seq_len is not None and step.longest > self.max_seq_len:
                 raise ValueError(f"QAttn: params must have at most max_seq_len {self.max_seq_len} tokens, got "
                                  f"{step.longest}")
-            part = buffers if len(steps) == 1 else _of_rows(buffers, step.rows)
+            part = buffers if len(steps) == 1 else buffers_of_rows(buffers, step.rows)
             self._attend(part, params, step, cache[n] if isinstance(cache, list | tuple) else cache, layer, turn,
                          options, schedule)
         self._output(buffers.mixed.reshape(buffers.tokens, -1), rows, buffers, added)
@@ -410,7 +337,7 @@ class QAttn:
         if cache is None or borders is not None:
             if turn and step.rope_rows is None:
                 turn["rope_base"] = 0   # nothing is cached: positions count from 0
-            slots = self._slots(buffers.tokens)
+            slots = row_numbers(self.xp, buffers.tokens)
             kv_append(buffers.k, buffers.v, buffers.k_out[:, None], buffers.v_out[:, None], slots=slots, q=buffers.q,
                       q_out=q, q_len=q_len, **turn, **self._finish)
             if cache is not None:
@@ -480,11 +407,11 @@ class QAttn:
             if given is None:
                 given = self.xp.empty((batch_size, q_len, heads, self.head_dim), self.dtype)
             made.append(given)
-            flat.append(self._head_rows(name, given, tokens, heads))
+            flat.append(head_rows(self.xp, name, given, tokens, heads, self.head_dim, self._dtype_name))
         check_scratch("loras_temp", loras_temp, self.loras.max_rank * tokens if loras else 0)
         buffers = self._project(rows, self._added(loras, sequence_loras, batch_size, q_len))
-        kv_append(buffers.k, buffers.v, flat[1][:, None], flat[2][:, None], slots=self._slots(tokens), q=buffers.q,
-                  q_out=flat[0], q_len=q_len, **turn, **self._finish)
+        kv_append(buffers.k, buffers.v, flat[1][:, None], flat[2][:, None], slots=row_numbers(self.xp, tokens),
+                  q=buffers.q, q_out=flat[0], q_len=q_len, **turn, **self._finish)
         return tuple(made)
 
     def forward_2(self, x, attn_output, batch_size, q_len, loras=(), loras_temp=None, sequence_loras=None):
@@ -509,7 +436,7 @@ class QAttn:
         mixed = self._rows("attn_output", attn_output, batch_size, q_len, self.q_size, self._dtype_name)
         check_scratch("loras_temp", loras_temp, self.loras.max_rank * tokens if loras else 0)
         self._check_open()
-        self._output(mixed, rows, self._scratch(tokens), self._added(loras, sequence_loras, batch_size, q_len))
+        self._output(mixed, rows, self._workspace.of(tokens), self._added(loras, sequence_loras, batch_size, q_len))
         return x
 
     def _turn_from(self, past_len, past_lens, batch_size, q_len, sin, cos):
@@ -547,9 +474,9 @@ class QAttn:
         return self.loras.numbers(loras), group if self.loras.max_rank else None
 
     def _project(self, rows, added):
-        """Norm and projections of q, k and v; the _Buffers that hold them."""
+        """Norm and projections of q, k and v; the Buffers that hold them."""
         self._check_open()
-        buffers = self._scratch(len(rows))
+        buffers = self._workspace.of(len(rows))
         normed, outs = rows, buffers.linears
         if self.layernorm is not None:
             normed = self._norm(rows, self.layernorm, self.layernorm_bias, buffers.normed)
@@ -558,7 +485,7 @@ class QAttn:
         if order is not None:
             normed = self._sorted(order, normed, buffers)
             flat = buffers.sorted_y[:buffers.heads.nbytes].view(self.dtype).reshape(buffers.heads.shape)
-            outs, columns = [flat[:, linear.start:linear.stop] for linear in self.qkv], self._columns(flat)
+            outs, columns = [flat[:, linear.start:linear.stop] for linear in self.qkv], self._workspace.columns(flat)
         for linear, out in zip(self.qkv, outs, strict=True):
             quant_gemm(normed, linear.matrix, bias=linear.bias, out=out)
         if added is not None:
@@ -612,14 +539,6 @@ class QAttn:
             raise CaptureError("QAttn: schedule must be given while a step is captured, got None; make it inside the "
                                "step by cupyattn.schedule(lengths, out=...)")
 
-    def _slots(self, tokens):
-        """int32 [tokens]: 0, 1, 2, ..."""
-        key = self.xp.__name__, None if self.xp is np else self.xp.cuda.runtime.getDevice()
-        held = _places.get(key)
-        if held is None or len(held) < tokens:
-            held = _places[key] = self.xp.asarray(np.arange(1 << max(10, (tokens - 1).bit_length()), dtype=np.int32))
-        return held[:tokens]
-
     # ---- checks of a call ------------------------------------------------------------------------------
 
     def _tokens(self, batch_size, q_len):
@@ -629,32 +548,10 @@ class QAttn:
 
     def _rows(self, name, array, batch_size, q_len, width, dtype):
         """`array` of all tokens as [tokens, width], a view."""
-        tokens = batch_size * q_len
-        if array_namespace("QAttn", **{name: array}) is not self.xp:
-            raise TypeError(f"QAttn: {name} must be a {self.xp.__name__} array like the weights, got another kind")
-        if dtype_name(array) != dtype:
-            raise TypeError(f"QAttn: {name} must be {dtype}, got {dtype_name(array)}")
-        if self.max_rows is not None and tokens > self.max_rows:
-            raise ValueError(f"QAttn: {name} must have at most max_rows {self.max_rows} tokens, got {tokens}")
-        if array.shape == (tokens, width):
-            return array
-        if array.size != tokens * width or array.ndim < 2:
-            raise ValueError(f"QAttn: {name} must be [batch_size={batch_size}, q_len={q_len}, {width}], got "
-                             f"{list(array.shape)}")
-        if array.shape[-1] != width:   # heads are an axis of their own
-            array = _viewed(name, array, (tokens, width))
-        return as_rows("QAttn", name, array)
-
-    def _head_rows(self, name, array, tokens, heads):
-        """`array` as [tokens, heads, head_dim], a view."""
-        if array_namespace("QAttn", **{name: array}) is not self.xp:
-            raise TypeError(f"QAttn: {name} must be a {self.xp.__name__} array like the weights, got another kind")
-        if dtype_name(array) != self._dtype_name:
-            raise TypeError(f"QAttn: {name} must be {self._dtype_name}, got {dtype_name(array)}")
-        if array.size != tokens * heads * self.head_dim:
-            raise ValueError(f"QAttn: {name} must be [batch_size, q_len, {heads}, {self.head_dim}] of {tokens} tokens, "
-                             f"got {list(array.shape)}")
-        return _viewed(name, array, (tokens, heads, self.head_dim))
+        if self.max_rows is not None and batch_size * q_len > self.max_rows:
+            raise ValueError(f"QAttn: {name} must have at most max_rows {self.max_rows} tokens, got "
+                             f"{batch_size * q_len}")
+        return token_rows(self.xp, name, array, batch_size, q_len, width, dtype)
 
     def _check_open(self):
         if self.qkv is None:
@@ -664,7 +561,7 @@ class QAttn:
 
     def close(self):
         """Let go of all weights; calls are refused from then on."""
-        self.qkv = self.o_proj = self._buffers = self._repeats = None
+        self.qkv = self.o_proj = self._workspace = self._repeats = None
 
     def __enter__(self):
         return self
@@ -686,15 +583,6 @@ class QAttn:
                 f"{formats} -> {self.o_proj.format}, {self._dtype_name}, rope {self.rope_style})")
 
 
-def _viewed(name, array, shape):
-    """`array` in another shape over the same memory."""
-    view = array.reshape(shape)
-    if array.size and address(view) != address(array):
-        raise ValueError(f"QAttn: {name} must have one stride between tokens, got strides {array.strides} bytes for "
-                         f"shape {list(array.shape)}")
-    return view
-
-
 def _decodes(step, invariant):
     """Whether `paged_decode` attends."""
     return step.mask is None and step.causal and (step.q_len == 1 or step.q_len <= MAX_Q_LEN and not invariant)
@@ -705,9 +593,3 @@ def _layer_of(cache, layer):
     if not 0 <= layer < cache.num_layers:
         raise ValueError(f"QAttn: layer must be one of the cache's {cache.num_layers}, got {layer}")
     return cache.k[layer], cache.v[layer]
-
-
-def _of_rows(buffers, rows):
-    """_Buffers of some of the tokens, as far as `_attend` looks at them."""
-    parts = {name: getattr(buffers, name)[rows] for name in ("q", "k", "v", "mixed", "k_out", "v_out")}
-    return buffers._replace(tokens=rows.stop - rows.start, **parts)
