@@ -6,6 +6,7 @@ NumPy arrays in: the `.cu` source runs on the CPU. CuPy arrays in: it runs on th
 
 from .attention_params import AttentionParams
 from .cache_iterators import BlockIteratorParams, LinearIteratorParams, QuantPolicy, create_cache_iter_factory
+from .caches import PagedCache
 from .communicators import Communicator, InProcessCommunicator, MPICommunicator
 from .context_parallel import contiguous_shards, merge_shards, rank_result, round_robin
 from .errors import CompileError, KernelCheckError
@@ -33,10 +34,10 @@ from .rope_params import RopeKernelParam, RopeParams
 from .turbomind import flatten_kv, invoke_attention, invoke_decoding, process_kv, reduce_split_k
 
 __all__ = [
-    "AttentionParams", "BlockIteratorParams", "BlockKV", "Communicator", "CompileError",
-    "InProcessCommunicator", "KernelCheckError", "LinearIteratorParams", "MPICommunicator", "NCCLCommunicator",
-    "PagedParams", "PageManager", "PageTable", "Params", "QExperts", "QMatrix", "QuantPolicy", "QuantizedKV",
-    "RopeKernelParam", "RopeParams", "Schedule",
+    "AttentionParams", "BlockIteratorParams", "BlockKV", "CompileError", "KernelCheckError", "LinearIteratorParams",
+    "PagedCache", "PagedParams", "PageManager", "PageTable", "Params", "QExperts", "QMatrix", "QuantPolicy",
+    "QuantizedKV", "RopeKernelParam", "RopeParams", "Schedule",
+    "Communicator", "InProcessCommunicator", "MPICommunicator", "NCCLCommunicator",
     "attention", "dequantize", "embedding", "kv_append", "kv_flatten", "layer_norm", "paged_decode", "quant_gemm",
     "repack", "rms_norm", "rope", "schedule", "silu_mul", "split_reduce",
     "contiguous_shards", "create_cache_iter_factory", "flatten_kv", "invoke_attention", "invoke_decoding",
