@@ -31,13 +31,15 @@ from .params import PagedParams, Params
 from .quant import QExperts, QMatrix
 from .quantized_kv import BlockKV, QuantizedKV
 from .rope_params import RopeKernelParam, RopeParams
+from .tensor_parallel import TPContext, split_heads
 from .turbomind import flatten_kv, invoke_attention, invoke_decoding, process_kv, reduce_split_k
 
 __all__ = [
     "AttentionParams", "BlockIteratorParams", "BlockKV", "CompileError", "KernelCheckError", "LinearIteratorParams",
     "PagedCache", "PagedParams", "PageManager", "PageTable", "Params", "QExperts", "QMatrix", "QuantPolicy",
     "QuantizedKV", "RopeKernelParam", "RopeParams", "Schedule",
-    "Communicator", "InProcessCommunicator", "MPICommunicator", "NCCLCommunicator",
+    "Communicator", "InProcessCommunicator", "MPICommunicator", "NCCLCommunicator", "TPContext",
+    "split_heads",
     "attention", "dequantize", "embedding", "kv_append", "kv_flatten", "layer_norm", "paged_decode", "quant_gemm",
     "repack", "rms_norm", "rope", "schedule", "silu_mul", "split_reduce",
     "contiguous_shards", "create_cache_iter_factory", "flatten_kv", "invoke_attention", "invoke_decoding",
