@@ -2,6 +2,7 @@
 """Communicators: in one process, over MPI in several, over NCCL's stand-in."""
 
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -145,6 +146,31 @@ def test_nccl_uses_the_current_stream_and_can_be_captured(three_gpus):
     graph.launch()
     graph.launch()
     assert xp.numpy(arrays[1]).tolist() == [16, 24]
+
+
+@pytest.mark.gpu
+def test_nccl_on_one_gpu():
+    """A single rank, as far as one GPU goes; without the library, how to get it."""
+    import cupy
+
+    if not _library_found():
+        with pytest.raises(RuntimeError, match="pip install nvidia-nccl-cu13"):
+            NCCLCommunicator.local([0])
+        return
+    for nccl in (NCCLCommunicator.local([0]), NCCLCommunicator.over(InProcessCommunicator(1))):
+        arrays = [cupy.asarray(parts(1, np.float32)[0])]
+        whole = nccl.all_gather(arrays, 1)[0]
+        assert_same_bits(nccl.all_reduce([arrays[0].copy()])[0].get(), arrays[0].get())
+        assert_same_bits(nccl.broadcast([arrays[0].copy()])[0].get(), arrays[0].get())
+        assert_same_bits(whole.get(), arrays[0].get())
+        assert_same_bits(nccl.gather(arrays, 1).get(), arrays[0].get())
+
+
+def _library_found():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from cupy.cuda import nccl
+    return nccl.available
 
 
 class Threads(Communicator):
