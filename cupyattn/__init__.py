@@ -28,6 +28,16 @@ from .ops.split_reduce import split_reduce
 from .page_table import PageTable
 from .pages import PageManager
 from .params import PagedParams, Params
+from .q_attn import QAttn
+from .q_attn_functions import (
+    ROPE_STYLE_GPTJ,
+    ROPE_STYLE_NEOX,
+    ROPE_STYLE_NONE,
+    free_q_attn,
+    make_q_attn,
+    q_attn_forward_1,
+    q_attn_forward_2,
+)
 from .quant import QExperts, QMatrix
 from .quantized_kv import BlockKV, QuantizedKV
 from .rope_params import RopeKernelParam, RopeParams
@@ -36,13 +46,13 @@ from .turbomind import flatten_kv, invoke_attention, invoke_decoding, process_kv
 
 __all__ = [
     "AttentionParams", "BlockIteratorParams", "BlockKV", "CompileError", "KernelCheckError", "LinearIteratorParams",
-    "PagedCache", "PagedParams", "PageManager", "PageTable", "Params", "QExperts", "QMatrix", "QuantPolicy",
-    "QuantizedKV", "RopeKernelParam", "RopeParams", "Schedule",
-    "Communicator", "InProcessCommunicator", "MPICommunicator", "NCCLCommunicator", "TPContext",
-    "split_heads",
+    "PagedCache", "PagedParams", "PageManager", "PageTable", "Params", "QAttn", "QExperts", "QMatrix", "QuantPolicy",
+    "QuantizedKV", "ROPE_STYLE_GPTJ", "ROPE_STYLE_NEOX", "ROPE_STYLE_NONE", "RopeKernelParam", "RopeParams", "Schedule",
     "attention", "dequantize", "embedding", "kv_append", "kv_flatten", "layer_norm", "paged_decode", "quant_gemm",
     "repack", "rms_norm", "rope", "schedule", "silu_mul", "split_reduce",
+    "free_q_attn", "make_q_attn", "q_attn_forward_1", "q_attn_forward_2",
     "contiguous_shards", "create_cache_iter_factory", "flatten_kv", "invoke_attention", "invoke_decoding",
     "merge_shards", "process_kv", "rank_result", "reduce_split_k", "round_robin",
+    "Communicator", "InProcessCommunicator", "MPICommunicator", "NCCLCommunicator", "TPContext", "split_heads",
 ]
 __version__ = "0.1.0"

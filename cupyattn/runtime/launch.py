@@ -173,6 +173,11 @@ def workspace(xp, nbytes):
     return _block(xp, "workspace", nbytes)
 
 
+def layer_workspace(xp, nbytes):
+    """Scratch as `workspace`, for what a layer keeps from one op to the next: ops use the other."""
+    return _block(xp, "layer", nbytes)
+
+
 def arrival_counters(xp, count):
     """int32 [count or more], all zero, for kernels that count arrivals and reset what they have counted.
 
