@@ -42,6 +42,7 @@ from .quant import QExperts, QMatrix
 from .quantized_kv import BlockKV, QuantizedKV
 from .rope_params import RopeKernelParam, RopeParams
 from .tensor_parallel import TPContext, split_heads
+from .tp_attn import TPAttn, TPShard
 from .turbomind import flatten_kv, invoke_attention, invoke_decoding, process_kv, reduce_split_k
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "free_q_attn", "make_q_attn", "q_attn_forward_1", "q_attn_forward_2",
     "contiguous_shards", "create_cache_iter_factory", "flatten_kv", "invoke_attention", "invoke_decoding",
     "merge_shards", "process_kv", "rank_result", "reduce_split_k", "round_robin",
-    "Communicator", "InProcessCommunicator", "MPICommunicator", "NCCLCommunicator", "TPContext", "split_heads",
+    "Communicator", "InProcessCommunicator", "MPICommunicator", "NCCLCommunicator", "TPAttn", "TPContext",
+    "TPShard", "split_heads",
 ]
 __version__ = "0.1.0"

@@ -83,6 +83,18 @@ def context_parallel(communicator, folder):
     return [dict(zip(("out", "lse"), decoded_by(communicator), strict=True))]
 
 
+def layers(communicator, folder):
+    """Attention layers spread over the ranks."""
+    from test_tp_attn import spread
+
+    results = {}
+    for name in ("fp16", "fp32", "int4 and everything"):
+        for paged in (True, False):
+            (steps,) = spread(name, paged, communicator)
+            results |= {f"{name} {paged} {n}": x for n, x in enumerate(steps)}
+    return [results]
+
+
 if __name__ == "__main__":
     program, place = sys.argv[1], Path(sys.argv[2])
     ranks = cupyattn.MPICommunicator()

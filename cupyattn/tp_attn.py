@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TPAttn: an attention layer whose heads are spread over ranks."""
+
+import contextlib
+
+import numpy as np
+
+from .ops.rms_norm import rms_norm
+from .q_attn import QAttn
+from .q_attn_weights import vector
+from .tensor_parallel import TPContext
+
+
+class TPShard(QAttn):
+    """What one rank has of a layer: a `QAttn` of its heads whose output is a part of a sum.
+
+    Made by `shards`. `forward` leaves x as it is and the part in `partial`, float32; bias and residual are in that of
+    the first rank. `finish` adds the sum of all to x.
+    """
+
+    def __init__(self, *, first, has_residual=True, post_layernorm=None, post_layernorm_bias=None, **layer):
+        super().__init__(has_residual=first and has_residual and post_layernorm is None, **layer)
+        self.first, self.residual, self.partial, self._x = first, bool(has_residual), None, None
+        if post_layernorm_bias is not None and (post_layernorm is None or self.layernorm_is_rms):
+            raise ValueError("TPAttn: post_layernorm_bias must come with a post_layernorm that is a layer norm "
+                             "(layernorm_is_rms=False), got it without")
+        width = ((self.hidden_size,),)
+        self.post = vector("post_layernorm", post_layernorm, width, self.xp)
+        self.post_bias = vector("post_layernorm_bias", post_layernorm_bias, width, self.xp)
+
+    @classmethod
+    def of_layer(cls, context, rank, layer):
+        """The shard of a rank, from the arguments of `QAttn` for the whole layer."""
+        layer = dict(layer)
+        for name in ("temp_state", "temp_dq"):
+            layer.pop(name, None)   # scratch of the whole layer
+        whole = {"num_heads": context.num_heads, "num_kv_heads": context.num_kv_heads, "head_dim": context.head_dim,
+                 "hidden_size": context.hidden_size}
+        for name, value in whole.items():
+            if layer.setdefault(name, value) != value:
+                raise ValueError(f"TPAttn: {name} must be {value} like the context's, got {layer[name]}")
+        for name, kind in (("q", "q"), ("k", "kv"), ("v", "kv")):
+            layer[f"q_{name}_proj"] = context.shard_rows(layer[f"q_{name}_proj"], rank, kind)
+            layer[f"{name}_bias"] = context.shard_heads(layer.get(f"{name}_bias"), rank, kind)
+            norm = layer.get(f"{name}_norm")
+            if norm is not None and norm.ndim == 2:
+                layer[f"{name}_norm"] = context.shard_heads(norm, rank, kind)
+        layer["q_o_proj"] = context.shard_columns(layer["q_o_proj"], rank)
+        if rank > 0:
+            layer["o_bias"] = None
+        layer |= {"num_heads": context.q_heads[rank], "num_kv_heads": context.kv_heads[rank]}
+        return cls(first=rank == 0, **layer)
+
+    def _output(self, mixed, rows, buffers, loras):
+        """In place of QAttn's: this rank's part of what is added to `rows` of x."""
+        if self.partial is None or self.partial.shape != rows.shape:
+            self.partial = self.xp.empty(rows.shape, np.float32)
+        if self.has_residual:
+            self.partial[...] = rows
+        super()._output(mixed, self.partial, buffers, loras)
+        self._x = rows
+
+    def finish(self):
+        """x from the sum of all parts, which `partial` has become."""
+        x, self._x = self._x, None
+        if self.post is None:
+            x[...] = self.partial
+            return
+        out = self.xp.empty(x.shape, x.dtype) if self.residual else x
+        self._norm(self.partial, self.post, self.post_bias, out)
+        if self.residual:   # the sum is what is wanted of this norm; its result is nobody's
+            rms_norm(out, self.post, eps=self.norm_epsilon, residual=x, out=out)
+
+
+class TPAttn:
+    """`QAttn` whose heads are spread over the ranks of a TPContext.
+
+    Every rank has x, the projections of its heads, and their keys and values. The output projection is cut along its
+    columns: a step is `QAttn`'s up to there, one `Communicator.all_reduce` of float32 [tokens, hidden_size], and the
+    post-norm. x is the same on all ranks, before and after.
+
+    Parameters
+    ----------
+    shards : list of TPShard
+        One for each rank of this process; see `from_layer`.
+    context : TPContext
+
+    Examples
+    --------
+    >>> import numpy as np, cupyattn
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v, o = (rng.standard_normal((n, 32)).astype(np.float32) / 8 for n in (32, 16, 16, 32))
+    >>> context = cupyattn.TPContext(cupyattn.InProcessCommunicator(2), num_heads=4, num_kv_heads=2, head_dim=8,
+    ...                              hidden_size=32)
+    >>> layer = cupyattn.TPAttn.from_layer(context, layernorm=np.ones(32, np.float32), q_q_proj=q, q_k_proj=k,
+    ...                                    q_v_proj=v, q_o_proj=o, dtype="float32", rope_style="none")
+    >>> caches = [cupyattn.PagedCache.contiguous(1, 2, 16, heads, 8, dtype="float32") for heads in context.kv_heads]
+    >>> x = rng.standard_normal((2, 3, 32)).astype(np.float32)
+    >>> out = layer.forward([x, x.copy()], cupyattn.Params(batch_size=2, seq_len=3, past_len=0), caches)
+    >>> bool((out[0] == out[1]).all())
+    True
+    """
+
+    def __init__(self, shards, context):
+        if not isinstance(context, TPContext):
+            raise TypeError(f"TPAttn: context must be a TPContext, got {type(context).__name__}")
+        self.shards, self.context = list(shards), context
+        ranks = context.communicator.ranks
+        if len(self.shards) != len(ranks) or not all(isinstance(shard, TPShard) for shard in self.shards):
+            raise ValueError(f"TPAttn: shards must be a TPShard for each of the ranks {list(ranks)}, got "
+                             f"{[type(shard).__name__ for shard in self.shards]}")
+        for shard, rank in zip(self.shards, ranks, strict=True):
+            found = (shard.num_heads, shard.num_kv_heads, shard.head_dim, shard.hidden_size, shard.first)
+            wanted = (context.q_heads[rank], context.kv_heads[rank], context.head_dim, context.hidden_size, rank == 0)
+            if found != wanted:
+                raise ValueError(f"TPAttn: shards must hold (heads, KV heads, head_dim, hidden_size, whether the "
+                                 f"first) = {wanted} for rank {rank}, got {found}")
+
+    @classmethod
+    def from_layer(cls, context, **layer):
+        """From a whole layer; each rank keeps its part.
+
+        Parameters
+        ----------
+        context : TPContext
+        **layer
+            Arguments of `QAttn`. Heads and sizes may be left out; `temp_state` and `temp_dq` are not looked at. With
+            ranks on several GPUs of this process the weights are in host memory.
+        """
+        shards = []
+        for rank, device in zip(context.communicator.ranks, context.communicator.devices, strict=True):
+            with _on(device) as xp:
+                shards.append(TPShard.of_layer(context, rank, {"xp": xp} | layer))
+        return cls(shards, context)
+
+    def forward(self, x, params, caches=None, layer=0, *, sin=None, cos=None, sinks=None, schedules=None, **options):
+        """One step of the layer: x is changed in place, new keys and values go into the caches.
+
+        Parameters
+        ----------
+        x : list of ndarray
+            For each rank of this process, the same numbers; see `QAttn.forward`.
+        params : Params or PagedParams
+            One for all ranks.
+        caches : list of PagedCache, optional
+            For each rank, with its KV heads, ``context.kv_heads[rank]``; the same pages.
+        layer : int
+        sin, cos : ndarray, or list of one for each rank
+            See `QAttn.forward`.
+        sinks : ndarray [num_heads], or list of one for each rank, optional
+            Of all heads.
+        schedules : list of Schedule, optional
+            For each rank.
+        **options
+            ``softmax_scale``, ``window_size``, ``softcap``, ``invariant``, ``loras`` of `QAttn.forward`.
+
+        Returns
+        -------
+        x : list of ndarray
+        """
+        ranks, devices = self.context.communicator.ranks, self.context.communicator.devices
+        lists = {"x": x, "caches": caches, "sin": sin, "cos": cos, "sinks": sinks, "schedules": schedules}
+        for name, value in lists.items():
+            if not isinstance(value, list | tuple) and (value is None or name in ("sin", "cos", "sinks")):
+                lists[name] = [value] * len(ranks)
+            elif not isinstance(value, list | tuple) or len(value) != len(ranks):
+                raise ValueError(f"TPAttn: {name} must be a list of one for each of the ranks {list(ranks)}, got "
+                                 f"{len(value) if isinstance(value, list | tuple) else type(value).__name__}")
+        for n, (shard, rank) in enumerate(zip(self.shards, ranks, strict=True)):
+            with _on(devices[n]):
+                shard.forward(lists["x"][n], params, lists["caches"][n], layer, sin=lists["sin"][n],
+                              cos=lists["cos"][n], sinks=self.context.shard_heads(lists["sinks"][n], rank, "q"),
+                              schedule=lists["schedules"][n], **options)
+        self.context.communicator.all_reduce([shard.partial for shard in self.shards])
+        for shard, device in zip(self.shards, devices, strict=True):
+            with _on(device):
+                shard.finish()
+        return x
+
+    def close(self):
+        """Let go of all weights; calls are refused from then on."""
+        for shard in self.shards:
+            shard.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+    def __repr__(self):
+        return f"TPAttn({self.context!r}, {', '.join(map(repr, self.shards))})"
+
+
+@contextlib.contextmanager
+def _on(device):
+    """numpy or cupy, with a GPU as the current one."""
+    if device == "cpu":
+        yield np
+    else:
+        import cupy
+
+        with cupy.cuda.Device(device):
+            yield cupy
