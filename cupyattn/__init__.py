@@ -43,6 +43,7 @@ from .quantized_kv import BlockKV, QuantizedKV
 from .rope_params import RopeKernelParam, RopeParams
 from .tensor_parallel import TPContext, split_heads
 from .tp_attn import TPAttn, TPShard
+from .tp_attn_functions import tp_attn_forward_, tp_attn_forward_paged_
 from .turbomind import flatten_kv, invoke_attention, invoke_decoding, process_kv, reduce_split_k
 
 __all__ = [
@@ -55,6 +56,6 @@ __all__ = [
     "contiguous_shards", "create_cache_iter_factory", "flatten_kv", "invoke_attention", "invoke_decoding",
     "merge_shards", "process_kv", "rank_result", "reduce_split_k", "round_robin",
     "Communicator", "InProcessCommunicator", "MPICommunicator", "NCCLCommunicator", "TPAttn", "TPContext",
-    "TPShard", "split_heads",
+    "TPShard", "split_heads", "tp_attn_forward_", "tp_attn_forward_paged_",
 ]
 __version__ = "0.1.0"

@@ -96,6 +96,7 @@ class TPContext:
         if 0 in self.kv_heads:
             raise NotImplementedError(f"TPContext: weights must give every rank a KV head, got {self.kv_heads} heads; "
                                       "make the communicator of fewer ranks")
+        self.layers = {}   # of tp_attn_forward_: what is made of a layer's weights, once
         group = num_heads // num_kv_heads
         self.q_heads = [group * heads for heads in self.kv_heads]
         self.kv_split, self.q_split = ([(device, *self.heads(rank, kind)) for rank, device in

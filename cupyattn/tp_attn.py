@@ -127,11 +127,9 @@ class TPAttn:
             Arguments of `QAttn`. Heads and sizes may be left out; `temp_state` and `temp_dq` are not looked at. With
             ranks on several GPUs of this process the weights are in host memory.
         """
-        shards = []
-        for rank, device in zip(context.communicator.ranks, context.communicator.devices, strict=True):
-            with _on(device) as xp:
-                shards.append(TPShard.of_layer(context, rank, {"xp": xp} | layer))
-        return cls(shards, context)
+        communicator = context.communicator
+        return cls([TPShard.of_layer(context, rank, {"xp": array_module(communicator.devices[n])} | layer)
+                    for n, rank in each_rank(communicator, communicator.ranks)], context)
 
     def forward(self, x, params, caches=None, layer=0, *, sin=None, cos=None, sinks=None, schedules=None, **options):
         """One step of the layer: x is changed in place, new keys and values go into the caches.
@@ -158,7 +156,7 @@ class TPAttn:
         -------
         x : list of ndarray
         """
-        ranks, devices = self.context.communicator.ranks, self.context.communicator.devices
+        communicator, ranks = self.context.communicator, self.context.communicator.ranks
         lists = {"x": x, "caches": caches, "sin": sin, "cos": cos, "sinks": sinks, "schedules": schedules}
         for name, value in lists.items():
             if not isinstance(value, list | tuple) and (value is None or name in ("sin", "cos", "sinks")):
@@ -166,15 +164,13 @@ class TPAttn:
             elif not isinstance(value, list | tuple) or len(value) != len(ranks):
                 raise ValueError(f"TPAttn: {name} must be a list of one for each of the ranks {list(ranks)}, got "
                                  f"{len(value) if isinstance(value, list | tuple) else type(value).__name__}")
-        for n, (shard, rank) in enumerate(zip(self.shards, ranks, strict=True)):
-            with _on(devices[n]):
-                shard.forward(lists["x"][n], params, lists["caches"][n], layer, sin=lists["sin"][n],
-                              cos=lists["cos"][n], sinks=self.context.shard_heads(lists["sinks"][n], rank, "q"),
-                              schedule=lists["schedules"][n], **options)
-        self.context.communicator.all_reduce([shard.partial for shard in self.shards])
-        for shard, device in zip(self.shards, devices, strict=True):
-            with _on(device):
-                shard.finish()
+        for n, shard in each_rank(communicator, self.shards):
+            sinks = self.context.shard_heads(lists["sinks"][n], ranks[n], "q")
+            shard.forward(lists["x"][n], params, lists["caches"][n], layer, sin=lists["sin"][n], cos=lists["cos"][n],
+                          sinks=sinks, schedule=lists["schedules"][n], **options)
+        communicator.all_reduce([shard.partial for shard in self.shards])
+        for _, shard in each_rank(communicator, self.shards):
+            shard.finish()
         return x
 
     def close(self):
@@ -192,13 +188,17 @@ class TPAttn:
         return f"TPAttn({self.context!r}, {', '.join(map(repr, self.shards))})"
 
 
-@contextlib.contextmanager
-def _on(device):
-    """numpy or cupy, with a GPU as the current one."""
+def array_module(device):
+    """numpy for "cpu", else cupy."""
     if device == "cpu":
-        yield np
-    else:
-        import cupy
+        return np
+    import cupy
 
-        with cupy.cuda.Device(device):
-            yield cupy
+    return cupy
+
+
+def each_rank(communicator, values):
+    """(n, value) of each rank of this process, with its GPU as the current one."""
+    for n, (device, value) in enumerate(zip(communicator.devices, values, strict=True)):
+        with contextlib.nullcontext() if device == "cpu" else array_module(device).cuda.Device(device):
+            yield n, value

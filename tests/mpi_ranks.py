@@ -95,6 +95,18 @@ def layers(communicator, folder):
     return [results]
 
 
+def functions(communicator, folder):
+    """The tensor-parallel functions of ExLlamaV2."""
+    from test_tp_attn_functions import spread
+
+    results = {}
+    for paged in (True, False):
+        returned, columns = spread("fp32, uneven", paged, communicator)
+        results |= {f"returned {paged} {n}": x for n, x in enumerate(returned)}
+        results |= {f"columns {paged} {n}": x for n, (x,) in enumerate(columns)}
+    return [results]
+
+
 if __name__ == "__main__":
     program, place = sys.argv[1], Path(sys.argv[2])
     ranks = cupyattn.MPICommunicator()

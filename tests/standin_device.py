@@ -119,7 +119,7 @@ def ndarray_fill(self, value):
 
 
 def ndarray_iadd(self, other):
-    enqueue(lambda: np.add(host(self), host(other), out=host(self)))
+    enqueue(lambda: np.add(host(self), host(other) if isinstance(other, cupy.ndarray) else other, out=host(self)))
     return self
 
 
