@@ -10,6 +10,7 @@ from .caches import PagedCache
 from .communicators import Communicator, InProcessCommunicator, MPICommunicator
 from .context_parallel import contiguous_shards, merge_shards, rank_result, round_robin
 from .errors import CompileError, KernelCheckError
+from .lora import LoRA, load_lora
 from .nccl import NCCLCommunicator
 from .ops.attention import attention
 from .ops.dequantize import dequantize
@@ -37,6 +38,7 @@ from .q_attn_functions import (
     make_q_attn,
     q_attn_forward_1,
     q_attn_forward_2,
+    q_attn_set_loras,
 )
 from .quant import QExperts, QMatrix
 from .quantized_kv import BlockKV, QuantizedKV
@@ -48,11 +50,12 @@ from .turbomind import flatten_kv, invoke_attention, invoke_decoding, process_kv
 
 __all__ = [
     "AttentionParams", "BlockIteratorParams", "BlockKV", "CompileError", "KernelCheckError", "LinearIteratorParams",
-    "PagedCache", "PagedParams", "PageManager", "PageTable", "Params", "QAttn", "QExperts", "QMatrix", "QuantPolicy",
-    "QuantizedKV", "ROPE_STYLE_GPTJ", "ROPE_STYLE_NEOX", "ROPE_STYLE_NONE", "RopeKernelParam", "RopeParams", "Schedule",
+    "LoRA", "PagedCache", "PagedParams", "PageManager", "PageTable", "Params", "QAttn", "QExperts", "QMatrix",
+    "QuantPolicy", "QuantizedKV", "ROPE_STYLE_GPTJ", "ROPE_STYLE_NEOX", "ROPE_STYLE_NONE", "RopeKernelParam",
+    "RopeParams", "Schedule",
     "attention", "dequantize", "embedding", "kv_append", "kv_flatten", "layer_norm", "paged_decode", "quant_gemm",
     "repack", "rms_norm", "rope", "schedule", "silu_mul", "split_reduce",
-    "free_q_attn", "make_q_attn", "q_attn_forward_1", "q_attn_forward_2",
+    "free_q_attn", "make_q_attn", "q_attn_forward_1", "q_attn_forward_2", "q_attn_set_loras", "load_lora",
     "contiguous_shards", "create_cache_iter_factory", "flatten_kv", "invoke_attention", "invoke_decoding",
     "merge_shards", "process_kv", "rank_result", "reduce_split_k", "round_robin",
     "Communicator", "InProcessCommunicator", "MPICommunicator", "NCCLCommunicator", "TPAttn", "TPContext",

@@ -6,7 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from .kv_formats import dtype_of
+from .lora import Adapters
 from .ops.attention import attention
+from .ops.embedding import embedding
 from .ops.kv_append import kv_append
 from .ops.layer_norm import layer_norm
 from .ops.paged_decode import MAX_Q_LEN, paged_decode
@@ -39,6 +41,9 @@ class _Buffers(NamedTuple):
     v_out: object
     projected: object     # float32 [tokens, hidden_size], before a post-norm
     added: object         # [tokens, hidden_size], x's dtype, after it
+    outs: dict            # columns of `heads` of "q", "k" and "v"
+    sorted_x: object      # bytes for rows in the order of their adapters: of an input
+    sorted_y: object      # and of an output, None without adapters
 
 
 class QAttn:
@@ -145,8 +150,8 @@ class QAttn:
         if max_rows is not None:
             check_scratch("temp_state", temp_state, max_rows * max(self.q_size, self.hidden_size))
         check_scratch("temp_dq", temp_dq, min(max(self.q_size, self.kv_size) * self.hidden_size, 512 << 20))
-        self._buffers = None
-        self._lay_out()
+        self.loras, self._gain = None, None
+        self.set_loras({})
 
     # ---- construction ----------------------------------------------------------------------------------
 
@@ -199,9 +204,13 @@ class QAttn:
         """Bytes of a token in each buffer of the workspace."""
         size, hidden = self.dtype.itemsize, self.hidden_size
         columns = self.q_size + 2 * self.kv_size
-        post = self.post_layernorm is not None
+        loras = self.loras.max_rank > 0
+        post = loras or self.post_layernorm is not None
         self._row_bytes = (hidden * size, columns * size, self.q_size * size, self.kv_size * size, self.kv_size * size,
-                           hidden * 4 * post, hidden * self._x_dtype.itemsize * post)
+                           hidden * 4 * post, hidden * self._x_dtype.itemsize * post,
+                           max(hidden * self._x_dtype.itemsize, self.q_size * size) * loras,
+                           max(columns * size, hidden * 4) * loras)
+        self._buffers = None
 
     def _scratch(self, tokens):
         """_Buffers for `tokens`: made once, as long as the number of tokens and the workspace stay."""
@@ -222,18 +231,51 @@ class QAttn:
         kv = self.num_kv_heads, self.head_dim
         heads = part(1, self.dtype, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         flat = heads.reshape(tokens, -1)
+        sorted_x, sorted_y = (block[starts[n]:starts[n] + tokens * self._row_bytes[n]] for n in (7, 8))
         self._buffers = held = _Buffers(
             tokens, block, part(0, self.dtype, self.hidden_size), flat,
             tuple(flat[:, linear.start:linear.stop] for linear in self.qkv), heads[:, :self.num_heads],
             heads[:, self.num_heads:-self.num_kv_heads], heads[:, -self.num_kv_heads:],
             part(2, self.dtype, self.num_heads, self.head_dim), part(3, self.dtype, *kv), part(4, self.dtype, *kv),
-            part(5, np.float32, self.hidden_size), part(6, self._x_dtype, self.hidden_size))
+            part(5, np.float32, self.hidden_size), part(6, self._x_dtype, self.hidden_size), self._columns(flat),
+            sorted_x, sorted_y)
         return held
+
+    def _columns(self, flat):
+        """Columns of q, k and v in rows of all of them."""
+        q, kv = self.q_size, self.kv_size
+        return {"q": flat[:, :q], "k": flat[:, q:q + kv], "v": flat[:, q + kv:]}
+
+    def set_loras(self, adapters):
+        """The adapters that calls can name, in place of those of an earlier call.
+
+        Parameters
+        ----------
+        adapters : dict of name to (dict of "q", "k", "v" or "o" to LoRA)
+            A name without weights for this layer has an empty dict. `load_lora` reads them from a file.
+
+        Returns
+        -------
+        int
+            The largest rank of all projections and adapters, 0 for none.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A matrix that is missing or does not fit its projection; nothing has changed then.
+        """
+        kv = self.kv_size, self.hidden_size
+        sizes = {"q": (self.q_size, self.hidden_size), "k": kv, "v": kv, "o": (self.hidden_size, self.q_size)}
+        self.loras = Adapters(dict(adapters), sizes, self._dtype_name, self.xp)
+        if self.loras.max_rank and self._gain is None:
+            self._gain = self.xp.asarray(np.ones(self.hidden_size, np.float32))
+        self._lay_out()
+        return self.loras.max_rank
 
     # ---- the whole step --------------------------------------------------------------------------------
 
     def forward(self, x, params, cache=None, layer=0, *, sin=None, cos=None, softmax_scale=None, window_size=0,
-                softcap=0.0, sinks=None, invariant=False, schedule=None, loras=()):
+                softcap=0.0, sinks=None, invariant=False, schedule=None, loras=(), sequence_loras=None):
         """One step of the layer: x is changed in place, new keys and values go into the cache.
 
         Parameters
@@ -266,7 +308,10 @@ class QAttn:
         schedule : Schedule, optional
             For attention; needed while a CUDA graph is captured. Default: made from the lengths in `params`.
         loras : sequence, optional
-            Names of adapters of `set_loras`, in the order they are added.
+            Names of adapters of `set_loras` for all sequences, in the order they are added.
+        sequence_loras : sequence of length batch_size, optional
+            The name of one more adapter, or None, for each sequence. Sequences of one adapter are multiplied together;
+            least work is done where they stand side by side, in the order of `set_loras` and None first.
 
         Returns
         -------
@@ -287,7 +332,8 @@ class QAttn:
             raise TypeError(f"QAttn: params must be Params or PagedParams, got {type(params).__name__}")
         steps = steps_of(params, cache, self.xp)
         rows = self._rows("x", x, params.batch_size, steps[0].q_len, self.hidden_size, self._x_name)
-        buffers = self._project(rows, loras)
+        added = self._added(loras, sequence_loras, params.batch_size, steps[0].q_len)
+        buffers = self._project(rows, added)
         options = {"softmax_scale": softmax_scale, "window_size": window_size, "softcap": softcap, "sinks": sinks,
                    "invariant": invariant}
         turn = self._turn(params, sin, cos)
@@ -301,7 +347,7 @@ class QAttn:
             part = buffers if len(steps) == 1 else _of_rows(buffers, step.rows)
             self._attend(part, params, step, cache[n] if isinstance(cache, list | tuple) else cache, layer, turn,
                          options, schedule)
-        self._output(buffers.mixed.reshape(buffers.tokens, -1), rows, buffers, loras)
+        self._output(buffers.mixed.reshape(buffers.tokens, -1), rows, buffers, added)
         return x
 
     def _turn(self, params, sin, cos):
@@ -351,7 +397,7 @@ class QAttn:
     # ---- ExLlamaV2's halves ----------------------------------------------------------------------------
 
     def forward_1(self, x, batch_size, q_len, past_len, past_lens=None, q=None, k=None, v=None, sin=None, cos=None,
-                  loras=(), loras_temp=None):
+                  loras=(), loras_temp=None, sequence_loras=None):
         """Norm, projections, head norms and RoPE: the finished queries, keys and values of new tokens.
 
         Parameters
@@ -370,10 +416,10 @@ class QAttn:
             Likewise; rows of a cache, for instance.
         sin, cos : ndarray
             See `forward`.
-        loras
+        loras, sequence_loras
             See `forward`.
         loras_temp : ndarray, optional
-            Scratch of ExLlamaV2; not used, refused if too small.
+            Scratch of ExLlamaV2, of tokens * rank elements; not used, refused if too small.
 
         Returns
         -------
@@ -388,14 +434,14 @@ class QAttn:
                 given = self.xp.empty((batch_size, q_len, heads, self.head_dim), self.dtype)
             made.append(given)
             flat.append(self._head_rows(name, given, tokens, heads))
-        self._check_loras_temp(loras, loras_temp, tokens)
-        buffers = self._project(rows, loras)
+        check_scratch("loras_temp", loras_temp, self.loras.max_rank * tokens if loras else 0)
+        buffers = self._project(rows, self._added(loras, sequence_loras, batch_size, q_len))
         if tokens:
             kv_append(buffers.k, buffers.v, flat[1][:, None], flat[2][:, None], slots=self._slots(tokens),
                       q=buffers.q, q_out=flat[0], q_len=q_len, **turn, **self._finish)
         return tuple(made)
 
-    def forward_2(self, x, attn_output, batch_size, q_len, loras=(), loras_temp=None):
+    def forward_2(self, x, attn_output, batch_size, q_len, loras=(), loras_temp=None, sequence_loras=None):
         """Output projection, post-norm and residual: x is changed in place.
 
         Parameters
@@ -405,7 +451,7 @@ class QAttn:
         attn_output : ndarray [batch_size, q_len, num_heads * head_dim], `dtype`
             Or with heads as an axis of their own.
         batch_size, q_len : int
-        loras, loras_temp
+        loras, loras_temp, sequence_loras
             See `forward_1`.
 
         Returns
@@ -415,8 +461,9 @@ class QAttn:
         tokens = self._tokens(batch_size, q_len)
         rows = self._rows("x", x, batch_size, q_len, self.hidden_size, self._x_name)
         mixed = self._rows("attn_output", attn_output, batch_size, q_len, self.q_size, self._dtype_name)
-        self._check_loras_temp(loras, loras_temp, tokens)
-        self._output(mixed, rows, self._scratch(tokens), loras)
+        check_scratch("loras_temp", loras_temp, self.loras.max_rank * tokens if loras else 0)
+        self._check_open()
+        self._output(mixed, rows, self._scratch(tokens), self._added(loras, sequence_loras, batch_size, q_len))
         return x
 
     def _turn_from(self, past_len, past_lens, batch_size, q_len, sin, cos):
@@ -445,29 +492,66 @@ class QAttn:
 
     # ---- pieces ----------------------------------------------------------------------------------------
 
-    def _project(self, rows, loras):
+    def _added(self, loras, sequence_loras, batch_size, q_len):
+        """(numbers of adapters of all rows, Group or None) of a call; None for no adapter."""
+        if not loras and sequence_loras is None:
+            return None
+        self._check_open()
+        group = None if sequence_loras is None else self.loras.group(sequence_loras, batch_size, q_len)
+        return self.loras.numbers(loras), group if self.loras.max_rank else None
+
+    def _project(self, rows, added):
         """Norm and projections of q, k and v; the _Buffers that hold them."""
         self._check_open()
         buffers = self._scratch(len(rows))
-        normed = rows
+        normed, outs = rows, buffers.linears
         if self.layernorm is not None:
             normed = self._norm(rows, self.layernorm, self.layernorm_bias, buffers.normed)
-        for linear, out in zip(self.qkv, buffers.linears, strict=True):
+        numbers, group = added or ((), None)
+        columns, order = buffers.outs, None if group is None else group.order
+        if order is not None:
+            normed = self._sorted(order, normed, buffers)
+            flat = buffers.sorted_y[:buffers.heads.nbytes].view(self.dtype).reshape(buffers.heads.shape)
+            outs, columns = [flat[:, linear.start:linear.stop] for linear in self.qkv], self._columns(flat)
+        for linear, out in zip(self.qkv, outs, strict=True):
             quant_gemm(normed, linear.matrix, bias=linear.bias, out=out)
-        if loras:
-            raise NotImplementedError("QAttn: loras must be empty")
+        if added is not None:
+            self.loras.add(("q", "k", "v"), normed, columns, numbers, group)
+        if order is not None:
+            embedding(group.inverse, flat, out=buffers.heads)
         return buffers
 
-    def _output(self, mixed, rows, buffers, loras):
-        """Output projection, post-norm and residual into `rows` of x."""
-        if self.post_layernorm is None:
+    def _output(self, mixed, rows, buffers, added):
+        """Output projection, adapters, post-norm and residual into `rows` of x."""
+        numbers, group = added or ((), None)
+        order = None if group is None else group.order
+        if self.post_layernorm is None and group is None:   # a group: as many roundings in any order
             quant_gemm(mixed, self.o_proj, bias=self.o_bias, accumulate=self.has_residual, out=rows)
+            if added is not None:
+                self.loras.add(("o",), mixed, {"o": rows}, numbers)
             return
-        quant_gemm(mixed, self.o_proj, bias=self.o_bias, out=buffers.projected)
+        projected = buffers.projected
+        if order is not None:
+            mixed = self._sorted(order, mixed, buffers)
+            projected = buffers.sorted_y[:projected.nbytes].view(np.float32).reshape(projected.shape)
+        quant_gemm(mixed, self.o_proj, bias=self.o_bias, out=projected)
+        if added is not None:
+            self.loras.add(("o",), mixed, {"o": projected}, numbers, group)
         out = buffers.added if self.has_residual else rows
-        self._norm(buffers.projected, self.post_layernorm, self.post_layernorm_bias, out)
+        if self.post_layernorm is None:
+            embedding(group.inverse, projected, out=out)
+        else:
+            if order is not None:
+                projected = embedding(group.inverse, projected, out=buffers.projected)
+            self._norm(projected, self.post_layernorm, self.post_layernorm_bias, out)
         if self.has_residual:   # the sum is what is wanted of this norm; its result is nobody's
-            rms_norm(out, self.post_layernorm, eps=self.norm_epsilon, residual=rows, out=out)
+            gain = self._gain if self.post_layernorm is None else self.post_layernorm
+            rms_norm(out, gain, eps=self.norm_epsilon, residual=rows, out=out)
+
+    def _sorted(self, order, rows, buffers):
+        """`rows` in the order of their adapters."""
+        nbytes = rows.size * rows.dtype.itemsize
+        return embedding(order, rows, out=buffers.sorted_x[:nbytes].view(rows.dtype).reshape(rows.shape))
 
     def _norm(self, x, gain, bias, out):
         if self.layernorm_is_rms:
@@ -517,9 +601,6 @@ class QAttn:
             raise ValueError(f"QAttn: {name} must be [batch_size, q_len, {heads}, {self.head_dim}] of {tokens} tokens, "
                              f"got {list(array.shape)}")
         return _viewed(name, array, (tokens, heads, self.head_dim))
-
-    def _check_loras_temp(self, loras, loras_temp, tokens):
-        check_scratch("loras_temp", loras_temp, 0)
 
     def _check_open(self):
         if self.qkv is None:

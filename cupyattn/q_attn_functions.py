@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """ExLlamaV2's functions over QAttn: same names, order of arguments and effects; objects in place of handles."""
 
+from .lora import LoRA
 from .q_attn import QAttn
 
 ROPE_STYLE_NONE, ROPE_STYLE_GPTJ, ROPE_STYLE_NEOX = 0, 1, 2
@@ -69,7 +70,8 @@ def q_attn_forward_1(q_attn, x, batch_size, q_len, past_len, past_lens, q_temp, 
     q_temp, k_temp, v_temp : ndarray
         Filled.
     sin, cos : ndarray or None
-    loras : sequence of str
+    loras : sequence
+        Keys of `q_attn_set_loras`; those this layer does not have are skipped.
     loras_temp : ndarray, optional
 
     Raises
@@ -77,7 +79,8 @@ def q_attn_forward_1(q_attn, x, batch_size, q_len, past_len, past_lens, q_temp, 
     TypeError, ValueError
         As `QAttn.forward_1`.
     """
-    q_attn.forward_1(x, batch_size, q_len, past_len, past_lens, q_temp, k_temp, v_temp, sin, cos, loras, loras_temp)
+    q_attn.forward_1(x, batch_size, q_len, past_len, past_lens, q_temp, k_temp, v_temp, sin, cos,
+                     _known(q_attn, loras), loras_temp)
 
 
 def q_attn_forward_2(q_attn, x, attn_output, batch_size, q_len, loras=(), loras_temp=None):
@@ -91,7 +94,8 @@ def q_attn_forward_2(q_attn, x, attn_output, batch_size, q_len, loras=(), loras_
     attn_output : ndarray
         See `QAttn.forward_2`, also for the others.
     batch_size, q_len : int
-    loras : sequence of str
+    loras : sequence
+        Keys of `q_attn_set_loras`; those this layer does not have are skipped.
     loras_temp : ndarray, optional
 
     Raises
@@ -99,4 +103,45 @@ def q_attn_forward_2(q_attn, x, attn_output, batch_size, q_len, loras=(), loras_
     TypeError, ValueError
         As `QAttn.forward_2`.
     """
-    q_attn.forward_2(x, attn_output, batch_size, q_len, loras, loras_temp)
+    q_attn.forward_2(x, attn_output, batch_size, q_len, _known(q_attn, loras), loras_temp)
+
+
+def q_attn_set_loras(q_attn, q_proj_lora_a, q_proj_lora_b, k_proj_lora_a, k_proj_lora_b, v_proj_lora_a, v_proj_lora_b,
+                     o_proj_lora_a, o_proj_lora_b):
+    """The adapters that calls can name, in place of those of an earlier call: `QAttn.set_loras`.
+
+    Parameters
+    ----------
+    q_attn : QAttn
+    q_proj_lora_a : dict of key to ndarray [in_features, rank]
+        By adapter.
+    q_proj_lora_b : dict of key to ndarray [rank, out_features]
+        Scale included.
+    k_proj_lora_a, k_proj_lora_b, v_proj_lora_a, v_proj_lora_b, o_proj_lora_a, o_proj_lora_b : dict
+        Likewise.
+
+    Returns
+    -------
+    int
+        The largest rank of all projections and adapters, 0 for none.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A matrix that does not fit its projection, or one of a pair without the other.
+    """
+    given = {"q": (q_proj_lora_a, q_proj_lora_b), "k": (k_proj_lora_a, k_proj_lora_b),
+             "v": (v_proj_lora_a, v_proj_lora_b), "o": (o_proj_lora_a, o_proj_lora_b)}
+    adapters = {}
+    for p, (a, b) in given.items():
+        for key in (*a, *b):
+            if key not in a or key not in b:
+                half, other = ("a", "b") if key in a else ("b", "a")
+                raise ValueError(f"q_attn_set_loras: {p}_proj_lora_{other} must have {key!r} like "
+                                 f"{p}_proj_lora_{half}, got none")
+            adapters.setdefault(key, {})[p] = LoRA(a[key].T, b[key].T)
+    return q_attn.set_loras(adapters)
+
+
+def _known(q_attn, loras):
+    return [key for key in loras or () if key in q_attn.loras.names]

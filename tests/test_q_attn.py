@@ -5,10 +5,17 @@ import numpy as np
 import pytest
 from attention_layers import MAX_POSITIONS, Layer
 from compare import assert_same_bits
+from conftest import CupyArrays, NumpyArrays
 
 import cupyattn
 from cupyattn import PagedCache, PagedParams, Params, QAttn, attention, kv_append
 from cupyattn.runtime.cpu import settings
+
+
+@pytest.fixture(params=["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
+def here(request):
+    """As `xp`, without the stand-in: it would compile every kernel of every case with NVRTC."""
+    return NumpyArrays() if request.param == "numpy" else CupyArrays()
 
 
 def contiguous(layer, batch, max_seq_len=64, layers=1, **options):
@@ -56,19 +63,23 @@ SWITCHES = {
 
 
 @pytest.mark.parametrize("name", SWITCHES)
-def test_switches(xp, name):
+def test_switches(here, name):
     """Prefill of two sequences, then a token each, then three."""
-    layer = Layer(xp, **SWITCHES[name])
+    layer = Layer(here, **SWITCHES[name])
     run(layer, (7, 1, 3), 2, contiguous(layer, 2), plain(2))
 
 
-def test_one_launch_for_one_format():
-    class Numpy:
-        module, array, numpy = np, staticmethod(np.array), staticmethod(np.array)
+@pytest.mark.parametrize("name", ["four formats", "post-norm with bias", "fp32 residual, no norm"])
+def test_some_switches_on_every_kind_of_array(xp, name):
+    layer = Layer(xp, **SWITCHES[name])
+    run(layer, (7, 1), 2, contiguous(layer, 2), plain(2))
 
-    assert len(Layer(Numpy, formats="int4-g32").attn.qkv) == 1
-    assert [linear.stop for linear in Layer(Numpy, formats=("float16", "int8", "int8", "int8")).attn.qkv] == [128, 256]
-    layer = Layer(Numpy, formats="int4-g32")
+
+def test_one_launch_for_one_format():
+    assert len(Layer(NumpyArrays(), formats="int4-g32").attn.qkv) == 1
+    two = Layer(NumpyArrays(), formats=("float16", "int8", "int8", "int8")).attn.qkv
+    assert [linear.stop for linear in two] == [128, 256]
+    layer = Layer(NumpyArrays(), formats="int4-g32")
     cache, params = contiguous(layer, 1), Params(1, 1, 3)
     with cupyattn.runtime.profiling() as profile:
         layer.attn.forward(layer.inputs(1, 1), params, cache, 0, **layer.tables)
@@ -78,12 +89,12 @@ def test_one_launch_for_one_format():
 
 @pytest.mark.parametrize("options", [{"softmax_scale": 0.3}, {"window_size": 3}, {"softcap": 2.0}, {"sinks": 1},
                                      {"invariant": True}, {"window_size": 2, "softcap": 1.5, "sinks": 1}])
-def test_attention_options(xp, options):
-    layer = Layer(xp, dtype="float32")
+def test_attention_options(here, options):
+    layer = Layer(here, dtype="float32")
     reference = {k: v for k, v in options.items() if k != "invariant"}
     if "sinks" in options:
         sinks = np.float32([0.5, -1.0, 2.0, 0.0])
-        options, reference = options | {"sinks": xp.array(sinks)}, reference | {"sinks": sinks}
+        options, reference = options | {"sinks": here.array(sinks)}, reference | {"sinks": sinks}
     run(layer, (9, 1, 4), 2, contiguous(layer, 2), plain(2), reference=reference, **options)
 
 
@@ -98,9 +109,9 @@ def paged(page_size, table=PAGE_TABLE, **options):
 
 @pytest.mark.parametrize("formats, factor", [((None, None), 1), (("float16", None), 100), (("int8", None), 2000),
                                              (("hadamard8", "hadamard4"), 15000), (("fp8_e4m3", "int8"), 6000)])
-def test_paged_cache(xp, formats, factor):
-    layer = Layer(xp)
-    cache = PagedCache(3, 10, 4, 2, 32, dtype="float32", k_format=formats[0], v_format=formats[1], xp=xp.module)
+def test_paged_cache(here, formats, factor):
+    layer = Layer(here)
+    cache = PagedCache(3, 10, 4, 2, 32, dtype="float32", k_format=formats[0], v_format=formats[1], xp=here.module)
     run(layer, (6, 1, 3, 1), 2, cache, paged(4), factor)
 
 
@@ -126,33 +137,33 @@ def test_paged_with_offsets_and_other_tables(xp):
     assert list(other) == ["cpu"]
 
 
-def test_sequences_of_different_lengths(xp):
+def test_sequences_of_different_lengths(here):
     """A batch of ragged histories equals each sequence alone, bit for bit with invariant=True."""
-    layer = Layer(xp, dtype="float16")
+    layer = Layer(here, dtype="float16")
     x, lengths = layer.inputs(2, 3), [9, 2]
-    caches = [PagedCache(1, 10, 4, 2, 32, xp=xp.module) for _ in range(2)]
+    caches = [PagedCache(1, 10, 4, 2, 32, xp=here.module) for _ in range(2)]
     rng = np.random.default_rng(3)
     past = rng.standard_normal((2, 40, 2, 32)).astype(np.float16)
     for cache in caches:
         for pool, rows in ((cache.k[0], past[0]), (cache.v[0], past[1])):
-            pool[...] = xp.array(rows.reshape(10, 4, 2, 32))
-    together = xp.array(x)
+            pool[...] = here.array(rows.reshape(10, 4, 2, 32))
+    together = here.array(x)
     params = PagedParams(2, PAGE_TABLE, lengths, 9, page_size=4, q_len=3)
     layer.attn.forward(together, params, caches[0], 0, **layer.tables, invariant=True)
     for b in range(2):
-        alone = xp.array(x[b:b + 1])
+        alone = here.array(x[b:b + 1])
         params = PagedParams(1, PAGE_TABLE[b:b + 1], lengths[b:b + 1], 9, page_size=4, q_len=3)
         layer.attn.forward(alone, params, caches[1], 0, **layer.tables, invariant=True)
-        assert_same_bits(xp.numpy(alone)[0], xp.numpy(together)[b])
+        assert_same_bits(here.numpy(alone)[0], here.numpy(together)[b])
     for a, b in zip((caches[0].k[0], caches[0].v[0]), (caches[1].k[0], caches[1].v[0]), strict=True):
-        assert_same_bits(xp.numpy(a), xp.numpy(b))
+        assert_same_bits(here.numpy(a), here.numpy(b))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("hidden_value", [-np.inf, -65504.0, False])
-def test_left_padding_equals_single_runs(xp, dtype, hidden_value):
+def test_left_padding_equals_single_runs(here, dtype, hidden_value):
     """Short prompts on the left of a batch, with offsets and a mask, get what they get alone; decode too."""
-    layer = Layer(xp, dtype=dtype)
+    layer = Layer(here, dtype=dtype)
     pads, length = [0, 3, 6], 8
     x, later = layer.inputs(3, length), [layer.inputs(3, 1) for _ in range(2)]
     mask = np.zeros((3, length), np.float32) if hidden_value is not False else np.ones((3, length), bool)
@@ -162,14 +173,14 @@ def test_left_padding_equals_single_runs(xp, dtype, hidden_value):
     cache = contiguous(layer, 3)
     got = []
     for step, rows in enumerate([x, *later]):
-        now = xp.array(rows)
+        now = here.array(rows)
         params = Params(3, rows.shape[1], 0 if step == 0 else length + step - 1, mask, offsets)
         layer.attn.forward(now, params, cache, 0, **layer.tables)
-        got.append(xp.numpy(now))
+        got.append(here.numpy(now))
     for b, pad in enumerate(pads):
         alone, past = contiguous(layer, 1), 0
         for rows, batch in zip([x[b:b + 1, pad:], *(y[b:b + 1] for y in later)], got, strict=True):
-            now = xp.array(np.ascontiguousarray(rows))
+            now = here.array(np.ascontiguousarray(rows))
             layer.attn.forward(now, Params(1, rows.shape[1], past), alone, 0, **layer.tables)
             past += rows.shape[1]
             found = batch[b:b + 1, -rows.shape[1]:]
@@ -179,25 +190,25 @@ def test_left_padding_equals_single_runs(xp, dtype, hidden_value):
 
 @pytest.mark.parametrize("shape", [(2, 11), (2, 6, 11), (1, 1, 6, 11), (2, 4, 6, 11), (2, 5), (2, 1, 1, 40)])
 @pytest.mark.parametrize("kind", ["bool", "additive"])
-def test_masks(xp, shape, kind):
-    layer = Layer(xp)
+def test_masks(here, shape, kind):
+    layer = Layer(here)
     cache, past = contiguous(layer, 2), 5
     rng = np.random.default_rng(1)
     first = layer.inputs(2, past)
     _, keys, values = layer.expected(first, layer.no_past(2), layer.no_past(2))
-    layer.attn.forward(xp.array(first), Params(2, past, 0), cache, 0, **layer.tables)
+    layer.attn.forward(here.array(first), Params(2, past, 0), cache, 0, **layer.tables)
     mask = rng.random(shape) < 0.7 if kind == "bool" else rng.standard_normal(shape).astype(np.float32)
     mask[..., 0] = True if kind == "bool" else 0
     x = layer.inputs(2, 6)
     full = mask if mask.ndim == 4 else mask[:, None] if mask.ndim == 3 else mask[:, None, None]
     want, _, _ = layer.expected(x, keys, values, mask=full)
-    got = xp.array(x)
+    got = here.array(x)
     layer.attn.forward(got, Params(2, 6, past, mask), cache, 0, **layer.tables)
     layer.check(got, want)
 
 
-def test_not_causal(xp):
-    layer = Layer(xp)
+def test_not_causal(here):
+    layer = Layer(here)
     cache = contiguous(layer, 2)
     params = lambda past, q_len: Params(2, q_len, past, non_causal_attn=True)  # noqa: E731
     run(layer, (6, 5), 2, cache, params, reference={"causal": False})
@@ -218,20 +229,20 @@ def test_block_diagonal_layers(xp, with_cache):
         layer.attn.forward(got, params, cache, n, **layer.tables)
         layer.check(got, want)
         if with_cache:
-            layer.check(xp.numpy(cache.k[n])[:, :6], np.stack(keys), what="keys")
+            layer.check(cache.k[n][:, :6], np.stack(keys), what="keys")
 
 
-def test_no_cache(xp):
-    layer = Layer(xp)
+def test_no_cache(here):
+    layer = Layer(here)
     run(layer, (6,), 2, None, plain(2))
     with pytest.raises(ValueError, match="cache must be given for 3 cached tokens, got None"):
-        layer.attn.forward(xp.array(layer.inputs(1, 1)), Params(1, 1, 3), None, 0, **layer.tables)
+        layer.attn.forward(here.array(layer.inputs(1, 1)), Params(1, 1, 3), None, 0, **layer.tables)
 
 
 @pytest.mark.parametrize("listed", [False, True])
-def test_several_histories(xp, listed):
+def test_several_histories(here, listed):
     """past_len as a list: one cache for all sequences, or one for each."""
-    layer = Layer(xp)
+    layer = Layer(here)
     lengths = [4, 1]
     caches = [contiguous(layer, 1) for _ in range(2)] if listed else None
     cache = contiguous(layer, 2)
@@ -242,16 +253,16 @@ def test_several_histories(xp, listed):
         keys.append(k)
         values.append(v)
         if listed:
-            layer.attn.forward(xp.array(past), Params(1, lengths[b], 0), caches[b], 0, **layer.tables)
+            layer.attn.forward(here.array(past), Params(1, lengths[b], 0), caches[b], 0, **layer.tables)
         else:
             for pool, rows in ((cache.k[0], k), (cache.v[0], v)):
-                pool[b, :len(rows)] = xp.array(rows.astype(np.float32))
+                pool[b, :len(rows)] = here.array(rows.astype(np.float32))
     for q_len in (3, 1):
         x = layer.inputs(2, q_len)
         params = Params(2, q_len, [len(k) for k in keys], position_offsets=np.int32([2, 0]))
         positions = np.int32([[len(keys[0]) + 2], [len(keys[1])]]) + np.arange(q_len)
         want, keys, values = layer.expected(x, keys, values, positions)
-        got = xp.array(x)
+        got = here.array(x)
         layer.attn.forward(got, params, caches if listed else cache, 0, **layer.tables)
         layer.check(got, want)
 
@@ -261,34 +272,34 @@ def test_several_histories(xp, listed):
 
 @pytest.mark.parametrize("case", ["plain", "head norms", "gptj", "partial gptj", "no rope", "four formats",
                                   "fp32 residual, post-norm"])
-def test_whole_step_equals_its_halves_bit_for_bit(xp, case):
+def test_whole_step_equals_its_halves_bit_for_bit(here, case):
     options = {"plain": {"dtype": "float16"}}.get(case) or SWITCHES[case]
-    layer = Layer(xp, **options)
+    layer = Layer(here, **options)
     for batch, past in ((1, 0), (1, 5), (2, 5)):
-        caches = [PagedCache(1, 10, 4, layer.kv_heads, layer.dim, dtype=layer.dtype, xp=xp.module) for _ in range(2)]
+        caches = [PagedCache(1, 10, 4, layer.kv_heads, layer.dim, dtype=layer.dtype, xp=here.module) for _ in range(2)]
         rng = np.random.default_rng(3)
         for cache in caches:
             for pool in (cache.k[0], cache.v[0]):
                 rng = np.random.default_rng(3)
-                pool[...] = xp.array(rng.standard_normal(pool.shape).astype(pool.dtype))
+                pool[...] = here.array(rng.standard_normal(pool.shape).astype(pool.dtype))
         params = PagedParams(batch, PAGE_TABLE[:batch], [past] * batch, past, page_size=4, q_len=4)
         x = layer.inputs(batch, 4)
-        whole = xp.array(x)
+        whole = here.array(x)
         layer.attn.forward(whole, params, caches[0], 0, **layer.tables)
-        halves = xp.array(x)
+        halves = here.array(x)
         tables = (layer.tables.get("sin"), layer.tables.get("cos"))
-        lens = xp.array(np.full(batch, past, np.int32))
+        lens = here.array(np.full(batch, past, np.int32))
         q, k, v = layer.attn.forward_1(halves, batch, 4, 0, lens, None, None, None, *tables)
-        assert_same_bits(xp.numpy(halves), x)
+        assert_same_bits(here.numpy(halves), x)
         kv_append(k.reshape(-1, *k.shape[2:]), v.reshape(-1, *v.shape[2:]), caches[1].k[0], caches[1].v[0],
-                  slots=xp.array(params.slot_mapping()))
-        table = xp.array(PAGE_TABLE[:batch])
+                  slots=here.array(params.slot_mapping()))
+        table = here.array(PAGE_TABLE[:batch])
         mixed = cupyattn.paged_decode(q, caches[1].k[0], caches[1].v[0], block_table=table,
-                                      cache_seqlens=xp.array(params.cache_seqlens_after))
+                                      cache_seqlens=here.array(params.cache_seqlens_after))
         assert layer.attn.forward_2(halves, mixed, batch, 4) is halves
-        assert_same_bits(xp.numpy(whole), xp.numpy(halves))
+        assert_same_bits(here.numpy(whole), here.numpy(halves))
         for a, b in zip(caches[0].k + caches[0].v, caches[1].k + caches[1].v, strict=True):
-            assert_same_bits(xp.numpy(a), xp.numpy(b))
+            assert_same_bits(here.numpy(a), here.numpy(b))
 
 
 def test_into_the_pool_of_a_sequential_batch(xp):
@@ -326,35 +337,35 @@ def test_positions(xp, past_len, past_lens, first, on_host):
 
 @pytest.mark.parametrize("style", ["neox", "gptj"])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_tables_of_exllamav2(xp, style, dtype):
+def test_tables_of_exllamav2(here, style, dtype):
     """[1, 1, positions, r]: frequencies side by side twice, or each one twice."""
-    layer = Layer(xp, rope_style=style, rotary_dim=16)
+    layer = Layer(here, rope_style=style, rotary_dim=16)
     wide = [np.concatenate([t, t], 1) if style == "neox" else np.repeat(t, 2, 1) for t in (layer.sin, layer.cos)]
     sin, cos = (t[None, None].astype(dtype) for t in wide)
     x = layer.inputs(2, 3)
     _, keys, _ = layer.expected(x, layer.no_past(2), layer.no_past(2), np.arange(3) + np.zeros((2, 1), int),
                                 sin=sin[0, 0].astype(float), cos=cos[0, 0].astype(float))
     for _ in range(2):
-        _, k, _ = layer.attn.forward_1(xp.array(x), 2, 3, 0, sin=xp.array(sin), cos=xp.array(cos))
+        _, k, _ = layer.attn.forward_1(here.array(x), 2, 3, 0, sin=here.array(sin), cos=here.array(cos))
         layer.check(k, np.stack(keys), what="keys")
 
 
-def test_strided_inputs_and_outputs(xp):
-    layer = Layer(xp, dtype="float16")
+def test_strided_inputs_and_outputs(here):
+    layer = Layer(here, dtype="float16")
     base = layer.rng.standard_normal((2, 3, 80)).astype(np.float16)
-    x = xp.array(base)[:, :, 8:72]
-    out = [xp.array(np.full((6, h + 1, 40), np.nan, np.float16)) for h in (4, 2, 2)]
+    x = here.array(base)[:, :, 8:72]
+    out = [here.array(np.full((6, h + 1, 40), np.nan, np.float16)) for h in (4, 2, 2)]
     views = [o[:, :h, :32] for o, h in zip(out, (4, 2, 2), strict=True)]
     got = layer.attn.forward_1(x, 2, 3, 0, None, *views, **layer.tables)
-    want = layer.attn.forward_1(xp.array(np.ascontiguousarray(base[:, :, 8:72])), 2, 3, 0, **layer.tables)
+    want = layer.attn.forward_1(here.array(np.ascontiguousarray(base[:, :, 8:72])), 2, 3, 0, **layer.tables)
     for a, b, o in zip(got, want, out, strict=True):
-        assert_same_bits(xp.numpy(a), xp.numpy(b).reshape(xp.numpy(a).shape))
-        assert np.isnan(xp.numpy(o)[:, -1]).all()
-    mixed = xp.array(layer.rng.standard_normal((6, 128)).astype(np.float16))
+        assert_same_bits(here.numpy(a), here.numpy(b).reshape(here.numpy(a).shape))
+        assert np.isnan(here.numpy(o)[:, -1]).all()
+    mixed = here.array(layer.rng.standard_normal((6, 128)).astype(np.float16))
     layer.attn.forward_2(x, mixed, 2, 3)
-    dense = xp.array(np.ascontiguousarray(base[:, :, 8:72]))
+    dense = here.array(np.ascontiguousarray(base[:, :, 8:72]))
     layer.attn.forward_2(dense, mixed, 2, 3)
-    assert_same_bits(xp.numpy(x), xp.numpy(dense))
+    assert_same_bits(here.numpy(x), here.numpy(dense))
 
 
 def test_functions_of_exllamav2(xp):
@@ -385,10 +396,7 @@ def test_functions_of_exllamav2(xp):
 
 
 def test_checked():
-    class Numpy:
-        module, array, numpy = np, staticmethod(np.array), staticmethod(np.array)
-
-    layer = Layer(Numpy, dtype="float16", formats="int4-g32", head_norm="heads", post=True)
+    layer = Layer(NumpyArrays(), dtype="float16", formats="int4-g32", head_norm="heads", post=True)
     x, found = layer.inputs(2, 3), []
     for schedule, seed in (("forward", 0), ("reverse", 0), ("random", 1)):
         with settings(check=True, schedule=schedule, seed=seed):
@@ -402,32 +410,32 @@ def test_checked():
 # ---- regressions of ExLlamaV2's tracker --------------------------------------------------------------------
 
 
-def test_scores_past_float16(xp):
+def test_scores_past_float16(here):
     """Qwen2-like activations: q · k is far beyond 65504, the result is not."""
-    layer = Layer(xp, dtype="float16", biases=True)
+    layer = Layer(here, dtype="float16", biases=True)
     layer.vectors["k_bias"][:] = 300.0
     attn = QAttn(**{f"q_{n}_proj": m for n, m in layer.matrices.items()}, hidden_size=64, num_heads=4, num_kv_heads=2,
-                 head_dim=32, rope_style="none", xp=xp.module,
+                 head_dim=32, rope_style="none", xp=here.module,
                  **layer.vectors | {"q_bias": np.full(128, 300.0, np.float32)})
     layer.style, layer.attn, layer.tables = None, attn, {}
     layer.vectors["q_bias"] = np.full(128, 300.0, np.float32)
     x = layer.inputs(1, 4)
-    got = xp.array(x)
+    got = here.array(x)
     attn.forward(got, Params(1, 4, 0), contiguous(layer, 1), 0)
-    assert np.isfinite(xp.numpy(got).astype(np.float64)).all()
+    assert np.isfinite(here.numpy(got).astype(np.float64)).all()
 
 
-def test_wide_attention_outgrows_no_scratch(xp):
+def test_wide_attention_outgrows_no_scratch(here):
     """num_heads * head_dim four times the hidden size, more tokens in every call."""
-    layer = Layer(xp, hidden=32, heads=4, kv_heads=1, dim=32)
+    layer = Layer(here, hidden=32, heads=4, kv_heads=1, dim=32)
     run(layer, (1, 40, 2), 1, contiguous(layer, 1), plain(1))
 
 
-def test_the_last_token_fits_and_no_other(xp):
-    layer = Layer(xp)
+def test_the_last_token_fits_and_no_other(here):
+    layer = Layer(here)
     cache = contiguous(layer, 1, max_seq_len=8)
     run(layer, (7, 1), 1, cache, plain(1))
-    x = xp.array(layer.inputs(1, 1))
+    x = here.array(layer.inputs(1, 1))
     with pytest.raises(ValueError, match=r"params must have at most the 8 tokens of the cache, got 9 \(past_len"):
         layer.attn.forward(x, Params(1, 1, 8), cache, 0, **layer.tables)
     short = {name: table[:8] for name, table in layer.tables.items()}

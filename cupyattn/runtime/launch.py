@@ -173,9 +173,9 @@ def workspace(xp, nbytes):
     return _block(xp, "workspace", nbytes)
 
 
-def layer_workspace(xp, nbytes):
-    """Scratch as `workspace`, for what a layer keeps from one op to the next: ops use the other."""
-    return _block(xp, "layer", nbytes)
+def layer_workspace(xp, nbytes, use="layer"):
+    """Scratch as `workspace`, for what a layer keeps from one op to the next: a block for each `use`, none the ops'."""
+    return _block(xp, use, nbytes)
 
 
 def arrival_counters(xp, count):
