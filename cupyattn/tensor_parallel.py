@@ -4,6 +4,7 @@
 import math
 
 from .communicators import Communicator
+from .lora import PROJECTIONS, LoRA
 from .quant import QMatrix
 from .quant.shards import shard_range
 from .runtime.arrays import array_namespace
@@ -193,6 +194,41 @@ class TPContext:
         """
         _check_weight(weight, (self.hidden_size, self.num_heads * self.head_dim))
         return _rows(weight, *self.hidden_range(rank))
+
+    def shard_loras(self, adapters, rank, *, features=None):
+        """The part of a rank of the adapters of a layer.
+
+        Parameters
+        ----------
+        adapters : dict of name to (dict of "q", "k", "v" or "o" to LoRA)
+            Of the whole layer.
+        rank : int
+        features : (int, int), optional
+            First row of the o projection that the rank has, and the one after its last; default: it has columns.
+
+        Returns
+        -------
+        dict
+        """
+        return {name: {projection: self._shard_lora(lora, projection, rank, features)
+                       for projection, lora in loras.items()} for name, loras in adapters.items()}
+
+    def _shard_lora(self, lora, projection, rank, features):
+        if projection not in PROJECTIONS or not isinstance(lora, LoRA):
+            raise ValueError(f"TPContext: adapters must hold a LoRA for {', '.join(PROJECTIONS)}, got "
+                             f"{type(lora).__name__} for {projection!r}")
+        kind = {"q": "q", "o": "q"}.get(projection, "kv")
+        first, last = (self.head_dim * n for n in self.heads(rank, kind))
+        size = self.head_dim * (self.num_heads if kind == "q" else self.num_kv_heads)
+        inputs, outputs = (size, self.hidden_size) if projection == "o" else (self.hidden_size, size)
+        if lora.a.ndim != 2 or lora.b.ndim != 2 or (lora.a.shape[1], lora.b.shape[0]) != (inputs, outputs):
+            raise ValueError(f"TPContext: adapters must have a [rank, {inputs}] and b [{outputs}, rank] for "
+                             f"{projection!r}, got {list(lora.a.shape)} and {list(lora.b.shape)}")
+        if projection != "o":
+            return lora._replace(b=lora.b[first:last])
+        if features is not None:
+            return lora._replace(b=lora.b[slice(*features)])
+        return lora._replace(a=lora.a[:, first:last])
 
     def __repr__(self):
         return (f"TPContext({self.communicator!r}, heads {'+'.join(map(str, self.q_heads))}, KV heads "

@@ -51,13 +51,13 @@ class TPShard(QAttn):
         layer |= {"num_heads": context.q_heads[rank], "num_kv_heads": context.kv_heads[rank]}
         return cls(first=rank == 0, **layer)
 
-    def _output(self, mixed, rows, buffers, loras):
+    def _output(self, mixed, rows, buffers, added):
         """In place of QAttn's: this rank's part of what is added to `rows` of x."""
         if self.partial is None or self.partial.shape != rows.shape:
             self.partial = self.xp.empty(rows.shape, np.float32)
         if self.has_residual:
             self.partial[...] = rows
-        super()._output(mixed, self.partial, buffers, loras)
+        super()._output(mixed, self.partial, buffers, added)
         self._x = rows
 
     def finish(self):
@@ -131,6 +131,23 @@ class TPAttn:
         return cls([TPShard.of_layer(context, rank, {"xp": array_module(communicator.devices[n])} | layer)
                     for n, rank in each_rank(communicator, communicator.ranks)], context)
 
+    def set_loras(self, adapters):
+        """The adapters that calls can name; see `QAttn.set_loras`.
+
+        Parameters
+        ----------
+        adapters : dict of name to (dict of "q", "k", "v" or "o" to LoRA)
+            Of the whole layer; each rank keeps its part.
+
+        Returns
+        -------
+        int
+            The largest rank of an adapter, 0 for none.
+        """
+        communicator = self.context.communicator
+        return max(shard.set_loras(self.context.shard_loras(adapters, communicator.ranks[n]))
+                   for n, shard in each_rank(communicator, self.shards))
+
     def forward(self, x, params, caches=None, layer=0, *, sin=None, cos=None, sinks=None, schedules=None, **options):
         """One step of the layer: x is changed in place, new keys and values go into the caches.
 
@@ -150,7 +167,8 @@ class TPAttn:
         schedules : list of Schedule, optional
             For each rank.
         **options
-            ``softmax_scale``, ``window_size``, ``softcap``, ``invariant``, ``loras`` of `QAttn.forward`.
+            ``softmax_scale``, ``window_size``, ``softcap``, ``invariant``, ``loras`` and ``sequence_loras`` of
+            `QAttn.forward`.
 
         Returns
         -------

@@ -3,6 +3,7 @@
 
 import numpy as np
 
+from .lora import Adapters
 from .ops.attention import attention
 from .ops.kv_append import kv_append
 from .ops.paged_decode import MAX_Q_LEN, paged_decode
@@ -35,6 +36,14 @@ class _Listed(QAttn):
         self.o_proj = matrix("o_proj", o, (o.shape[0], self._gathered), "[features, all heads * head_dim]")
         self.o_bias = vector("o_bias", o_bias, ((o.shape[0],),), self.xp)
 
+    def set_loras(self, adapters):
+        """As QAttn's, for rows of the output projection."""
+        kv = self.kv_size, self.hidden_size
+        sizes = {"q": (self.q_size, self.hidden_size), "k": kv, "v": kv, "o": self.o_proj.shape}
+        self.loras = Adapters(adapters, sizes, self._dtype_name, self.xp)
+        self._lay_out()
+        return self.loras.max_rank
+
     def attend(self, op, x, queries, caches, table, past, offsets, tables, batch_size, q_len, options):
         """Attention of the rank's heads over its cache, new tokens appended; in `queries`."""
         check_dtype(op, "past_lens", past, "int32")
@@ -45,7 +54,7 @@ class _Listed(QAttn):
             bases = past.copy()
             bases += offsets.reshape(batch_size)
         turn = self._turn_from(0, bases, batch_size, q_len, *tables)
-        buffers = self._project(x, None)
+        buffers = self._project(x, self._all_loras)
         q = queries.reshape(len(x), self.num_heads, self.head_dim)
         table = self._slots(batch_size)[:, None] if table is None else table   # sequence b is page b
         kv_append(buffers.k, buffers.v, *caches, block_table=table, positions=past, q_len=q_len, q=buffers.q, q_out=q,
@@ -65,6 +74,11 @@ class _Listed(QAttn):
         if x is not None:
             out[...] = x
         quant_gemm(mixed, self.o_proj, bias=self.o_bias, accumulate=x is not None, out=out)
+        self.loras.add(("o",), mixed, {"o": out}, *self._all_loras)
+
+    @property
+    def _all_loras(self):
+        return list(self.loras.names.values()), None
 
     def add_normed(self, projected, x):
         """x += post_norm(projected), which is overwritten."""
@@ -93,6 +107,18 @@ class _Layer:
         if sum(self.features) != context.hidden_size:
             raise ValueError(f"{op}: o_proj must have the rows of one rank each, {context.hidden_size} in all, got "
                              f"{self.features}; TPContext.shard_output_rows makes them")
+        self._context, self._loras = context, ()
+
+    def set_loras(self, loras):
+        """Add these adapters in the calls that follow; nothing to do if they are those of the last one."""
+        if len(loras) == len(self._loras) and all(a is b for a, b in zip(loras, self._loras, strict=True)):
+            return
+        communicator, adapters = self._context.communicator, dict(enumerate(loras))
+        for n, shard in each_rank(communicator, self.shards):
+            rank = communicator.ranks[n]
+            start = sum(self.features[:rank])
+            shard.set_loras(self._context.shard_loras(adapters, rank, features=(start, start + self.features[rank])))
+        self._loras = tuple(loras)
 
 
 def tp_attn_forward_paged_(tp_context, hidden_states, temp_bc0_, temp_bc1_, temp_bc2_, temp_q_, temp_k_, temp_v_,
@@ -155,8 +181,9 @@ def tp_attn_forward_paged_(tp_context, hidden_states, temp_bc0_, temp_bc1_, temp
     softcap : float
     window_size : int
         Visible tokens, the query's own included; 0 for all.
-    loras : sequence
-        Must be empty; adapters go with `TPAttn`.
+    loras : sequence of (dict of "q", "k", "v" or "o" to LoRA)
+        Adapters of the whole layer, in the order they are added. Each rank's part is prepared when they differ from the
+        last call's.
     q_bias, k_bias, v_bias, o_bias : list of ndarray, optional
         Of the rows of each projection.
 
@@ -167,8 +194,6 @@ def tp_attn_forward_paged_(tp_context, hidden_states, temp_bc0_, temp_bc1_, temp
 
     Raises
     ------
-    NotImplementedError
-        `loras`.
     TypeError, ValueError
         Lists and arrays that do not fit.
 
@@ -225,8 +250,6 @@ def _forward(op, *, tp_context, hidden_states, temp_bc0_, temp_bc1_, temp_bc2_, 
              position_offsets, softcap, window_size, loras, q_bias, k_bias, v_bias, o_bias):
     if not isinstance(tp_context, TPContext):
         raise TypeError(f"{op}: tp_context must be a TPContext, got {type(tp_context).__name__}")
-    if len(loras):
-        raise NotImplementedError(f"{op}: loras must be empty, got {loras}; TPAttn takes adapters")
     if head_dim != tp_context.head_dim:
         raise ValueError(f"{op}: head_dim must be {tp_context.head_dim} like the context's, got {head_dim}")
     check_number(op, "batch_size", batch_size, least=1, integer=True)
@@ -247,6 +270,7 @@ def _forward(op, *, tp_context, hidden_states, temp_bc0_, temp_bc1_, temp_bc2_, 
     _check_lists(op, communicator, needed, weights, optional)
     layer = _layer(op, tp_context, weights, {"head_dim": head_dim, "norm_epsilon": norm_epsilon, "dtype": dtype,
                                              "rope_style": rope_style, "sincos_size": rotary_dim})
+    layer.set_loras(loras)
     q_sizes = [head_dim * heads for heads in tp_context.q_heads]
     starts = [sum(layer.features[:rank]) for rank in communicator.ranks]
     x, queries, mixed, outs = (

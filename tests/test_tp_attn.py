@@ -13,7 +13,7 @@ from conftest import NumpyArrays
 from mpi_ranks import run
 from standin import install
 
-from cupyattn import InProcessCommunicator, NCCLCommunicator, PagedCache, PagedParams, Params, TPAttn, TPContext
+from cupyattn import InProcessCommunicator, LoRA, NCCLCommunicator, PagedCache, PagedParams, Params, TPAttn, TPContext
 
 CLOSE = {"float32": 1e-5, "float16": 1e-3}   # of the largest number
 NUMPY = NumpyArrays()
@@ -149,6 +149,45 @@ def test_two_gpus_of_one_process():
         found = spread("int4 and everything", True, NCCLCommunicator.local([0, 1]), xp)
         assert {entry[1:4] for entry in log} == {("allReduce", 2 * n * 64, "float32") for n in (2, *STEPS)}
     assert_equal_runs(found, single("int4 and everything", True), "float16")
+
+
+def adapters_of(layer, seed=11):
+    """Two adapters of different ranks, one without some projections."""
+    rng = np.random.default_rng(seed)
+
+    def lora(projection, rank):
+        out, width = layer.matrices[projection].shape
+        return LoRA((rng.standard_normal((rank, width)) / np.sqrt(width)).astype(np.float32),
+                    (rng.standard_normal((out, rank)) / np.sqrt(rank)).astype(np.float32), 0.5)
+
+    return {"all": {p: lora(p, 4) for p in "qkvo"}, "some": {p: lora(p, 9) for p in "ko"}}
+
+
+@pytest.mark.parametrize("name", ["fp32", "seven heads", "post-norm, no residual", "int4 and everything"])
+def test_adapters(name):
+    layer, arguments = whole_layer(name)
+    adapters = adapters_of(layer)
+    context = TPContext(InProcessCommunicator(3), num_heads=layer.heads, num_kv_heads=layer.kv_heads,
+                        head_dim=layer.dim, hidden_size=layer.hidden)
+    attn = TPAttn.from_layer(context, **arguments)
+    assert attn.set_loras(adapters) == layer.attn.set_loras(adapters) == 9
+    x, without = layer.inputs(2, 3), None
+    for options in ({}, {"loras": ["some", "all"]}, {"sequence_loras": ["some", None]},
+                    {"loras": ["all"], "sequence_loras": [None, "some"]}):
+        (cache,) = caches_of(layer, False, [layer.kv_heads])
+        want = layer.attn.forward(x.copy(), Params(2, 3, 0), cache, **layer.tables, **options)
+        caches = caches_of(layer, False, context.kv_heads)
+        found = attn.forward([x.copy() for _ in range(3)], Params(2, 3, 0), caches, **layer.tables, **options)
+        assert_equal_runs([[array] for array in found], [want], layer.dtype)
+        without = want if without is None else without
+        assert bool(options) == (np.abs(want.astype(float) - without).max() > 0.01)
+    assert attn.set_loras({}) == 0
+    with pytest.raises(ValueError, match="QAttn: loras must be among none, got 'all'"):
+        attn.forward([x.copy() for _ in range(3)], Params(2, 3, 0), caches, loras=["all"], **layer.tables)
+    with pytest.raises(ValueError, match=r"TPContext: adapters must have a \[rank, .* for 'q', got"):
+        attn.set_loras({"one": {"q": LoRA(np.ones((2, 3)), np.ones((3, 2)))}})
+    with pytest.raises(ValueError, match="TPContext: adapters must hold a LoRA for q, k, v, o, got NoneType"):
+        attn.set_loras({"one": {"q": None}})
 
 
 def test_the_residual_is_added_once():

@@ -9,7 +9,7 @@ from compare import assert_same_bits, dtype_of
 from conftest import NumpyArrays
 from mpi_ranks import run
 from standin import install
-from test_tp_attn import PAGES, assert_equal_runs, each
+from test_tp_attn import PAGES, adapters_of, assert_equal_runs, each
 
 from cupyattn import (
     InProcessCommunicator,
@@ -174,6 +174,20 @@ def test_two_gpus_of_one_process():
     assert_equal_runs([returned], single("fp16", True), "float16")
 
 
+@pytest.mark.parametrize("name", ["fp32, uneven", "int4 and everything"])
+def test_adapters(name):
+    lists, layer = Lists(name, True, InProcessCommunicator(2)), Layer(NUMPY, **LAYERS[name])
+    adapters = adapters_of(layer)
+    layer.attn.set_loras(adapters)
+    for names in (["some", "all"], ["all"], []):
+        x = layer.inputs(2, 3)
+        cache = PagedCache(1, 8, 4, layer.kv_heads, layer.dim, dtype=layer.dtype)
+        found = lists.call(x.copy(), params_of(True, 0, 3), loras=[adapters[n] for n in names])
+        want = layer.attn.forward(x, params_of(True, 0, 3), cache, softmax_scale=SCALE, loras=names, **layer.tables,
+                                  **OPTIONS)
+        assert_equal_runs([[found]], [want], layer.dtype)
+
+
 def test_weights_are_prepared_once():
     lists = Lists("fp32, uneven", True, InProcessCommunicator(2))
     for past in range(3):
@@ -187,7 +201,7 @@ def test_weights_are_prepared_once():
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), [
-    (dict(loras=["one"]), NotImplementedError, "loras must be empty"),
+    (dict(loras=[{"x": None}]), ValueError, "adapters must hold a LoRA for q, k, v, o, got NoneType for 'x'"),
     (dict(q_norm=[np.ones(8)]), ValueError, r"q_norm must be a list of one for each of the ranks \[0, 1\], got 1"),
     (dict(window_size=-1), ValueError, "window_size"),
     (dict(position_offsets=[np.int64([0, 0])] * 2), TypeError, "position_offsets must be int32, got int64"),
