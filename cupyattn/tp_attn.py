@@ -8,19 +8,20 @@ import numpy as np
 from .ops.rms_norm import rms_norm
 from .q_attn import QAttn
 from .q_attn_weights import vector
+from .runtime import layer_workspace
 from .tensor_parallel import TPContext
 
 
 class TPShard(QAttn):
     """What one rank has of a layer: a `QAttn` of its heads whose output is a part of a sum.
 
-    Made by `shards`. `forward` leaves x as it is and the part in `partial`, float32; bias and residual are in that of
-    the first rank. `finish` adds the sum of all to x.
+    Made by ``TPAttn.from_layer``. `forward` leaves x as it is and the part in `partial`, float32; bias and residual are
+    in that of rank 0. `finish` makes x of the sum of all.
     """
 
-    def __init__(self, *, first, has_residual=True, post_layernorm=None, post_layernorm_bias=None, **layer):
-        super().__init__(has_residual=first and has_residual and post_layernorm is None, **layer)
-        self.first, self.residual, self.partial, self._x = first, bool(has_residual), None, None
+    def __init__(self, *, rank, has_residual=True, post_layernorm=None, post_layernorm_bias=None, **layer):
+        super().__init__(has_residual=rank == 0 and has_residual and post_layernorm is None, **layer)
+        self.rank, self.residual, self.partial, self._x = rank, bool(has_residual), None, None
         if post_layernorm_bias is not None and (post_layernorm is None or self.layernorm_is_rms):
             raise ValueError("TPAttn: post_layernorm_bias must come with a post_layernorm that is a layer norm "
                              "(layernorm_is_rms=False), got it without")
@@ -49,12 +50,13 @@ class TPShard(QAttn):
         if rank > 0:
             layer["o_bias"] = None
         layer |= {"num_heads": context.q_heads[rank], "num_kv_heads": context.kv_heads[rank]}
-        return cls(first=rank == 0, **layer)
+        return cls(rank=rank, **layer)
 
     def _output(self, mixed, rows, buffers, added):
         """In place of QAttn's: this rank's part of what is added to `rows` of x."""
-        if self.partial is None or self.partial.shape != rows.shape:
-            self.partial = self.xp.empty(rows.shape, np.float32)
+        # a block of its own for each rank of this process, shared by all layers
+        room = layer_workspace(self.xp, 4 * rows.size, f"sum of rank {self.rank}")
+        self.partial = room[:4 * rows.size].view(np.float32).reshape(rows.shape)
         if self.has_residual:
             self.partial[...] = rows
         super()._output(mixed, self.partial, buffers, added)
@@ -62,12 +64,14 @@ class TPShard(QAttn):
 
     def finish(self):
         """x from the sum of all parts, which `partial` has become."""
-        x, self._x = self._x, None
+        (x, self._x), (partial, self.partial) = (self._x, None), (self.partial, None)
         if self.post is None:
-            x[...] = self.partial
+            x[...] = partial
             return
-        out = self.xp.empty(x.shape, x.dtype) if self.residual else x
-        self._norm(self.partial, self.post, self.post_bias, out)
+        out = x
+        if self.residual:
+            out = layer_workspace(self.xp, x.nbytes, "normed")[:x.nbytes].view(x.dtype).reshape(x.shape)
+        self._norm(partial, self.post, self.post_bias, out)
         if self.residual:   # the sum is what is wanted of this norm; its result is nobody's
             rms_norm(out, self.post, eps=self.norm_epsilon, residual=x, out=out)
 
@@ -110,11 +114,11 @@ class TPAttn:
             raise ValueError(f"TPAttn: shards must be a TPShard for each of the ranks {list(ranks)}, got "
                              f"{[type(shard).__name__ for shard in self.shards]}")
         for shard, rank in zip(self.shards, ranks, strict=True):
-            found = (shard.num_heads, shard.num_kv_heads, shard.head_dim, shard.hidden_size, shard.first)
-            wanted = (context.q_heads[rank], context.kv_heads[rank], context.head_dim, context.hidden_size, rank == 0)
+            found = (shard.rank, shard.num_heads, shard.num_kv_heads, shard.head_dim, shard.hidden_size)
+            wanted = (rank, context.q_heads[rank], context.kv_heads[rank], context.head_dim, context.hidden_size)
             if found != wanted:
-                raise ValueError(f"TPAttn: shards must hold (heads, KV heads, head_dim, hidden_size, whether the "
-                                 f"first) = {wanted} for rank {rank}, got {found}")
+                raise ValueError(f"TPAttn: shards must have (rank, heads, KV heads, head_dim, hidden_size) = {wanted}, "
+                                 f"got {found}")
 
     @classmethod
     def from_layer(cls, context, **layer):

@@ -219,7 +219,7 @@ def test_refused():
         attn.forward(x, Params(1, 1, 0), caches, sinks=np.zeros(4, np.float32), **layer.tables)
     with pytest.raises(ValueError, match="TPAttn: shards must be a TPShard for each of the ranks"):
         TPAttn(attn.shards[:2], context)
-    with pytest.raises(ValueError, match=r"TPAttn: shards must hold .* for rank 0, got \(2, 1, 16, 48, False\)"):
+    with pytest.raises(ValueError, match=r"TPAttn: shards must have .* = \(0, 2, 1, 16, 48\), got \(2, 2, 1, 16, 48\)"):
         TPAttn(attn.shards[::-1], context)
     with pytest.raises(TypeError, match="TPAttn: context must be a TPContext, got InProcessCommunicator"):
         TPAttn(attn.shards, context.communicator)
