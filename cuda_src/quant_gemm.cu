@@ -11,15 +11,15 @@
 //   3. Sums of the four lanes of a row, then of the warps in order; bias and store.
 //
 //   The order of all additions depends on K and WARPS alone: a row of out has the same bits whatever M and M_TILE.
-//   A weight of several segments takes a launch each, a piece each: partials [pieces, tokens, rows] keeps the sums of
-//   all but the last, which adds them in order.
+//   A weight of several segments takes a launch each, a piece each: partials [pieces - 1, gridDim.y * M_TILE, rows]
+//   keeps the sums of all but the last, which adds them in order.
 //   EXPERTS: rows of x belong to experts, offsets[e] to offsets[e + 1] to expert e, each with a weight of its own; a
 //   block finds its expert and rows (experts.cuh).
 //
 // launch     quant_gemm: grid (ceil_div(row_tiles, ROW_TILES), ceil_div(tokens, M_TILE)), block (32 * WARPS)
 //            dynamic shared memory 4 * M_TILE * 64 * MAX_SLICE_TILES bytes
-//            with EXPERTS grid.y is at least the tiles of all experts: ceil_div(tokens + e * (M_TILE - 1), M_TILE) for
-//            e = min(experts, tokens)
+//            with EXPERTS gridDim.y of all launches together is at least the tiles of all experts:
+//            ceil_div(tokens + e * (M_TILE - 1), M_TILE) for e = min(experts, tokens)
 //            gather_columns: grid (tokens, any), block (any); no shared memory
 // aliasing   none
 // traffic    packed bytes once per M_TILE rows of x
@@ -65,7 +65,7 @@ CA_KERNEL __launch_bounds__(256) void gather_columns(const __grid_constant__ Qua
 CA_KERNEL __launch_bounds__(32 * WARPS, 2) void quant_gemm_mma(const __grid_constant__ QuantGemmArgs args) {
   if constexpr (EXPERTS) {
     const ExpertTile at = expert_tile<M_TILE>(args.experts, args.tokens);
-    if (at.expert >= 0) multiply_on_tensor_cores(expert_call<T, U, B>(args, at, 0), at.token);
+    if (at.expert >= 0) multiply_on_tensor_cores(expert_call<B>(args, at), at.token);
   } else {
     multiply_on_tensor_cores(args, blockIdx.y * M_TILE);
   }
@@ -75,11 +75,12 @@ CA_KERNEL __launch_bounds__(32 * WARPS, 2) void quant_gemm_mma(const __grid_cons
 constexpr int MAX_SLICE_TILES = 24;  // column tiles staged at once; the same for every M_TILE
 constexpr int SUMS = ROW_TILES * M_TILE * 2;
 
-// The sum of a segment; the last one's finishes the output.
-__device__ __forceinline__ void store_piece(const QuantGemmArgs& args, int token, int row, float sum) {
+// The sum of a segment for row `first` + m of x; the last one's finishes the output.
+__device__ __forceinline__ void store_piece(const QuantGemmArgs& args, int first, int m, int row, float sum) {
+  const int token = first + m;
   if (args.pieces > 1 && token < args.tokens && row < args.rows) {
-    const int64_t size = int64_t{args.tokens} * args.rows;
-    float* partial = args.partials + int64_t{token} * args.rows + row;
+    const int64_t size = int64_t{gridDim.y} * M_TILE * args.rows;
+    float* partial = args.partials + (int64_t{blockIdx.y} * M_TILE + m) * args.rows + row;
     if (args.first_piece < args.pieces - 1) {
       partial[args.first_piece * size] = sum;
       return;
@@ -171,7 +172,7 @@ __device__ __forceinline__ void multiply(const QuantGemmArgs& args, int token) {
 #pragma unroll
     for (int j = 0; j < SUMS; ++j) {  // lane 4r + c stores every fourth
       if (j % 4 != lane % 4) continue;
-      store_piece(args, token + j / 2 % M_TILE, row + j / (2 * M_TILE) * 16 + j % 2 * 8, sums[j]);
+      store_piece(args, token, j / 2 % M_TILE, row + j / (2 * M_TILE) * 16 + j % 2 * 8, sums[j]);
     }
   } else {
     float* partial = staged;  // [warp][sum][r], where x was
@@ -186,7 +187,7 @@ __device__ __forceinline__ void multiply(const QuantGemmArgs& args, int token) {
       float sum = 0.0f;
 #pragma unroll
       for (int w = 0; w < WARPS; ++w) sum += partial[(w * SUMS + j) * 8 + item % 8];
-      store_piece(args, token + j / 2 % M_TILE,
+      store_piece(args, token, j / 2 % M_TILE,
                   (first_row_tile + j / (2 * M_TILE)) * TILE_ROWS + j % 2 * 8 + item % 8, sum);
     }
   }
@@ -196,7 +197,7 @@ CA_KERNEL __launch_bounds__(32 * WARPS, 4) void quant_gemm(const __grid_constant
   if constexpr (EXPERTS) {
     const ExpertTile at = expert_tile<M_TILE>(args.experts, args.tokens);
     if (at.expert < 0) return;
-    multiply(expert_call<T, U, B>(args, at, int64_t{args.pieces - 1} * args.rows), at.token);
+    multiply(expert_call<B>(args, at), at.token);
   } else {
     multiply(args, blockIdx.y * M_TILE);
   }

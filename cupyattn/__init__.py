@@ -9,7 +9,7 @@ from .cache_iterators import BlockIteratorParams, LinearIteratorParams, QuantPol
 from .caches import PagedCache
 from .communicators import Communicator, InProcessCommunicator, MPICommunicator
 from .context_parallel import contiguous_shards, merge_shards, rank_result, round_robin
-from .errors import CompileError, KernelCheckError
+from .errors import CaptureError, CompileError, KernelCheckError
 from .lora import LoRA, load_lora
 from .nccl import NCCLCommunicator
 from .ops.attention import attention
@@ -49,10 +49,10 @@ from .tp_attn_functions import tp_attn_forward_, tp_attn_forward_paged_
 from .turbomind import flatten_kv, invoke_attention, invoke_decoding, process_kv, reduce_split_k
 
 __all__ = [
-    "AttentionParams", "BlockIteratorParams", "BlockKV", "CompileError", "KernelCheckError", "LinearIteratorParams",
-    "LoRA", "PagedCache", "PagedParams", "PageManager", "PageTable", "Params", "QAttn", "QExperts", "QMatrix",
-    "QuantPolicy", "QuantizedKV", "ROPE_STYLE_GPTJ", "ROPE_STYLE_NEOX", "ROPE_STYLE_NONE", "RopeKernelParam",
-    "RopeParams", "Schedule",
+    "AttentionParams", "BlockIteratorParams", "BlockKV", "CaptureError", "CompileError", "KernelCheckError",
+    "LinearIteratorParams", "LoRA", "PagedCache", "PagedParams", "PageManager", "PageTable", "Params", "QAttn",
+    "QExperts", "QMatrix", "QuantPolicy", "QuantizedKV", "ROPE_STYLE_GPTJ", "ROPE_STYLE_NEOX", "ROPE_STYLE_NONE",
+    "RopeKernelParam", "RopeParams", "Schedule",
     "attention", "dequantize", "embedding", "kv_append", "kv_flatten", "layer_norm", "paged_decode", "quant_gemm",
     "repack", "rms_norm", "rope", "schedule", "silu_mul", "split_reduce",
     "free_q_attn", "make_q_attn", "q_attn_forward_1", "q_attn_forward_2", "q_attn_set_loras", "load_lora",

@@ -20,6 +20,7 @@ from .planning import (
 from .quantized_kv import kv_side
 from .runtime import arch_of, env
 from .runtime.arrays import alignment, array_namespace, dtype_name, strides
+from .runtime.capturing import refuse_to_keep
 from .runtime.checks import check_dtype, check_last_axis, check_shape
 
 
@@ -121,6 +122,7 @@ def attend(op, xp, q, keys, *, cache_seqlens, max_q_len, softmax_scale, window_s
 def _make_lists(op, xp, facts, lengths, policy, q_lens, keys, limits):
     """(decode, prefill) work lists of one call: in NumPy, or by a kernel from lengths that stay on the device."""
     if xp is np:
+        refuse_to_keep(f"call {op} without schedule, which is then made on the host")
         tiles = tiling(facts, lengths.packed_range()[1], sm_count(xp))
         prefixes = () if keys.pages is None else find_prefixes(lengths, policy, keys.pages, keys.table["page_size"])
         return exact_lists(lengths, tiles, policy, prefixes)

@@ -9,6 +9,7 @@ from .quantized_kv import BlockKV, QuantizedKV, kv_side
 from .runtime import launch, make_args, workspace
 from .runtime.arrays import address, alignment, strides
 from .runtime.checks import (
+    check_array,
     check_dtype,
     check_element_strides,
     check_flag,
@@ -176,11 +177,7 @@ def check_per_sequence(op, batch, contiguous=True, dtype="int32", **arrays):
     """Arrays with one entry per sequence; None values are ignored."""
     for name, array in arrays.items():
         if array is not None:
-            check_dtype(op, name, array, dtype)
-            check_shape(op, name, array, (batch,), "[batch]")
-            check_element_strides(op, name, array)
-            if contiguous:
-                check_last_axis(op, name, array)
+            check_array(op, name, array, dtype, (batch,), "[batch]", contiguous=contiguous)
 
 
 def check_shards(op, key_offsets, key_counts, key_stride, stride_name):

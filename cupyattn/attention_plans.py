@@ -2,6 +2,7 @@
 """Which attention kernel a call takes: tensor cores or CUDA cores, rows of a tile, blocks, and the Plan of a launch."""
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -254,9 +255,6 @@ _DECODE_MMA_CORE = [_mma_spec("paged_decode", q, k, v, 16, head_dim, bias) for q
     ("float16", "KvE4M3", "KvE5M2", 64, True), ("bfloat16", "KvE5M2", "KvE4M3", 128, False),
     ("float16", "KvHadamard8", "KvHadamard4", 128, True), ("bfloat16", "KvHadamard4", "KvHadamard8", 256, False),
     ("float16", "KvHadamard6", "KvHadamard6", 128, False))]
-_DECODE_MMA_ALL = [_mma_spec("paged_decode", *kinds, 16, head_dim, bias)
-                   for kinds in _SAME if kinds[0] != "float32" for head_dim in MMA_HEAD_DIMS for bias in (False, True)]
-
 DECODE_CORE = _DECODE_MMA_CORE + [_cores_spec("paged_decode", *case) for case in (
     ("float16", _HALF, _HALF, 4, True, False), ("bfloat16", _BF16, _BF16, 4, False, True),
     ("float32", _FLOAT, _FLOAT, 4, True, False), ("float16", _BF16, _BF16, 1, False, False),
@@ -275,9 +273,6 @@ _PREFILL_MMA_CORE = [_mma_spec("attention", q, k, v, rows, head_dim, bias) for q
     ("bfloat16", "KvE5M2", "KvE4M3", 128, 128, False), ("float16", "KvHadamard8", "KvHadamard4", 128, 64, True),
     ("bfloat16", "KvHadamard4", "KvHadamard8", 64, 256, False),
     ("float16", "KvHadamard6", "KvHadamard6", 64, 128, False))]
-_PREFILL_MMA_ALL = [_mma_spec("attention", *kinds, rows, head_dim, bias)
-                    for kinds in _SAME if kinds[0] != "float32" for head_dim in MMA_HEAD_DIMS
-                    for rows in ((64,) if head_dim > 128 else (64, 128)) for bias in (False, True)]
 
 PREFILL_CORE = _PREFILL_MMA_CORE + [_cores_spec("attention", *case) for case in (
     ("float16", _HALF, _HALF, 16, True, False), ("bfloat16", _BF16, _BF16, 16, True, True),
@@ -285,8 +280,22 @@ PREFILL_CORE = _PREFILL_MMA_CORE + [_cores_spec("attention", *case) for case in 
     ("float16", "KvInt8<__half>", "KvInt8<__half>", 16, True, False),
     ("bfloat16", "KvInt8Sym", "KvE4M3", 8, False, False), ("float32", "KvHadamard4", "KvHadamard8", 16, True, True),
     ("float16", "KvInt8Channel", "KvInt4<__half>", 8, False, True))]
-DECODE_ALL = list(dict.fromkeys(DECODE_CORE + _DECODE_MMA_ALL + [
-    _cores_spec("paged_decode", *kinds, *case) for kinds in _SAME + _MIXED for case in _DECODE]))
-PREFILL_ALL = list(dict.fromkeys(PREFILL_CORE + _PREFILL_MMA_ALL + [
-    _cores_spec("attention", *kinds, rows, aligned, bias) for kinds in _SAME + _MIXED
-    for rows in (8, CPU_PREFILL_ROWS) for aligned in (True, False) for bias in (False, True)]))
+
+
+def decode_specs():
+    """What the full compile tests build beside DECODE_CORE."""
+    for kinds, head_dim, bias in itertools.product(_SAME, MMA_HEAD_DIMS, (False, True)):
+        if kinds[0] != "float32":
+            yield _mma_spec("paged_decode", *kinds, 16, head_dim, bias)
+    for kinds, case in itertools.product(_SAME + _MIXED, _DECODE):
+        yield _cores_spec("paged_decode", *kinds, *case)
+
+
+def prefill_specs():
+    """What the full compile tests build beside PREFILL_CORE."""
+    for kinds, head_dim, rows, bias in itertools.product(_SAME, MMA_HEAD_DIMS, (64, 128), (False, True)):
+        if kinds[0] != "float32" and (rows == 64 or head_dim <= 128):
+            yield _mma_spec("attention", *kinds, rows, head_dim, bias)
+    for kinds, rows, aligned, bias in itertools.product(_SAME + _MIXED, (8, CPU_PREFILL_ROWS), (True, False),
+                                                        (False, True)):
+        yield _cores_spec("attention", *kinds, rows, aligned, bias)

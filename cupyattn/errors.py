@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two exceptions of cupyattn that NumPy has no name for."""
+"""The exceptions of cupyattn that NumPy has no name for."""
 
 
 class CompileError(RuntimeError):
@@ -7,6 +7,10 @@ class CompileError(RuntimeError):
 
     The message holds the command and the first lines of the compiler's complaint.
     """
+
+
+class CaptureError(RuntimeError):
+    """A step did something while it was captured that its replays would not repeat."""
 
 
 class KernelCheckError(RuntimeError):

@@ -7,7 +7,7 @@ import numpy as np
 
 from .page_table import NO_PAGES, PageTable
 from .quantized_kv import FORMATS, BlockKV
-from .runtime.checks import check_dtype, check_element_strides, check_number, check_shape, value_range
+from .runtime.checks import check_array, check_number, value_range
 
 _OP = "kv_append"
 
@@ -55,9 +55,7 @@ def no_places(**given):
 
 
 def check_index(name, array, length, axes, dtypes=("int32",)):
-    check_dtype(_OP, name, array, dtypes)
-    check_shape(_OP, name, array, (length,), axes)
-    check_element_strides(_OP, name, array)
+    check_array(_OP, name, array, dtypes, (length,), axes, contiguous=False)
 
 
 def prepare_places(slots, block_table, positions, batch_indices, readonly_tokens, key_stride, key_offset, tokens,

@@ -11,6 +11,7 @@ import numpy as np
 
 from .ops.dequantize import dequantize
 from .runtime import blas, workspace
+from .runtime.launch import run_library
 
 _CHUNK, _CHUNK_LIMIT = 24 << 20, 128 << 20   # bytes
 _WAVE = 132 * 128 * 256   # numbers of out that occupy a nominal GPU once
@@ -54,7 +55,7 @@ def multiply_on_host(x, qmatrix, bias, accumulate, out):
 def multiply_on_gpu(xp, x, qmatrix, bias, accumulate, out):
     """CuPy arrays x [tokens, K], out [tokens, N]; weights are rounded to x.dtype, bias and the sums to out.dtype."""
     if bias is not None:
-        out[...] = bias   # which cuBLAS adds to
+        run_library("copy", "gpu", lambda: out.__setitem__(..., bias))   # which cuBLAS adds to
     rows, columns = qmatrix.shape
     row_bytes = columns * x.itemsize
     step = rows_per_chunk(len(x), rows, row_bytes)

@@ -13,7 +13,8 @@ _ROWS_PER_BLOCK = 64               # of the streaming kernel with codes of up to
 _MIN_PIECE_TILES, _MAX_PIECES = 8, 32
 _CHUNKS = 8                        # of a piece
 _STREAM_BYTES = 4096               # of codes that a streaming warp has on their way, if they fit
-_SHARED_BYTES = 96 * 1024          # of a block
+_SHARED_BYTES = 96 * 1024          # of a block, which the smallest of GPUs with tensor cores have
+_IN_FLIGHT_BYTES = 48 * 1024       # of codes and scales that streams have on their way to a multiprocessor, at least
 _MAX_STAGES = 12
 
 
@@ -89,10 +90,30 @@ def _spec_of(form, x, out, bias, m_tile, unit, experts=False):
     return mma_spec(form, x, out, bias, m_tile, unit, row_tiles, warps, stages, experts)
 
 
-def shape_of(form, m_tile):
-    """(row tiles of a warp, warps, stages, shared bytes) of the kernel for `m_tile` tokens."""
+@functools.lru_cache(maxsize=1024)
+def shape_of(form, m_tile, most=4):
+    """(row tiles of a warp, warps, stages, shared bytes) of the kernel for `m_tile` tokens.
+
+    At `most` so many row tiles; fewer where two stages do not fit or too little would be on its way.
+    """
+    row_tiles = min(most, (4 if form.bits <= 8 else 2) if m_tile == 8 else 2 if m_tile == 64 else 1)
+    while True:
+        warps, stages, shared = _rings(form, m_tile, row_tiles)
+        few = m_tile == 8 and in_flight(form, row_tiles, warps, stages) < _IN_FLIGHT_BYTES
+        if row_tiles == 1 or (shared <= _SHARED_BYTES and not few):
+            return row_tiles, warps, stages, shared
+        row_tiles //= 2
+
+
+def in_flight(form, row_tiles, warps, stages):
+    """Bytes on their way to a multiprocessor with two blocks of streams; scales of tiles that have their own count."""
+    tile = form.tile_bytes + (TILE_ROWS * form.scale_bytes if form.groups > 1 else 0)
+    return 2 * warps * (stages - 1) * row_tiles * tile
+
+
+def _rings(form, m_tile, row_tiles):
+    """(Warps, stages, shared bytes) with `row_tiles` a warp."""
     stream = m_tile == 8
-    row_tiles = (4 if form.bits <= 8 else 2) if stream else 2 if m_tile == 64 else 1
     warps = 4 if m_tile == 64 else 8
     sums = 512 * row_tiles * (m_tile // 8) * warps                       # of all lanes
     fixed = 0 if stream else sums + 4 * form.groups * m_tile
@@ -101,7 +122,7 @@ def shape_of(form, m_tile):
     stage = rings * 2 * TILE_COLUMNS * m_tile + warps * weights
     wanted = 1 + -(-_STREAM_BYTES // (row_tiles * form.tile_bytes)) if stream else _MAX_STAGES
     stages = max(2, min(wanted, (_SHARED_BYTES - fixed) // stage))
-    return row_tiles, warps, stages, max(stages * stage + fixed, sums + 16 if stream else 0)
+    return warps, stages, max(stages * stage + fixed, sums + 16 if stream else 0)
 
 
 def mma_specs(*, core):
@@ -124,13 +145,15 @@ def mma_specs(*, core):
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_mma(tokens, rows, pieces, unit, form, x, out, bias, arch, note, experts=0):
+def plan_mma(tokens, rows, pieces, unit, form, x, out, bias, arch, note, experts=0, others=()):
     """Plan of one segment from the number of rows of x and of the weight, its `Partition`, dtype names and arch.
 
-    `experts`: how many share the rows of x, 0 for a weight for all of them.
+    `experts`: how many share the rows of x, 0 for a weight for all of them. `others`: forms of segments with which this
+    one shares its tiles of out.
     """
     m_tile = next((m for m in (8, 16, 32) if tokens <= m * max(1, experts)), 64)
-    row_tiles, warps, stages, shared = shape_of(form, m_tile)
+    most = min((shape_of(other, m_tile)[0] for other in others), default=4)
+    row_tiles, warps, stages, shared = shape_of(form, m_tile, most)
     block_rows = TILE_ROWS * row_tiles * (1 if m_tile == 8 else warps)
     grid = -(-rows // block_rows), tiles_of_tokens(tokens, m_tile, experts), pieces
     spec = mma_spec(form, x, out, bias, m_tile, unit, row_tiles, warps, stages, experts > 0)

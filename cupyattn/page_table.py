@@ -5,7 +5,7 @@ import numpy as np
 
 from .devices import to_host
 from .runtime.arrays import array_namespace
-from .runtime.checks import check_dtype, check_element_strides, check_last_axis, check_shape
+from .runtime.checks import check_array, check_dtype, check_last_axis, check_shape
 from .runtime.structs import address
 
 _OP = "PageTable"
@@ -51,10 +51,7 @@ class PageTable:
 
     def __init__(self, block_table):
         self._set(array_namespace(_OP, block_table=block_table), "dense", block_table=block_table)
-        check_dtype(_OP, "block_table", block_table, "int32")
-        check_shape(_OP, "block_table", block_table, (None, None), "[batch, max_pages]")
-        check_last_axis(_OP, "block_table", block_table)
-        check_element_strides(_OP, "block_table", block_table)
+        check_array(_OP, "block_table", block_table, "int32", (None, None), "[batch, max_pages]")
         self.batch, self.max_pages = block_table.shape
 
     def _set(self, xp, form, *, block_table=None, indptr=None, block_ptrs=None, last_page_len=None, buffers=(),

@@ -7,9 +7,11 @@ import numpy as np
 
 from .block_kv import BlockKV, BlockLayer
 from .kv_formats import FLOATS, FORMATS, NO_SCALE, check_format, check_head_dim, dtype_of, scale_shape
-from .runtime.arrays import alignment, array_namespace, dtype_name
+from .runtime.arrays import alignment, array_namespace, dtype_name, strides
+from .runtime.checks import check_array
 from .runtime.plan import CUDA_TYPES
 
+_PLAIN_TAGS = {name: f"KvPlain<{CUDA_TYPES[name]}>" for name in FLOATS}
 __all__ = ["FLOATS", "FORMATS", "BlockKV", "BlockLayer", "KvSide", "QuantizedKV", "dtype_of", "kv_side"]
 
 
@@ -254,17 +256,10 @@ def kv_side(op, name, cache):
         return KvSide(cache.tag, cache.format, cache.shape, *cache.view(), cache.alignment, row_align,
                       {f"{name}.{part}": array for part, array in cache.arrays.items()})
     array_namespace(op, **{name: cache})
-    found = dtype_name(cache)
+    found, shape = dtype_name(cache), cache.shape
     if found not in FLOATS:
         raise TypeError(f"{op}: {name} must be {', '.join(FLOATS)} or a QuantizedKV, got {found}")
-    if cache.ndim != 4:
-        raise ValueError(f"{op}: {name} must be [pages, page_size, num_kv_heads, head_dim], got {list(cache.shape)}")
-    itemsize, strides = cache.itemsize, cache.strides
-    if cache.size and cache.shape[3] > 1 and strides[3] != itemsize:
-        raise ValueError(f"{op}: {name} must have a contiguous last axis, got strides {strides} bytes for {found}")
-    if any(s % itemsize for s in strides):
-        raise ValueError(f"{op}: {name} must have strides that are multiples of its itemsize {itemsize}, got {strides}")
-    view = {"data": cache, "stride_page": strides[0] // itemsize, "stride_token": strides[1] // itemsize,
-            "stride_head": strides[2] // itemsize, "offset": 0}
-    return KvSide(f"KvPlain<{CUDA_TYPES[found]}>", found, cache.shape, view, NO_SCALE, alignment(cache), 16,
-                  {name: cache})
+    check_array(op, name, cache, found, (None,) * 4, "[pages, page_size, num_kv_heads, head_dim]")
+    page, token, head, _ = strides(cache)
+    view = {"data": cache, "stride_page": page, "stride_token": token, "stride_head": head, "offset": 0}
+    return KvSide(_PLAIN_TAGS[found], found, shape, view, NO_SCALE, alignment(cache), 16, {name: cache})

@@ -109,8 +109,10 @@ def measure(step, out):
     sys.path.insert(0, str(ROOT / "perf"))
     if step == "ceilings":
         import ceilings
+        import launch_cost
 
         keep(launch_seconds=ceilings.launch_overhead())
+        keep(python_seconds=launch_cost.measure(ceilings.DEVICE.xp, ceilings.DEVICE.array))
         keep(read_bytes_per_second=ceilings.read_bandwidth())
         return 0
     import model_path

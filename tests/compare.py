@@ -7,7 +7,8 @@ import numpy as np
 
 
 def assert_close(actual, reference, atol, rtol):
-    """|actual - reference| ≤ atol + rtol·|reference| everywhere, NaN and infinities in the same places."""
+    """|actual - reference| ≤ atol + rtol·|reference| everywhere, NaN and infinities in the same places; `atol` may be
+    an array."""
     actual = np.asarray(actual).astype(np.float64)
     reference = np.asarray(reference).astype(np.float64)
     assert actual.shape == reference.shape, f"shape {actual.shape}, want {reference.shape}"
@@ -18,11 +19,12 @@ def assert_close(actual, reference, atol, rtol):
             raise AssertionError(f"{what} differs at {at} ({differ.sum()} places): {actual[at]}, want {reference[at]}")
     finite = np.isfinite(reference)
     with np.errstate(invalid="ignore"):
-        excess = np.where(finite, np.abs(actual - reference) - atol - rtol * np.abs(reference), -np.inf)
+        allowed = atol + rtol * np.abs(reference)
+        excess = np.where(finite, np.abs(actual - reference) - allowed, -np.inf)
     if excess.size and excess.max() > 0:
         at = tuple(int(i) for i in np.unravel_index(excess.argmax(), excess.shape))
         raise AssertionError(f"worst at {at} ({(excess > 0).sum()} of {excess.size} off): {actual[at]:.9g}, want "
-                             f"{reference[at]:.9g}, allowed {atol + rtol * abs(reference[at]):.3g}")
+                             f"{reference[at]:.9g}, allowed {allowed[at]:.3g}")
 
 
 def assert_same_bits(a, b):

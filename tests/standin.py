@@ -39,6 +39,7 @@ class RawModule:
         self.options = options
 
     def get_function(self, name):
+        device.refuse_in_capture(f"compiling {name}")
         compiled = nvrtc.compile_code(self.code, self.options, f"sm_{device.state.capability}")
         return RawKernel(self, name, nvrtc.resources(compiled, name))
 
@@ -221,4 +222,5 @@ def install(capability="90", devices=1, cublas=True):
 def _forget_device():
     cuda._arch.cache_clear()
     cuda._shared_limit.cache_clear()
+    cuda._device_count.cache_clear()
     blas.cublas.cache_clear()

@@ -20,7 +20,9 @@ CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32F_PEDANTIC = 68, 69
 HANDLE = 0x5EED
 _TYPES = {2: np.dtype(np.float16), 14: np.dtype(ml_dtypes.bfloat16), 0: np.dtype(np.float32)}
 _INT_MAX = 2**31 - 1
-pointer_mode = CUBLAS_POINTER_MODE_DEVICE   # as another user of the handle may have left it
+CUBLAS_DEFAULT_MATH, TF32, WIDE_SUMS = 0, 3, 16   # of cublasMath_t; CuPy names only the first
+pointer_mode = CUBLAS_POINTER_MODE_DEVICE   # as another user of the handle may have left them
+math_mode = TF32
 
 
 def get_cublas_handle():
@@ -36,6 +38,17 @@ def setPointerMode(handle, mode):  # noqa: N802
     global pointer_mode
     assert handle == HANDLE and mode in (CUBLAS_POINTER_MODE_HOST, CUBLAS_POINTER_MODE_DEVICE)
     pointer_mode = mode
+
+
+def getMathMode(handle):  # noqa: N802
+    assert handle == HANDLE
+    return math_mode
+
+
+def setMathMode(handle, mode):  # noqa: N802
+    global math_mode
+    assert handle == HANDLE and mode in (CUBLAS_DEFAULT_MATH, TF32, WIDE_SUMS)
+    math_mode = mode
 
 
 def _refuse(text):
@@ -70,6 +83,8 @@ def gemmEx(handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb,
     assert handle == HANDLE and all(operator.index(value) > 0 for value in (alpha, A, B, beta, C))
     if pointer_mode != CUBLAS_POINTER_MODE_HOST:
         _refuse("alpha and beta are addresses of host memory, the pointer mode is that of the device")
+    if math_mode != WIDE_SUMS:
+        _refuse(f"math mode {math_mode} lets 16-bit products add parts of K in 16 bits, and float32 ones be TF32")
     if not (m > 0 and n > 0 and k > 0 and {transa, transb} <= {CUBLAS_OP_N, CUBLAS_OP_T}):
         _refuse(f"m {m}, n {n}, k {k}, operations {transa} and {transb}")
     if algo not in (CUBLAS_GEMM_DEFAULT, CUBLAS_GEMM_DEFAULT_TENSOR_OP):

@@ -60,7 +60,8 @@ class Block:
 
 
 def allocate(size):
-    """An allocator for cupy.cuda.set_allocator."""
+    """An allocator for cupy.cuda.set_allocator; refused during graph capture, where CUDA may have to allocate, too."""
+    refuse_in_capture(f"allocating {size} bytes")
     state.events["allocations"] += 1
     block = Block(size)
     state.memory[block.address] = block
@@ -75,12 +76,17 @@ def host(array):
                       array.data.ptr - memory.ptr, array.strides)
 
 
-def copying(what="copies"):
-    """Count something the host waits for; refused during graph capture."""
+def refuse_in_capture(call):
+    """A capture under way on the current stream does not survive `call`."""
     stream = get_current_stream()
     if stream.is_capturing():
         stream._invalid = True
-        raise error(f"cudaErrorStreamCaptureUnsupported: {what} during graph capture")
+        raise error(f"cudaErrorStreamCaptureUnsupported: {call} during graph capture")
+
+
+def waiting(call, what="copies"):
+    """Count something the host waits for; refused during graph capture."""
+    refuse_in_capture(call)
     state.events[what] += 1
 
 
@@ -94,7 +100,7 @@ def new(values):
 # methods of cupy.ndarray
 
 def ndarray_get(self, stream=None, order="C", out=None, blocking=True):
-    copying()
+    waiting("ndarray.get")
     if out is None:
         return host(self).copy(order)
     out[...] = host(self)
@@ -110,7 +116,7 @@ def ndarray_set(self, arr, stream=None):
         raise ValueError(f"Shape mismatch. Old shape: {self.shape}, new shape: {arr.shape}")
     if not self.flags.c_contiguous and not self.flags.f_contiguous:
         raise RuntimeError("Cannot set to non-contiguous array")
-    copying()
+    waiting("ndarray.set")
     host(self)[...] = arr
 
 
@@ -167,7 +173,7 @@ def asarray(a, dtype=None, order=None, *, blocking=False):
     interface = getattr(a, "__cuda_array_interface__", None)
     if interface is not None and not isinstance(a, cupy.ndarray):
         return _foreign(a, interface)
-    copying()
+    waiting("asarray")
     return new(np.asarray(host(a) if isinstance(a, cupy.ndarray) else a, dtype))
 
 
@@ -180,7 +186,7 @@ def _foreign(owner, interface):
 
 
 def array(obj, dtype=None, copy=True, order="K", subok=False, ndmin=0):
-    copying()
+    waiting("array")
     return new(np.array(host(obj) if isinstance(obj, cupy.ndarray) else obj, dtype, ndmin=ndmin))
 
 
@@ -239,7 +245,7 @@ def runtime_getDeviceProperties(device):
 
 
 def runtime_deviceSynchronize():
-    copying("synchronizations")
+    waiting("deviceSynchronize", "synchronizations")
 
 
 class Device:
@@ -304,7 +310,7 @@ class Stream:
         state.thread.streams.pop().use()
 
     def synchronize(self):
-        copying("synchronizations")
+        waiting("Stream.synchronize", "synchronizations")
 
     def record(self, event=None):
         event = Event() if event is None else event
@@ -369,7 +375,7 @@ class Event:
         self.time = time.perf_counter()
 
     def synchronize(self):
-        copying("synchronizations")
+        waiting("Event.synchronize", "synchronizations")
 
     @property
     def done(self):

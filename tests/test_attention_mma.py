@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`attention` through its tensor-core kernel on the CPU executor, which by itself would take CUDA cores."""
 
+import functools
 import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import test_attention
 from compare import assert_close, sparse_array
 from test_attention import (
     FORMS,
@@ -16,7 +18,6 @@ from test_attention import (
     WILD,
     assert_all_same,
     attend,
-    check,
     make,
     quantized,
     several,
@@ -29,6 +30,7 @@ from cupyattn.quantized_kv import FORMATS, QuantizedKV
 from cupyattn.runtime.cpu import counters, settings
 
 rng = np.random.default_rng(29)
+check = functools.partial(test_attention.check, rounded_probs=True)
 
 
 @pytest.fixture(autouse=True)

@@ -151,13 +151,17 @@ def test_captured_in_a_graph_without_allocation():
             assert _error(out.get(), want) <= 3e-4
 
 
-def test_pointer_mode_of_the_handle_is_left_as_it_was(monkeypatch):
+def test_modes_of_the_handle_are_left_as_they_were(monkeypatch):
+    """The stand-in refuses products in another math mode than that of float32 sums."""
     matrix, _ = _weight("int4 zero float16", 104, 200)
-    for mode in (standin_blas.CUBLAS_POINTER_MODE_DEVICE, standin_blas.CUBLAS_POINTER_MODE_HOST):
-        monkeypatch.setattr(standin_blas, "pointer_mode", mode)
+    for modes in ((standin_blas.CUBLAS_POINTER_MODE_DEVICE, standin_blas.TF32),
+                  (standin_blas.CUBLAS_POINTER_MODE_HOST, standin_blas.CUBLAS_DEFAULT_MATH)):
+        monkeypatch.setattr(standin_blas, "pointer_mode", modes[0])
+        monkeypatch.setattr(standin_blas, "math_mode", modes[1])
         with install() as xp:
             cupyattn.quant_gemm(xp.array(_x(80, 200, "float16")), matrix.to(xp.module))
-        assert standin_blas.pointer_mode == mode
+            assert xp.events["gemms"]
+        assert (standin_blas.pointer_mode, standin_blas.math_mode) == modes
 
 
 def test_recording_multiplies_nothing(multiplied):
@@ -203,8 +207,9 @@ def test_binding_has_the_parameters_of_the_installed_cupy():
     parameters = [part.split() for part in signature.split(", ")]
     assert [name for *_, name in parameters] == list(inspect.signature(standin_blas.gemmEx).parameters)
     assert {name: kind for kind, name in parameters}["alpha"] == "size_t"   # an address
-    for name in (name for name in vars(standin_blas) if name.startswith("CUBLAS_")):
-        assert name.encode() in module
+    for name in vars(standin_blas):
+        if name.startswith("CUBLAS_") or name.endswith("Mode"):
+            assert name.encode() in module
 
 
 @pytest.mark.parametrize("tokens, rows", [(4096, 1536), (1024, 4224), (600, 7200), (256, 8192)])

@@ -18,10 +18,10 @@ from cupyattn.runtime import cuda, source
 ARCHS = ("sm_75", "sm_80", "sm_90a", "sm_100a", "sm_120a")
 
 
-def _listed(name):
-    """{spec: None} of the lists called `name` of all op modules, in order."""
-    modules = [importlib.import_module(f"cupyattn.ops.{m.name}") for m in pkgutil.iter_modules(ops.__path__)]
-    return dict.fromkeys(spec for module in modules for spec in getattr(module, name, ()))
+MODULES = [importlib.import_module(f"cupyattn.ops.{m.name}") for m in pkgutil.iter_modules(ops.__path__)]
+CORE = list(dict.fromkeys(spec for module in MODULES for spec in module.CORE))
+ALL = list(dict.fromkeys([*CORE, *(spec for module in MODULES if hasattr(module, "more_specs")
+                                   for spec in module.more_specs())]))
 
 
 def _archs(spec):
@@ -69,19 +69,19 @@ def _check(spec, arch, compiled):
     assert not missing, f"{missing} not in {sorted(found)}"
 
 
-@pytest.mark.parametrize("spec, arch", _two_archs(_listed("CORE")))
+@pytest.mark.parametrize("spec, arch", _two_archs(CORE))
 def test_core(spec, arch, compiled):
     _check(spec, arch, compiled)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("spec, arch", _every_arch(_listed("CORE")))
+@pytest.mark.parametrize("spec, arch", _every_arch(CORE))
 def test_core_everywhere(spec, arch, compiled):
     _check(spec, arch, compiled)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("spec, arch", _one_arch_each(_listed("ALL")))
+@pytest.mark.parametrize("spec, arch", _one_arch_each(ALL))
 def test_all(spec, arch, compiled):
     _check(spec, arch, compiled)
 
@@ -89,7 +89,7 @@ def test_all(spec, arch, compiled):
 def _prefill(q, tag, head_dim):
     """Specialisation of attention_mma.cuh for 128 rows without biases."""
     wanted = {"KF": tag, "VF": tag, "ROWS": 128, "HEAD_DIM": head_dim, "BIAS": 0, "T": q}
-    return next(spec for spec in _listed("ALL") if spec.kernel == "attention_mma" and wanted.items() <=
+    return next(spec for spec in ALL if spec.kernel == "attention_mma" and wanted.items() <=
                 dict(spec.constants).items())
 
 
@@ -105,14 +105,12 @@ def test_prefill_uses_fragments_twice(spec, most, arch, compiled):
 
 
 def test_every_kernel_file_is_listed():
-    listed = {spec.source for spec in _listed("CORE")}
-    assert listed == {file.stem for file in source.root().glob("*.cu")}
-    assert not set(_listed("CORE")) - set(_listed("ALL"))
+    assert {spec.source for spec in CORE} == {file.stem for file in source.root().glob("*.cu")}
 
 
 def test_compiled_as_by_rawmodule():
     """CuPy's own compile function, its module loading replaced, passes the same options and makes the same code."""
-    spec = next(iter(_listed("CORE")))
+    spec = CORE[0]
     options = cuda.options(spec, "sm_90a")
     compiler = cupy.cuda.compiler
     seen, module = [], mock.Mock()

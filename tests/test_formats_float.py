@@ -282,7 +282,7 @@ def check_errors(w, scheme):
     elif kind == "fp8":
         allowed = np.maximum(w * 2.0**-4, scale * 2.0**-10)
     else:                       # E2M1: gaps of 1/2, 1, 2; and what lies above 6 by the rounding of the scale
-        gap = np.select([w <= 2 * scale, w <= 4 * scale], [0.25, 0.5], 1)
+        gap = np.select([w <= 2 * scale, w <= 4 * scale, w <= 7 * scale], [0.25, 0.5, 1], 2 if kind == "mxfp4" else 1)
         allowed = gap * scale
         if kind == "nvfp4":     # scales of groups below 2^-10 of the row's largest are 0
             largest = np.abs(w).max(axis=1, keepdims=True)
@@ -359,8 +359,12 @@ def test_codes_by_hand():
     coded = quantize(w, "mxfp4")
     assert coded.segments[0].scale[0, 0] == 1       # ties go to the even code
     assert coded.dequantize()[0, :16].tolist() == [0, 0, 1, 1, 2, 2, 4, 4, 6, 0, -.5, -4, -6, -6, 0, -1]
-    w[0, 0] = 7
+    w[0] = 1.5
+    w[0, 0] = 7.5                                   # 6 or 8; but 1.5 would become 2
+    assert quantize(w, "mxfp4").segments[0].scale[0, 0] == 1
+    w[0, 1:] = 2
     assert quantize(w, "mxfp4").segments[0].scale[0, 0] == 2
+    w[:] = 0
     w[0, 0], w[1, :3] = 448, (896, -480, 1e-3)
     coded = quantize(w, "fp8")
     assert coded.segments[0].scale[:2, 0].tolist() == [1, 2] and coded.dequantize()[1, :3].tolist() == [896, -480, 0]

@@ -4,9 +4,11 @@
 import gguf
 import numpy as np
 import pytest
+from families import FAMILIES, error, forced
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cupyattn import QMatrix
 from cupyattn.quant.gguf import BLOCKS, read, type_name
 
 # where a block of each type keeps float16 numbers
@@ -69,6 +71,26 @@ def test_any_shape(name, rows, blocks, seed):
     assert np.array_equal(read(raw.reshape(-1), name, shape).dequantize().astype(np.float32), oracle(name, raw))
 
 
+@pytest.mark.parametrize("name", BLOCKS)
+def test_matrices_are_what_the_package_says(name):
+    """Packed and read by the kernels: weights to the bit, products of every family within the bound."""
+    shape, rng = (40, 512), np.random.default_rng(6)
+    raw = random_blocks(name, shape, rng)
+    if name == "mxfp4":
+        raw[..., 0] = rng.integers(100, 140, raw.shape[:2])   # no product past float32
+    if name == "nvfp4":
+        raw[..., :4] = np.minimum(raw[..., :4], 126)          # a NaN, which stands for 0 here
+    want = oracle(name, raw)
+    matrix = QMatrix.from_gguf(raw, name, shape)
+    assert np.array_equal(matrix.reconstruct(), want)
+    for family_name in FAMILIES:
+        with forced(family_name) as family:
+            m = family.some_tokens[0]
+            x = rng.standard_normal((m, 512)).astype(np.float16)
+            found = error(family.product(x, matrix), x.astype(np.float64) @ want.astype(np.float64).T)
+            assert found <= 1e-5, f"{family_name}: {found:.2e}"
+
+
 @pytest.mark.parametrize("name", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4"])
 def test_what_the_package_quantizes(name):
     w = np.random.default_rng(3).normal(size=(16, 256)).astype(np.float32)
@@ -104,10 +126,10 @@ def test_names_and_numbers():
 
 def test_refusals():
     data = np.zeros(144, np.uint8)
-    for arguments, error, message in (
+    for arguments, kind, message in (
             ((data, "q4_k", (1, 255)), ValueError, "in_features a multiple of 256 for Q4_K, got \\[1, 255\\]"),
             ((data, "q4_k", (2, 256)), ValueError, "data must hold 2 blocks of 144 bytes, got 144 bytes"),
             ((data.view(np.int8), "q4_k", (1, 256)), TypeError, "data must be uint8, got int8"),
             ((data, "iq2_xs", (1, 256)), NotImplementedError, "type must be one of Q4_0, .*, got 'iq2_xs'")):
-        with pytest.raises(error, match=message):
+        with pytest.raises(kind, match=message):
             read(*arguments)

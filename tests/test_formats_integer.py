@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cupyattn import QMatrix
 from cupyattn.quant import awq, compressed_tensors, exl2, gptq, hqq
 from cupyattn.quant.bit_stream import pack_stream, unpack_stream
 from cupyattn.quant.detect import detect
@@ -243,6 +244,24 @@ def test_gptq_zero_wrap():
     tensors = matrix.gptq()
     matrix.zeros[matrix.zeros == 0] = 16
     assert np.array_equal(dequantized(gptq.read(tensors, zero_wrap=False)), matrix.weight())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_gptq_zero_points_that_borrowed(bits):
+    """A writer that takes 1 from whole words: a zero point of 0 leaves 2^bits - 1 and one less in the next field."""
+    matrix = Matrix(bits, (32, 64))
+    matrix.zeros[:, :6] = 0, 1, 0, 0, 2, 0
+    ones = np.uint32(sum(1 << bits * i for i in range(32 // bits)))
+    tensors = matrix.gptq(0) | {"qzeros": (packed_along(matrix.zeros, bits).view(np.uint32) - ones).view(np.int32)}
+    for read in (gptq.read, QMatrix.from_gptq):
+        weight = read(tensors, zero_wrap="word")
+        found = weight.reconstruct() if isinstance(weight, QMatrix) else dequantized(weight)
+        np.testing.assert_allclose(found, matrix.weight(), rtol=1e-6)
+        wrong = read(tensors, zero_wrap=True)
+        wrong = wrong.reconstruct() if isinstance(wrong, QMatrix) else dequantized(wrong)
+        assert not np.allclose(wrong, matrix.weight())
+        with pytest.raises(ValueError, match="zero_wrap must be True, False or 'word', got 'words'"):
+            read(tensors, zero_wrap="words")
 
 
 @pytest.mark.parametrize("kind", ["permuted", "partial", "negative", "static"])

@@ -147,6 +147,12 @@ def test_options(xp, options, dtype):
     check(make([45, 1060, 20], q_len=3, dtype=dtype), xp, **options)
 
 
+def test_wide_softcap():
+    """Caps far above the scores change no digit that float32 has: tanh is exact near zero."""
+    for softcap in (50.0, 1000.0):
+        check(make([6] * 40), softcap=softcap)
+
+
 def test_starts():
     check(make([45, 1060, 20], starts=[3, 1030, 20]))
     check(make([45, 1060, 20], starts=[3, 1030, 20], q_len=4), window_size=9)

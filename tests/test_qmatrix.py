@@ -13,6 +13,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from cupyattn import QMatrix
+from cupyattn.quant import layout
+from cupyattn.quant.coded import FLOAT8
 
 BITS = {"Q4_0": 4.5, "Q4_1": 5, "Q8_0": 8.5}
 rng = np.random.default_rng(3)
@@ -124,8 +126,15 @@ def test_errors():
         QMatrix.from_gguf(raw, "TQ1_0", (16, 64))
     with pytest.raises(ValueError, match="data must hold 64 blocks of 18 bytes, got 576 bytes"):
         QMatrix.from_gguf(raw, "Q4_0", (16, 128))
+    with pytest.raises(ValueError, match=r"data must have 32 rows for shape \[32, 32\], got shape \[16, 36\]"):
+        QMatrix.from_gguf(raw, "Q4_0", (32, 32))
+    square, _ = _quantized("Q8_0", 64, 32)
+    with pytest.raises(ValueError, match=r"data must have 32 rows for shape \[32, 64\], got shape \[64, 34\]"):
+        QMatrix.from_gguf(square, "Q8_0", (32, 64))      # ne as it is in the file
+    with pytest.raises(ValueError, match=r"data must have 8 rows for shape \[8, 16\], got shape \[16, 16\]"):
+        QMatrix.from_gguf(np.zeros((16, 8), np.float16).view(np.uint8), "F16", (8, 16))
     with pytest.raises(ValueError, match="in_features a multiple of 32 for Q4_0"):
-        QMatrix.from_gguf(raw, "Q4_0", (32, 40))
+        QMatrix.from_gguf(raw, "Q4_0", (16, 40))
     with pytest.raises(TypeError, match="data must be uint8, got float32"):
         QMatrix.from_gguf(raw.view(np.float32), "Q4_0", (16, 64))
     with pytest.raises(ValueError, match="in_features a multiple of 8"):
@@ -136,6 +145,19 @@ def test_errors():
         QMatrix.from_dense(np.zeros(16, np.float16))
     with pytest.raises(ValueError, match="both at least 1"):
         QMatrix.from_gguf(raw[:0], "Q4_0", (0, 64))
+
+
+@pytest.mark.parametrize("kind, bad, message", [
+    ("e4m3", (0x7F, 0xFF, 0xFF), "3 codes of 512 that are NaN$"),
+    ("e5m2", (0x7C, 0xFC, 0x7D, 0xFF), "4 codes of 512 that are NaN or infinity$")])
+def test_fp8_that_is_not_finite_is_refused(kind, bad, message):
+    codes = np.full((16, 32), {"e4m3": 0xFE, "e5m2": 0xFB}[kind], np.uint8)   # the least number of all
+    weight = codes.view(layout.dtype(FLOAT8[kind]))
+    tensors = {"weight": weight, "weight_scale": np.float32(1)}
+    np.testing.assert_array_equal(QMatrix.from_fp8(tensors).reconstruct(), weight.astype(np.float32))
+    codes.reshape(-1)[5:5 + len(bad)] = bad
+    with pytest.raises(ValueError, match="QMatrix: weight must hold finite numbers only, got " + message):
+        QMatrix.from_fp8(tensors)
 
 
 @pytest.mark.parametrize("name", BITS)

@@ -17,7 +17,7 @@ import cupyattn
 from cupyattn import QMatrix
 from cupyattn.quant.coded import CodedWeight
 from cupyattn.runtime import arrival_counters
-from cupyattn.runtime.cpu import settings
+from cupyattn.runtime.cpu import counters, settings
 
 op = importlib.import_module("cupyattn.ops.quant_gemm")
 RAGGED = [0, 3, 3, 20, 21, 37]   # five experts, the second without a row
@@ -129,6 +129,26 @@ def test_wild_offsets_stay_inside(monkeypatch, offsets):
             assert_same_bits(out, _one_by_one(x, matrices, kept, held))
 
 
+@pytest.mark.parametrize("version", ["core", "mma"])
+def test_many_experts_are_searched_by_all_lanes(monkeypatch, version):
+    """70 of them: runs of three a lane, and lanes without any. No thread reads the offsets of all."""
+    monkeypatch.setattr(op, "_version", lambda *args: (version, "chosen by the test"))
+    matrices, stacked, _ = _experts("int4 zero float16", 70, 8, 64)
+    sizes = np.random.default_rng(2).integers(0, 12, 70) * (np.arange(70) % 3 > 0)
+    offsets = np.concatenate([[2], 2 + np.cumsum(sizes)])
+    x = _x(offsets[-1] + 5, 64, "float16")
+    held = np.full((len(x), 8), 7, np.float32)
+    for check in (False, True):   # whose build may round otherwise
+        with settings(check=check):
+            want = _one_by_one(x, matrices, offsets, held.copy())
+            with counters() as collected:
+                out = cupyattn.quant_gemm(x, stacked, expert_offsets=np.int32(offsets), out=held.copy())
+        assert_same_bits(out, want)
+    (launched,) = collected
+    loads = launched.buffers["experts.offsets"]["bytes_read"] / 4 / launched.counts["threads"]
+    assert 3 < loads <= 3 + 3 + 3 + 2, loads
+
+
 def test_columns_in_one_order_and_several_segments():
     order = np.random.default_rng(1).permutation(416).astype(np.int32)
     coded = []
@@ -139,6 +159,41 @@ def test_columns_in_one_order_and_several_segments():
     w = np.stack([weight.dequantize() for weight in coded])
     for dtype in ("float16", "float32"):
         _assert_right(_x(20, 416, dtype), matrices, QMatrix.stack(matrices), w, [0, 11, 12, 20])
+
+
+@pytest.mark.parametrize("version", ["core", "mma"])
+@pytest.mark.parametrize("m, offsets", [(37, [0, 3, 20, 37]), (200, [0, 70, 70, 200])])
+def test_sums_that_do_not_fit_the_workspace(monkeypatch, version, m, offsets):
+    """Rounds of launches, each for as many tiles as fit, at least for one: the same bits."""
+    monkeypatch.setattr(op, "_version", lambda *args: (version, "chosen by the test"))
+    coded, order = [], np.random.default_rng(1).permutation(2144).astype(np.int32)
+    for e in range(3):
+        parts = (coded_weight(f"int{bits} plain float16", 40, k, 32, seed=e) for bits, k in ((6, 96), (4, 2048)))
+        coded.append(CodedWeight("mixed", (40, 2144), tuple(part.segments[0] for part in parts), order))
+    matrices, x = [QMatrix.from_coded(weight) for weight in coded], _x(m, 2144, "float16")
+    stacked = QMatrix.stack(matrices)
+    whole = _assert_right(x, matrices, stacked, np.stack([weight.dequantize() for weight in coded]), offsets)
+    launch, workspace, launched, taken = op.launch, op.workspace, [], []
+    monkeypatch.setattr(op, "launch", lambda plan, args: (launched.append(plan), launch(plan, args)))
+    monkeypatch.setattr(op, "workspace", lambda xp, nbytes: (taken.append(nbytes), workspace(xp, nbytes))[1])
+
+    def again(most):
+        """(Tiles of a launch, launches for the two segments, bytes of sums) with `most` bytes for these."""
+        monkeypatch.setattr(op, "_WORKSPACE_BYTES", most)
+        del launched[:], taken[:]
+        got = cupyattn.quant_gemm(x, stacked, expert_offsets=np.int32(offsets), out=np.full_like(whole, np.nan))
+        assert_same_bits(got, whole)
+        gather, *products = launched
+        assert {plan.grid[1] for plan in products} == {products[0].grid[1]}
+        return products[0].grid[1], len(products), taken[0] - 2 * m * stacked.order.size
+
+    tiles, launches, most = again(2**26)
+    assert tiles > 2 and launches == 2
+    assert again(most) == (tiles, 2, most)
+    for parts in (2, 3):
+        at_once, launches, sums = again(most // parts)
+        assert sums <= most // parts and launches == 2 * -(-tiles // at_once) >= 2 * parts
+    assert again(1) == (1, 2 * tiles, most // tiles)
 
 
 @pytest.mark.parametrize("version", ["core", "mma"])

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tensor-core kernels of quant_gemm, which plans choose on GPUs only, on the CPU executor."""
 
+import dataclasses
 import functools
 import importlib
+import itertools
 
 import numpy as np
 import pytest
+import test_fixtures
 from coded_weights import FORMS, coded_weight
 from compare import assert_same_bits, dtype_of, poison
 
@@ -209,3 +212,48 @@ def test_shared_memory_fits_everywhere(spec):
     plan = matmul_plans.plan_mma(constants["M_TILE"], 4096, 2, constants["UNIT"], form, "float16", "float16", "float32",
                                  "sm_120a", "")
     assert plan.shared_bytes <= 99 * 1024 and "pieces" in repr(plan)
+
+
+def _forms():
+    """Forms of all fixtures, of what `quantize` makes, of every type in dequant.cuh; of all these with wide scales."""
+    found = {}
+    for name in test_fixtures.NAMES:
+        for segment in QMatrix.from_coded(test_fixtures.read(name)[0]).segments:
+            found.setdefault(segment.form)
+    w = np.random.default_rng(0).standard_normal((16, 256)).astype(np.float32)
+    for scheme in ("int4", "int8-g16", "int8-g16-asym", "int4-g32-asym", "fp8", "nf4-g16", "mxfp4", "nvfp4"):
+        for scale in (1, 1e-7):
+            for segment in QMatrix.quantize(w * np.float32(scale), scheme).segments:
+                found.setdefault(segment.form)
+    found.update(dict.fromkeys(matmul_plans._FORMS))
+    for form in list(found):
+        if form.scale in ("float16", "bfloat16", "float32"):
+            for mode, groups in itertools.product(("PLAIN", "ZERO", "MINIMUM"), (1, 2, 4)):
+                found.setdefault(dataclasses.replace(form, scale="float32", mode=mode, groups=groups))
+    return [form for form in found if form.kind != "float32"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_every_form_fits_the_smallest_gpu_and_keeps_48_KiB_on_their_way():
+    """A block of sm_86, sm_89 and sm_120 has 99 KiB; two blocks share 228 KiB less 1 KiB each on sm_90."""
+    forms = _forms()
+    assert len(forms) > 60 and Form(8, "int", 128, "float32", "ZERO", 4) in {
+        dataclasses.replace(form, tiles_per_scale=1, group=0) for form in forms}
+    for form, m_tile in itertools.product(forms, (8, 16, 32, 64)):
+        row_tiles, warps, stages, shared = matmul_plans.shape_of(form, m_tile)
+        assert shared <= 96 * 1024 and stages >= 2, form
+        if m_tile == 8:
+            assert matmul_plans.in_flight(form, row_tiles, warps, stages) >= 48 * 1024, form
+
+
+def test_large_scales_of_small_groups():
+    """Two stages of four row tiles do not fit; segments that do share the shape of the one that does not."""
+    form = "int8 minimum float32"
+    matrix, w = _weight(form, 72, 1088, 16)
+    assert matmul_plans.shape_of(matrix.segments[0].form, 8)[0] == 2
+    _assert_right(matrix, w, 3, "float16")
+    _assert_right(matrix, w, 70, "bfloat16")
+    coded = _mixed(72, (("int4 plain float16", 320, 32), (form, 640, 16), ("int3 plain float16", 640, 64)))
+    matrix, w = QMatrix.from_coded(coded), coded.dequantize()
+    for m in (3, 20):
+        _assert_right(matrix, w, m, "float16")

@@ -148,7 +148,7 @@ def test_uncompressed_matrix_packed_where_it_lives(xp, dtype):
     for source, module in ((w, xp.module), (xp.array(w), None), (xp.array(w).T, None), (xp.array(w), np)):
         matrix = cupyattn.QMatrix.from_dense(source, xp=module)
         assert matrix.xp is (module or xp.module)
-        want = layout.pack_dense(w if given.shape == w.shape else np.ascontiguousarray(w.T))
+        want = layout.pack_dense(w if source.shape == w.shape else np.ascontiguousarray(w.T))
         assert_packed(matrix.segments[0], want, xp if module is not np else None)
 
 

@@ -58,6 +58,10 @@ def test_make_args_names_fields():
         make_args(plan, x=x, out=x, n=4)
     with pytest.raises(TypeError, match=r"unknown fields \['y'\]"):
         make_args(plan, x=x, out=x, n=4, factor=1.0, y=2)
+    norm = Plan(Specialisation("rms_norm", "rms_norm", "RmsNormArgs", {}), "cpu", (1,), (1,))
+    with pytest.raises(TypeError, match=r"RowView: missing fields \['stride_row'\], unknown fields \['stride'\]"):
+        make_args(norm, x={"data": x, "stride": 1}, weight=x, residual=None, out=None, rows=1, hidden=4, eps=0.0,
+                  reserved=0)
     with pytest.raises(TypeError, match="ScaleArgs.x: must be float32, got float64"):
         make_args(plan, x=np.zeros(4), out=x, n=4, factor=1.0)
     with pytest.raises(ValueError, match=r"ScaleArgs.n: 4294967296 does not fit the field \(elements\)"):
@@ -251,12 +255,13 @@ def test_debug_prints_compile_and_launch(tmp_path):
 
 
 def test_import_is_light():
-    code = ("import sys, time; import numpy; start = time.perf_counter(); import cupyattn; "
-            "print(time.perf_counter() - start); "
+    """Beside NumPy's own import in the same process, since the machine may be busy."""
+    code = ("import sys, time; start = time.perf_counter(); import numpy; middle = time.perf_counter(); "
+            "import cupyattn; print((time.perf_counter() - middle) / (middle - start)); "
             "print([m for m in ('cupy', 'ml_dtypes', 'typer', 'platformdirs', 'tokenizers', 'gguf') "
             "if m in sys.modules])")
-    seconds, modules = min(_python(code).stdout.splitlines() for _ in range(3))
-    assert float(seconds) < 0.25 and modules == "[]"
+    ratio, modules = min((_python(code).stdout.splitlines() for _ in range(5)), key=lambda lines: float(lines[0]))
+    assert float(ratio) < 3 and modules == "[]"
 
 
 def test_interrupt_stops_a_long_kernel_and_leaves_the_executor_usable():

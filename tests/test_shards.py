@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows and columns of packed matrices for tensor parallel; constructors on arrays of every kind."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from coded_weights import FORMS, coded_weight
 from compare import assert_same_bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matrices import gptq, mixed
+from test_formats_integer import Matrix, exl2_tensors
 
 from cupyattn import QMatrix
 from cupyattn.quant import layout
@@ -17,11 +23,27 @@ def act_order():
     return QMatrix.from_gptq(tensors | {"g_idx": RNG.permutation(np.repeat(np.arange(4, dtype=np.int32), 64))})
 
 
+def uneven_act_order():
+    """Groups of 40, 30 and 18 columns, filled up to 64, 32 and 32."""
+    g_idx = RNG.permutation(np.repeat(np.arange(3), (40, 30, 18)))
+    return QMatrix.from_gptq(Matrix(3, (40, 88), g_idx=g_idx).gptq(g_idx=g_idx))
+
+
+def act_order_of_compressed_tensors():
+    g_idx = RNG.permutation(np.repeat(np.arange(3, dtype=np.int32), 32))
+    return QMatrix.from_compressed_tensors(Matrix(4, (40, 96), g_idx=g_idx).compressed(weight_g_idx=g_idx))
+
+
+def exl2():
+    return QMatrix.from_exl2(exl2_tensors([(6, 32), (5, 64), (4, 96), (3, 32), (2, 16)], 64)[0])
+
+
 MATRICES = {
     **{scheme: (lambda scheme=scheme: QMatrix.quantize(RNG.standard_normal((40, 272)).astype(np.float32), scheme))
        for scheme in ("int4", "int4-g128-asym", "int8-g48", "fp8", "nf4", "mxfp4", "nvfp4")},
     "dense": lambda: QMatrix.from_dense(RNG.standard_normal((40, 272)).astype(np.float16)),
-    "segments in a random order": mixed, "act-order": act_order,
+    "segments in a random order": mixed, "act-order": act_order, "uneven act-order": uneven_act_order,
+    "act-order of compressed-tensors": act_order_of_compressed_tensors, "exl2": exl2,
     "q4_k": lambda: QMatrix.from_gguf(RNG.integers(0, 60, 40 * 144 * 2, np.uint8), "Q4_K", (40, 512)),
 }
 
@@ -42,6 +64,7 @@ def test_shards_are_the_matrix(name, size):
     whole = weights(matrix)
     rows = [matrix.row_shard(rank, size) for rank in range(size)]
     assert_same_bits(np.concatenate([weights(shard) for shard in rows]), whole)
+    assert_same_bits(weights(QMatrix.concat(rows)), whole)
     assert all(shard.shape[0] % 16 == 0 for shard in rows[:-1])
     columns = [matrix.column_shard(rank, size) for rank in range(size)]
     assert_same_bits(np.concatenate([weights(shard) for shard in columns], axis=1), whole)
@@ -54,7 +77,8 @@ def test_k_quants_keep_their_scales_of_scales():
     assert MATRICES["nvfp4"]().column_shard(1, 2).segments[0].supers is not None
 
 
-@pytest.mark.parametrize("name", ["int4-g128-asym", "segments in a random order", "act-order"])
+@pytest.mark.parametrize("name", ["int4-g128-asym", "segments in a random order", "act-order", "uneven act-order",
+                                  "act-order of compressed-tensors", "exl2"])
 def test_two_layers_in_tensor_parallel(name):
     """y = W2 (W1 x): each rank has rows of W1 and columns of W2, and only the sum of y is exchanged."""
     after = MATRICES[name]()
@@ -65,6 +89,42 @@ def test_two_layers_in_tensor_parallel(name):
         found = sum(after.column_shard(rank, size).matmul(before.row_shard(rank, size).matmul(x))
                     for rank in range(size))
         np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def any_coded(name, rows, columns, group, seed, with_order):
+    """A CodedWeight of form `name`, its columns in a random order, some of them of no x."""
+    weight = coded_weight(name, rows, columns, group, seed)
+    if not with_order:
+        return weight
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(columns).astype(np.int32)
+    order[order >= columns - 8 * (seed % 3 if columns > 16 else 0)] = -1   # as groups that are filled up have
+    return replace(weight, shape=(rows, int((order >= 0).sum())), order=order)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(name=st.sampled_from(list(FORMS)), rows=st.integers(1, 6), eighths=st.integers(2, 50), sizes=st.data(),
+       with_order=st.booleans(), group=st.sampled_from([8, 16, 24, 32, 48, 64, 96, 128, 256]),
+       seed=st.integers(0, 99))
+def test_shards_of_any_weight_joined_are_the_weight(name, rows, eighths, sizes, with_order, group, seed):
+    """Rows cut and joined by concat, columns cut and laid side by side, and columns of rows: the same numbers."""
+    shape = 16 * rows - 8 * (seed % 2), 8 * eighths
+    coded = any_coded(name, *shape, group, seed, with_order)
+    matrix, whole = QMatrix.from_coded(coded), coded.dequantize()
+    assert_same_bits(weights(matrix), whole)
+    by_rows, by_columns = (sizes.draw(st.integers(1, min(4, -(-n // 16)))) for n in matrix.shape)
+    shards = [matrix.row_shard(rank, by_rows) for rank in range(by_rows)]
+    joined = QMatrix.concat(shards)
+    assert joined.shape == matrix.shape and joined.nbytes == matrix.nbytes
+    assert_same_bits(weights(joined), whole)
+    for name in ("codes", "scales", "supers"):
+        for found, want in zip(joined.segments, matrix.segments, strict=True):
+            if getattr(want, name) is not None:
+                assert_same_bits(getattr(found, name), getattr(want, name))
+    parts = [[shard.column_shard(rank, by_columns) for rank in range(by_columns)] for shard in shards]
+    assert_same_bits(np.block([[weights(part) for part in row] for row in parts]), whole)
+    columns = [QMatrix.concat(column) for column in zip(*parts, strict=True)]   # forms and orders still agree
+    assert_same_bits(np.concatenate([weights(column) for column in columns], axis=1), whole)
 
 
 @pytest.mark.parametrize(("rank", "size", "message"), [

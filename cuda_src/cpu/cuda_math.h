@@ -133,6 +133,27 @@ CA_HOST_INLINE float __fdividef(float a, float b) { return a / b; }
 CA_HOST_INLINE float __frcp_rn(float x) { return 1.0f / x; }
 CA_HOST_INLINE float __fsqrt_rn(float x) { return __builtin_sqrtf(x); }
 CA_HOST_INLINE float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+
+namespace ca {
+// Pins a value where -fassociative-math would reorder the sums of one kernel differently from those of another:
+// a register the compiler may not look into. No instruction.
+CA_HOST_INLINE float in_this_order(float x) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(x));
+#else
+  __asm__("" : "+w"(x));
+#endif
+  return x;
+}
+}  // namespace ca
+// Neither fused with other operations nor taken in another order.
+CA_HOST_INLINE float __fadd_rn(float a, float b) {
+  return ca::in_this_order(ca::in_this_order(a) + ca::in_this_order(b));
+}
+CA_HOST_INLINE float __fmul_rn(float a, float b) {
+  return ca::in_this_order(ca::in_this_order(a) * ca::in_this_order(b));
+}
+
 CA_HOST_INLINE float __saturatef(float x) { return x > 1.0f ? 1.0f : x > 0.0f ? x : 0.0f; }
 
 #define CA_MIN_MAX(T)                                            \

@@ -24,6 +24,7 @@
 #include "hadamard.cuh"
 #include "kv_format.cuh"
 #include "page_table.cuh"
+#include "softcap.cuh"
 
 constexpr int TILE = KEY_TILE;                            // keys of a warp's step: a lane has `lane` and `lane + 32`
 constexpr int KEYS = TILE / 32;                           // of a lane
@@ -179,11 +180,7 @@ struct WarpTiles {
   __device__ __forceinline__ void finish_scores(int tile, int i, const TilePlaces& places, RowFloats& scores) const {
     const int t = i * 32 + lane;
     const int key = places.keys.row(t) == nullptr ? -1 : tile * TILE + t;  // -1: nobody sees it
-    scores *= args.softmax_scale;
-    if (args.softcap > 0.0f) {
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r) scores.x[r] = args.softcap * tanhf(scores.x[r] / args.softcap);
-    }
+    scores = ScoreScale(args)(scores);
     if constexpr (BIAS) {
       bool seen = false;
 #pragma unroll

@@ -20,6 +20,8 @@
 //      piece of a unit merges it
 // Keys are taken at multiples of AT_ONCE, a hidden key adds exactly nothing, and origins and norms follow visible keys
 // alone: a row's bits depend on its own keys and on where its items are cut, not on the rows beside it, nor on ROWS.
+// So that no two builds round a row differently, a product that meets a sum is fmaf or __fmul_rn, and longer sums are
+// __fadd_rn: what a compiler fuses and, on the CPU, reorders depends on the code around it.
 //
 // Scales of V per token: probabilities are p * s * norm in half, norm the power of two that brings the largest s a row
 // has seen to [1, 64); sums are divided by it in the end.
@@ -36,6 +38,7 @@
 #include "attention_products.cuh"
 #include "attention_store.cuh"
 #include "cp_async.cuh"
+#include "softcap.cuh"
 
 constexpr int THREADS = ROWS / WARP_ROWS * 32;
 // Keys whose scores registers hold, the same for any ROWS: bits depend on it.
@@ -158,12 +161,12 @@ struct RowState {
 #pragma unroll
     for (int i = 0; i < LANE_ROWS; ++i) {
       shrink[i] = 1.0f;
-      const float found = top[i] * factor[i];
+      const float found = __fmul_rn(top[i], factor[i]);
       if (found > origin[i] + MAX_GROWTH) {
         shrink[i] = exp2f(origin[i] - found);
         origin[i] = found;
-        sum[i] *= shrink[i];
-        offset[i] *= shrink[i];
+        sum[i] = __fmul_rn(sum[i], shrink[i]);
+        offset[i] = __fmul_rn(offset[i], shrink[i]);
       }
       if constexpr (VTile::TOKEN_SCALE) {
         if (top[LANE_ROWS + i] * norm[i] > MAX_SCALE) {
@@ -197,7 +200,7 @@ struct RowState {
         const float from = softmax_origin(origin[i]);
         float low = exp2f(fmaf(scores[n][2 * i], factor[i], -from));
         float high = exp2f(fmaf(scores[n][2 * i + 1], factor[i], -from));
-        sum[i] += low + high;
+        sum[i] = __fadd_rn(sum[i], __fadd_rn(low, high));
         if constexpr (VTile::TOKEN_SCALE) {
           if constexpr (VTile::Fragments::CENTRE != 0.0f)
             offset[i] = fmaf(low, both.v[1], fmaf(high, both.v[3], offset[i]));
@@ -335,25 +338,19 @@ struct ScalesAhead {
   }
 };
 
-// tanh to 2^-22, without a branch.
-__device__ __forceinline__ float quick_tanh(float x) {
-  return 1.0f - __fdividef(2.0f, 1.0f + exp2f(2.0f * LOG2_E * x));
-}
-
 // Natural scores from dot products in units of unit[i].
 __device__ __forceinline__ void scale_scores(const AttentionArgs& args, const float (&unit)[LANE_ROWS],
                                              float (&scores)[AT_ONCE / 8][4 * M_TILES]) {
-  const bool capped = args.softcap > 0.0f;
-  const float scale = capped ? args.softmax_scale / args.softcap : args.softmax_scale;
+  const ScoreScale natural(args);
 #pragma unroll
   for (int n = 0; n < AT_ONCE / 8; ++n)
 #pragma unroll
-    for (int j = 0; j < 4 * M_TILES; ++j) scores[n][j] *= unit[j / 2] * scale;
-  if (!capped) return;
+    for (int j = 0; j < 4 * M_TILES; ++j) scores[n][j] = __fmul_rn(scores[n][j], unit[j / 2] * natural.scale);
+  if (natural.cap == 0.0f) return;
 #pragma unroll
   for (int n = 0; n < AT_ONCE / 8; ++n)
 #pragma unroll
-    for (int j = 0; j < 4 * M_TILES; ++j) scores[n][j] = args.softcap * quick_tanh(scores[n][j]);
+    for (int j = 0; j < 4 * M_TILES; ++j) scores[n][j] = natural.cap * quick_tanh(scores[n][j]);
 }
 
 // Of visible keys alone: only they have entries in masks.

@@ -84,7 +84,10 @@ __device__ __forceinline__ void stage_queries(const AttentionArgs& args, const R
     }
     const Vec<KOperand, STEP> rounded = q.to<KOperand>();
     if constexpr (KTile::TOKEN_SCALE) {
-      const float sum = group_sum<LANES>(EightFloats::from(rounded).sum());
+      float sum = 0.0f;
+#pragma unroll
+      for (int j = 0; j < STEP; ++j) sum = __fadd_rn(sum, to_float(rounded.v[j]));
+      sum = group_sum<LANES>(sum);
       if (dim == 0) factors[ROWS + r] = sum;
     }
     if constexpr (KTile::E == 2) {
@@ -141,7 +144,10 @@ __device__ __forceinline__ void multiply_keys(const char* tile, const char* scal
   const float* own = reinterpret_cast<const float*>(scales);
   const int t = threadIdx.x % 4;
   // all at once, addresses would spill where registers are short
-  constexpr int UNROLLED = !Q_IN_SHARED ? KTile::CHUNKS : KTile::GROUP_SCALE ? 1 : HEAD_DIM < 256 ? KTile::CHUNKS : 4;
+  constexpr int UNROLLED = !Q_IN_SHARED        ? KTile::CHUNKS
+                           : KTile::GROUP_SCALE ? 1
+                           : HEAD_DIM < 256     ? KTile::CHUNKS
+                                                : (KTile::E == 8 ? 2 : 4);
 #pragma unroll UNROLLED
   for (int chunk = 0; chunk < KTile::CHUNKS; ++chunk) {
     uint32_t queries[KTile::K_STEPS][4 * M_TILES];

@@ -44,7 +44,7 @@ struct RowBias {
     if (tree != nullptr && fresh >= 0 &&
         (fresh / 32 >= args.tree_words || (tree[fresh / 32] >> fresh % 32 & 1) == 0))
       return NEG_INF;
-    score -= slope * static_cast<float>(position < token ? token - position : position - token);
+    score = fmaf(-slope, static_cast<float>(position < token ? token - position : position - token), score);
     if (mask == nullptr || token >= args.mask.keys) return score;
     const int64_t at = token * args.mask.stride_key;
     if (args.mask.kind == 1) return mask[at] != 0 ? score : NEG_INF;
@@ -53,14 +53,6 @@ struct RowBias {
     return score + to_float(reinterpret_cast<const __nv_bfloat16*>(mask)[at]);
   }
 };
-
-// Score in log2 units from a dot product: scale, softcap, then biases.
-__device__ __forceinline__ float masked_score(const AttentionArgs& args, float dot, const RowBias& bias, int token) {
-  float score = dot * args.softmax_scale;
-  if (args.softcap > 0.0f) score = args.softcap * tanhf(score / args.softcap);
-  if constexpr (BIAS) score = bias.apply(args, score, token);
-  return LOG2_E * score;
-}
 
 // ---- results -------------------------------------------------------------------------------------------
 
@@ -103,7 +95,7 @@ __device__ __forceinline__ void store_partial(const AttentionArgs& args, const R
     if (args.sink_in_partials != 0 && args.sinks != nullptr && rows.is_last(args)) {
       values *= sink_share(lse, args.sinks[row.head]);
       const float sink = args.sinks[row.head], top = fmaxf(lse, sink);
-      if (top > NEG_INF) lse = top + LN_2 * log2f(exp2f(LOG2_E * (lse - top)) + exp2f(LOG2_E * (sink - top)));
+      if (top > NEG_INF) lse = fmaf(LN_2, log2f(exp2f(LOG2_E * (lse - top)) + exp2f(LOG2_E * (sink - top))), top);
     }
   }
   values.store(to.out + rows.item.slot * to.stride_split + token * to.stride_token + head * to.stride_head + dim);
@@ -252,7 +244,7 @@ __device__ __forceinline__ void merge_and_store(const AttentionArgs& args, const
     const float origin = softmax_origin(top);
     for (int w = 0; w < found.warps; ++w) {
       const float weight = exp2f(found.state[w * 2 * ROWS + r] - origin);
-      sum += weight * found.state[(w * 2 + 1) * ROWS + r];
+      sum = fmaf(weight, found.state[(w * 2 + 1) * ROWS + r], sum);
       const float* part = reinterpret_cast<const float*>(found.outputs + w * found.warp_bytes);
       for (int g = 0; g < found.groups; ++g)
 #pragma unroll
@@ -261,12 +253,16 @@ __device__ __forceinline__ void merge_and_store(const AttentionArgs& args, const
     }
     const float scale = sum == 0.0f ? 0.0f : 1.0f / sum;
 #pragma unroll
-    for (int n = 0; n < WIDTH / STEP; ++n) out[n] *= scale;
+    for (int n = 0; n < WIDTH / STEP; ++n) {
+      out[n] *= scale;
+      in_this_order(out[n]);  // before the factors that follow
+    }
     if constexpr (F::ROTATED) hadamard32(out);
     if constexpr (F::CHANNEL) {
       const EightFloats channels = channel_scales(args.v_scale, rows.item.kv_head, dim);
 #pragma unroll
       for (int j = 0; j < STEP; ++j) out[0].x[j] *= channels.x[j];
+      in_this_order(out[0]);
     }
 #pragma unroll
     for (int n = 0; n < WIDTH / STEP; ++n)

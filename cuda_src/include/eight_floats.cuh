@@ -99,7 +99,11 @@ struct Floats {
 #endif
     else x += a.x * b.x;
 #elif CA_CPU
+#if __has_builtin(__builtin_elementwise_fma) && (defined(__FMA__) || defined(__aarch64__))
+    x = __builtin_elementwise_fma(a.x, b.x, x);  // for the same reason
+#else
     x += a.x * b.x;
+#endif
 #else
 #pragma unroll
     for (int j = 0; j < N; ++j) x[j] = fmaf(a.x[j], b.x[j], x[j]);

@@ -5,40 +5,58 @@
 
 #include "prelude.cuh"
 #include "params.h"
+#include "scan.cuh"
 
-// Rows [first, end) of x are `expert`'s; the block's tile of them begins at `token` of these.
+// The block's tile begins at row `token` of x; `expert`'s rows end before row `end`.
 struct ExpertTile {
-  int expert, first, end, token;
+  int expert, token, end;
 };
 
-// Tiles of M_TILE rows are counted expert by expert, and blockIdx.y is the tile's number. A block past the last tile
-// gets expert -1. Offsets that run backwards or past x count as the one before, or as x's end.
+// Tiles of M_TILE rows are counted expert by expert, and first_tile + blockIdx.y is the tile's number. A block past the
+// last tile gets expert -1. Offsets that run backwards or past x count as the one before, or as x's end.
+// Every warp searches for itself, all its lanes take part: each adds up the tiles of a run of experts.
 template <int M_TILE>
 __device__ __forceinline__ ExpertTile expert_tile(const Experts& experts, int tokens) {
-  int tile = blockIdx.y, first = min(max(experts.offsets[0], 0), tokens);
-  for (int expert = 0; expert < experts.count; ++expert) {
-    const int end = min(max(experts.offsets[expert + 1], first), tokens), tiles = ceil_div(end - first, M_TILE);
-    if (tile < tiles) return {expert, first, end, tile * M_TILE};
-    tile -= tiles;
-    first = end;
+  const int tile = experts.first_tile + blockIdx.y, lane = threadIdx.x % 32, run = ceil_div(experts.count, 32);
+  const int begin = min(lane * run, experts.count), stop = min(begin + run, experts.count);
+  int64_t ends[1] = {max(experts.offsets[0], 0)}, tiles[1] = {0};
+  for (int expert = begin; expert < stop; ++expert) {
+    ends[0] = max(static_cast<int>(ends[0]), experts.offsets[expert + 1]);
   }
-  return {-1, 0, 0, 0};
+  warp_scan<MaxInt64>(ends);
+  const int before = __shfl_up_sync(FULL_MASK, static_cast<int>(ends[0]), 1);
+  const int first = min(lane == 0 ? max(experts.offsets[0], 0) : before, tokens);  // row of the run
+  const auto end_of = [&](int expert, int from) { return min(max(experts.offsets[expert + 1], from), tokens); };
+  for (int expert = begin, from = first; expert < stop; ++expert) {
+    const int end = end_of(expert, from);
+    tiles[0] += ceil_div(end - from, M_TILE);
+    from = end;
+  }
+  const int own = tiles[0];
+  warp_scan(tiles);
+  const int last = tiles[0];
+  const uint32_t at_or_after = __ballot_sync(FULL_MASK, tile < last);
+  if (at_or_after == 0) return {-1, 0, 0};
+  const int finder = __ffs(at_or_after) - 1;
+  int left = tile - __shfl_sync(FULL_MASK, last - own, finder), from = __shfl_sync(FULL_MASK, first, finder);
+  for (int expert = finder * run;; ++expert) {
+    const int end = end_of(expert, from), here = ceil_div(end - from, M_TILE);
+    if (left < here) return {expert, from + left * M_TILE, end};
+    left -= here;
+    from = end;
+  }
 }
 
-// The call as if it were for one expert alone: its rows of x and out, its weight and bias, and its share of the partials,
-// `partials` for each row of x.
-template <typename T, typename U, typename B>
-__device__ __forceinline__ QuantGemmArgs expert_call(const QuantGemmArgs& args, const ExpertTile& at, int64_t partials) {
-  const Experts& experts = args.experts;
-  const WeightView& all = args.weight;
-  return {{static_cast<T*>(args.x.data) + at.first * args.x.stride_row, args.x.stride_row},
-          {static_cast<U*>(args.out.data) + at.first * args.out.stride_row, args.out.stride_row},
-          {all.codes + at.expert * experts.stride_codes, all.scales + at.expert * experts.stride_scales,
-           all.supers + at.expert * experts.stride_supers, all.row_tiles, all.column_tiles, all.tiles_per_scale,
-           all.tiles_per_super},
-          experts, args.order, args.bias ? static_cast<const B*>(args.bias) + at.expert * experts.stride_bias : nullptr,
-          args.partials + at.first * partials, args.counters, args.stride_bias, at.end - at.first, args.rows, args.columns, args.pieces, args.first_piece,
-          args.tiles_per_piece, args.units_per_chunk, args.accumulate};
+// The call as if it were for the rows up to `at.end` and their expert's weight and bias alone.
+template <typename B>
+__device__ __forceinline__ QuantGemmArgs expert_call(const QuantGemmArgs& args, const ExpertTile& at) {
+  QuantGemmArgs own = args;
+  own.weight.codes += at.expert * args.experts.stride_codes;
+  own.weight.scales += at.expert * args.experts.stride_scales;
+  own.weight.supers += at.expert * args.experts.stride_supers;
+  if (args.bias) own.bias = static_cast<const B*>(args.bias) + at.expert * args.experts.stride_bias;
+  own.tokens = at.end;
+  return own;
 }
 
 #endif  // CUPYATTN_EXPERTS_CUH

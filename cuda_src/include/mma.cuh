@@ -12,6 +12,7 @@
 #ifndef CUPYATTN_MMA_CUH
 #define CUPYATTN_MMA_CUH
 
+#include "eight_floats.cuh"
 #include "prelude.cuh"
 
 #if CA_CPU
@@ -110,13 +111,14 @@ template <int K, typename D>
 CA_INLINE void multiply_tile(const float (&a)[16][K], const Columns (&b)[K], MmaOperand<D>* const* lanes) {
   Columns tile[16];
   for (int first = 0; first < 16; first += 8) {
-    Columns sum[8] = {};
+    EightFloats sum[8];
+    for (EightFloats& of_row : sum) of_row = EightFloats::all(0.0f);
     for (int k = 0; k < K; ++k) {
 #pragma GCC unroll 8
-      for (int row = 0; row < 8; ++row) sum[row] += a[first + row][k] * b[k];
+      for (int row = 0; row < 8; ++row) sum[row].add_product(a[first + row][k], EightFloats{b[k]});
     }
 #pragma GCC unroll 8
-    for (int row = 0; row < 8; ++row) tile[first + row] = sum[row];
+    for (int row = 0; row < 8; ++row) tile[first + row] = sum[row].x;
   }
   for (int l = 0; l < 32; ++l) {
     float own[4];

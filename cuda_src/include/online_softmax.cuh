@@ -17,7 +17,7 @@ constexpr float NEG_INF = -__builtin_bit_cast(float, 0x7f800000u);  // NVRTC has
 __device__ __forceinline__ float softmax_origin(float top) { return top == NEG_INF ? 0.0f : top; }
 
 __device__ __forceinline__ float natural_lse(float top, float sum) {
-  return sum == 0.0f ? NEG_INF : LN_2 * (top + log2f(sum));
+  return sum == 0.0f ? NEG_INF : __fmul_rn(LN_2, __fadd_rn(top, log2f(sum)));  // in this way in any kernel
 }
 
 // Share of a row's probability that its keys keep when a sink joins as one more logit: e^lse / (e^lse + e^sink).

@@ -255,12 +255,13 @@ struct LaneRows {
                                                 float (&scores)[TILE / 8][4]) const {
     constexpr uint32_t ALL = TileAhead::ALL;
     const bool some_hidden = BIAS || (known & ALL) != ALL || key < common.begin || key + TILE > common.end;
-    if (!BIAS && !is_simple(args)) {
+    if (!is_simple(args)) {
       const ScoreScale natural(args);
 #pragma unroll
       for (int n = 0; n < TILE / 8; ++n)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) scores[n][j] = LOG2_E * natural(scores[n][j] * factor(j / 2));
+        for (int j = 0; j < 4; ++j)
+          scores[n][j] = natural(scores[n][j] * factor(j / 2)) * (BIAS ? 1.0f : LOG2_E);
     }
     if (!some_hidden) return;
     const KeyRange own[2] = {keys[lane_row(0)], keys[lane_row(1)]};
@@ -275,7 +276,7 @@ struct LaneRows {
                              (known >> column & 1) != 0;
         if (!visible) scores[n][j] = NEG_INF;
         else if constexpr (BIAS)
-          scores[n][j] = masked_score(args, scores[n][j] * factor(j / 2), bias[j / 2], first + column * stride);
+          scores[n][j] = LOG2_E * bias[j / 2].apply(args, scores[n][j], first + column * stride);
       }
   }
 

@@ -323,13 +323,13 @@ struct Experts {
   int64_t stride_supers;   // bytes between their supers
   int64_t stride_bias;     // elements between their rows of bias
   int32_t count;           // of experts
-  int32_t reserved;        // zero
+  int32_t first_tile;      // of all experts' tiles of rows of x, that of blockIdx.y 0
 };
 
 struct QuantGemmArgs {
   const RowView x;           // T [tokens, columns] activations
   RowView out;               // U [tokens, rows] x @ W.T
-  const WeightView weight;   // the segment; with experts the first one's
+  WeightView weight;         // the segment; with experts the first one's
   const Experts experts;     // null for one weight for all rows of x
   const int32_t* order;      // int32 [columns of out] for gather_columns: column of x, -1 for zeros; null: as they are
   const void* bias;          // B [rows] added to every row of out; null for none

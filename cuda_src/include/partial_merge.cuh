@@ -74,7 +74,7 @@ struct PartialMerge {
   __device__ __forceinline__ float finish() {
     const float sum = total.x[0];
     acc *= sum == 0.0f ? 0.0f : 1.0f / sum;
-    return sum == 0.0f ? NEG_INF : top + LN_2 * log2f(sum);
+    return sum == 0.0f ? NEG_INF : fmaf(LN_2, log2f(sum), top);
   }
 };
 

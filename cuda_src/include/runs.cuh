@@ -130,17 +130,12 @@ CA_INLINE Floats16 widen_numbers(const float* p) {
   return numbers;
 }
 
-// Pins a value where -fassociative-math would reorder the sums of one kernel differently from those of another:
-// a register the compiler may not look into. No instruction.
+// As ca::in_this_order of one number.
 #if defined(__x86_64__)
 #define CA_PIN(x) __asm__("" : "+v"(x))
 #else
 #define CA_PIN(x) __asm__("" : "+w"(x))
 #endif
-CA_INLINE float in_this_order(float x) {
-  CA_PIN(x);
-  return x;
-}
 CA_INLINE Floats16 in_this_order(Floats16 x) {
 #if defined(__AVX512F__)
   CA_PIN(x);

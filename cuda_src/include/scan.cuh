@@ -1,28 +1,35 @@
 // SPDX-License-Identifier: Apache-2.0
-// scan.cuh - running sums over a warp and over a block, N at once.
+// scan.cuh - running sums over a warp and over a block, N at once; over a warp also running maxima.
 #ifndef CUPYATTN_SCAN_CUH
 #define CUPYATTN_SCAN_CUH
 
 #include "prelude.cuh"
 
+struct AddInt64 {
+  __device__ __forceinline__ int64_t operator()(int64_t a, int64_t b) const { return a + b; }
+};
+struct MaxInt64 {
+  __device__ __forceinline__ int64_t operator()(int64_t a, int64_t b) const { return a > b ? a : b; }
+};
+
 #if CA_CPU && CA_FUSED
 namespace ca {
 
-template <int N>
+template <typename Op, int N>
 inline void meet_scan(int64_t (*const* values)[N], uint32_t) {
   for (int l = 1; l < 32; ++l) {
-    for (int i = 0; i < N; ++i) (*values[l])[i] += (*values[l - 1])[i];
+    for (int i = 0; i < N; ++i) (*values[l])[i] = Op()((*values[l])[i], (*values[l - 1])[i]);
   }
 }
 
 }  // namespace ca
 #endif
 
-// v becomes the sum over lanes 0 to this one; all lanes of the warp take part.
-template <int N>
+// v becomes the sum (MaxInt64: the largest) over lanes 0 to this one; all lanes of the warp take part.
+template <typename Op = AddInt64, int N>
 __device__ __forceinline__ void warp_scan(int64_t (&v)[N]) {
 #if CA_CPU && CA_FUSED
-  ca::collective<int64_t[N], ca::meet_scan<N>>(FULL_MASK, v);
+  ca::collective<int64_t[N], ca::meet_scan<Op, N>>(FULL_MASK, v);
 #else
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -30,7 +37,7 @@ __device__ __forceinline__ void warp_scan(int64_t (&v)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const int64_t below = __shfl_up_sync(FULL_MASK, v[i], x);
-      if (lane >= x) v[i] += below;
+      if (lane >= x) v[i] = Op()(v[i], below);
     }
   }
 #endif

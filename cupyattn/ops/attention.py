@@ -5,13 +5,13 @@ import numpy as np
 
 from ..attend import attend, prepare_keys
 from ..attention_args import check_options, check_partials, check_per_head, check_per_sequence, check_shards, mask_view
-from ..attention_plans import PREFILL_ALL, PREFILL_CORE
+from ..attention_plans import PREFILL_CORE, prefill_specs
 from ..runtime import env
 from ..runtime.arrays import array_namespace
 from ..runtime.checks import FLOATS, check_dtype, check_element_strides, check_last_axis, check_number, check_shape
 from .split_reduce import check_outputs, split_out
 
-CORE, ALL = PREFILL_CORE, PREFILL_ALL
+CORE, more_specs = PREFILL_CORE, prefill_specs
 _AXES = "[tokens, num_heads, head_dim]"
 
 

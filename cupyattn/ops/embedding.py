@@ -28,12 +28,15 @@ CORE = [_spec(*case) for case in (
     ("float16", "float16", "int32", None, 8), ("bfloat16", "float32", "int64", None, 4),
     ("float32", "bfloat16", "int32", None, 1), ("float32", "float32", "int64", None, 4),
 )]
-# formats of packed tables once each
-ALL = list(dict.fromkeys((*CORE, *(
-    _spec(table, out, ids, None, vec) for table, out, ids, vec in itertools.product(
-        FLOATS, FLOATS, ("int32", "int64"), (1, 4, 8)) if vec < 8 or "float32" not in (table, out)), *(
-    _spec("float32", FLOATS[i % 3], ("int32", "int64")[i % 2], trait, (1, 4)[i // 2 % 2])
-    for i, trait in enumerate(TRAITS)))))
+
+
+def more_specs():
+    """Every legal one; of packed tables every format once."""
+    for table, out, ids, vec in itertools.product(FLOATS, FLOATS, ("int32", "int64"), (1, 4, 8)):
+        if vec < 8 or "float32" not in (table, out):
+            yield _spec(table, out, ids, None, vec)
+    for i, trait in enumerate(TRAITS):
+        yield _spec("float32", FLOATS[i % 3], ("int32", "int64")[i % 2], trait, (1, 4)[i // 2 % 2])
 
 
 @functools.lru_cache(maxsize=1024)

@@ -2,6 +2,7 @@
 """Writing new keys and values into a cache. Kernel: ``cuda_src/kv_append.cu``."""
 
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -14,10 +15,8 @@ from ..runtime import Plan, Specialisation, arch_of, env, launch, make_args
 from ..runtime.arrays import alignment, array_namespace, head_view, row_view, strides
 from ..runtime.checks import (
     FLOATS,
-    check_dtype,
-    check_element_strides,
+    check_array,
     check_flag,
-    check_last_axis,
     check_number,
     check_shape,
     check_writeable,
@@ -60,16 +59,21 @@ CORE = [_spec(new, k, v, wide, style=style, lanes=lanes, chunks=chunks, gain=gai
 )]
 TAGS = [kind.tag.format(CUDA_TYPES[name]) for kind in FORMATS.values()
         for name in (FLOATS if len(kind.scale_dtypes) > 1 else FLOATS[:1])]
-ALL = list(dict.fromkeys([   # every constant with every type, and every format; not all products of them
-    *CORE, *(_spec(new, cache, cache, wide) for new in FLOATS for cache in FLOATS for wide in (0, 1)),
-    *(_spec(new, new, new, wide, gain=gain, style=style, lanes=lanes, chunks=chunks)
-      for new in FLOATS for wide in (0, 1) for style in STYLES for gain in ("float32", new)
-      for lanes, chunks in ((1, 1), (1, 32), (4, 1), (8, 1), (16, 1), (32, 1), (32, 2))),
-    *(_spec(new, tag, tag, 1, style=style, lanes=16) for new in FLOATS for tag in TAGS for style in ("", *STYLES)),
-    *(_spec("float16", tag, tag, 0, lanes=lanes, chunks=chunks)
-      for tag in TAGS for lanes, chunks in ((1, 32), (32, 2))),
-    *(_spec("float16", k, v, 1, lanes=8) for k, v in zip(TAGS, (*TAGS[1:], "float16"), strict=True)),
-]))
+
+
+def more_specs():
+    """Every constant with every type, and every format; not all products of them."""
+    for new, wide in itertools.product(FLOATS, (0, 1)):
+        yield from (_spec(new, cache, cache, wide) for cache in FLOATS)
+        for style, gain, (lanes, chunks) in itertools.product(STYLES, ("float32", new), (
+                (1, 1), (1, 32), (4, 1), (8, 1), (16, 1), (32, 1), (32, 2))):
+            yield _spec(new, new, new, wide, gain=gain, style=style, lanes=lanes, chunks=chunks)
+    for new, tag, style in itertools.product(FLOATS, TAGS, ("", *STYLES)):
+        yield _spec(new, tag, tag, 1, style=style, lanes=16)
+    for tag, (lanes, chunks) in itertools.product(TAGS, ((1, 32), (32, 2))):
+        yield _spec("float16", tag, tag, 0, lanes=lanes, chunks=chunks)
+    for k, v in zip(TAGS, (*TAGS[1:], "float16"), strict=True):
+        yield _spec("float16", k, v, 1, lanes=8)
 
 
 def _power_of_two(n):
@@ -119,13 +123,7 @@ def _plan_kv_append(tokens, num_heads, num_kv_heads, head_dim, head_dim_v, rotar
 
 def _check_array(name, array, dtype, shape, axes):
     """Dtype, shape and strides of an array whose last axis the kernel reads or writes in pieces; the dtype's name."""
-    dtype = check_dtype("kv_append", name, array, dtype)
-    check_shape("kv_append", name, array, shape, axes)
-    itemsize, steps = array.itemsize, array.strides
-    if steps[-1] != itemsize or steps[0] % itemsize or steps[-2:][0] % itemsize:   # seldom, and then perhaps allowed
-        check_last_axis("kv_append", name, array)
-        check_element_strides("kv_append", name, array)
-    return dtype
+    return check_array("kv_append", name, array, dtype, shape, axes)
 
 
 def _check_new(k, v, q):

@@ -2,6 +2,7 @@
 """Copying cached keys and values into contiguous arrays. Kernel: ``cuda_src/kv_flatten.cu``."""
 
 import functools
+import itertools
 
 import numpy as np
 
@@ -40,9 +41,13 @@ CORE = [_spec(*case) for case in (
     ("KvInt4<float>", "KvInt8<float>", "float32", 0, 0), ("KvInt8Channel", "KvPlain<__half>", "bfloat16", 0, 0),
 )]
 # keys and values are compiled apart: every format once on each side covers all pairs
-ALL = list(dict.fromkeys(CORE + [
-    _spec(k, v, out, aligned, whole) for k, v in zip(_TAGS, (*_TAGS[1:], _TAGS[0]), strict=True) for out in FLOATS
-    for aligned in (0, 1) for whole in (0, 1)]))
+
+
+def more_specs():
+    """Every format of keys and of values once."""
+    for k, v in zip(_TAGS, (*_TAGS[1:], _TAGS[0]), strict=True):
+        for out, aligned, whole in itertools.product(FLOATS, (0, 1), (0, 1)):
+            yield _spec(k, v, out, aligned, whole)
 
 
 @functools.lru_cache(maxsize=4096)

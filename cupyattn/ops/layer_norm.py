@@ -2,6 +2,7 @@
 """Layer normalisation. Kernel: ``cuda_src/layer_norm.cu``."""
 
 import functools
+import itertools
 
 from ..runtime import Plan, Specialisation, arch_of, launch, make_args
 from ..runtime.arrays import alignment, array_namespace, as_rows, row_view
@@ -20,8 +21,14 @@ CORE = [_spec(*case) for case in (
     ("float32", "float32", "float16", True, 1), ("float16", "float16", "float32", False, 1),
     ("bfloat16", "bfloat16", "float32", True, 4), ("float32", "float32", "bfloat16", True, 4),
 )]
-ALL = [_spec(x, w, u, bias, vec) for x in FLOATS for w in dict.fromkeys((x, "float32")) for u in FLOATS
-       for bias in (False, True) for vec in ((1, 4) if "float32" in (x, w, u) else (1, 8))]
+
+
+def more_specs():
+    """Every legal one."""
+    for x, out, bias in itertools.product(FLOATS, FLOATS, (False, True)):
+        for weight in dict.fromkeys((x, "float32")):
+            for vec in (1, 4 if "float32" in (x, weight, out) else 8):
+                yield _spec(x, weight, out, bias, vec)
 
 
 @functools.lru_cache(maxsize=4096)

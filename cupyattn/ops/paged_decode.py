@@ -5,12 +5,12 @@ import numpy as np
 
 from ..attend import attend, prepare_keys
 from ..attention_args import check_options, check_partials, check_per_head, check_per_sequence
-from ..attention_plans import DECODE_ALL, DECODE_CORE
+from ..attention_plans import DECODE_CORE, decode_specs
 from ..runtime.arrays import array_namespace
-from ..runtime.checks import FLOATS, check_dtype, check_element_strides, check_last_axis
+from ..runtime.checks import FLOATS, check_array, check_dtype
 from .split_reduce import check_outputs, split_out
 
-CORE, ALL = DECODE_CORE, DECODE_ALL
+CORE, more_specs = DECODE_CORE, decode_specs
 MAX_Q_LEN = 8
 _AXES = {3: "[batch, num_heads, head_dim]", 4: "[batch, q_len, num_heads, head_dim]"}
 
@@ -109,17 +109,16 @@ def paged_decode(q, k_cache, v_cache, /, *, block_table, cache_seqlens, cache_st
     out, lse = split_out(op, out, return_lse)
     xp = array_namespace(op, q=q, cache_seqlens=cache_seqlens, cache_starts=cache_starts, sinks=sinks,
                          workspace=workspace, out=out, lse=lse)
-    check_dtype(op, "q", q, FLOATS)
+    dtype = check_dtype(op, "q", q, FLOATS)
     if q.ndim not in _AXES or (q.ndim == 4 and not 1 <= q.shape[1] <= MAX_Q_LEN):
         raise ValueError(f"{op}: q must be {_AXES[3]} or {_AXES[4]} with q_len from 1 to {MAX_Q_LEN}, got "
                          f"{list(q.shape)}")
-    check_element_strides(op, "q", q)
-    check_last_axis(op, "q", q)
+    check_array(op, "q", q, dtype, q.shape, _AXES[q.ndim])
     queries = q if q.ndim == 4 else q[:, None]
     batch, q_len, num_heads, head_dim = queries.shape
     keys = prepare_keys(op, xp, num_heads, head_dim, k_cache, v_cache, block_table, None, batch,
                         ("k_cache", "v_cache"))
-    check_dtype(op, "cache_seqlens", cache_seqlens, "int32")
+    check_dtype(op, "cache_seqlens", cache_seqlens, "int32")   # which must be given
     check_per_sequence(op, batch, contiguous=False, cache_seqlens=cache_seqlens, cache_starts=cache_starts)
     check_per_head(op, num_heads, sinks=sinks)
     softmax_scale = check_options(op, True, softmax_scale, window_size, softcap, head_dim)
@@ -131,7 +130,7 @@ def paged_decode(q, k_cache, v_cache, /, *, block_table, cache_seqlens, cache_st
     if return_lse and lse is None:
         lse = xp.empty(shape[:-1], np.float32)
     if out is not None:
-        check_outputs(op, out, lse, shape, _AXES[q.ndim], (q.dtype.name,))
+        check_outputs(op, out, lse, shape, _AXES[q.ndim], dtype)
     attend(op, xp, queries, keys, cache_seqlens=cache_seqlens, cache_starts=cache_starts, max_q_len=q_len,
            softmax_scale=softmax_scale, window_size=window_size, softcap=softcap, sinks=sinks, num_splits=num_splits,
            invariant=invariant, one_list=False, schedule=schedule, partials=partials, scratch=workspace,

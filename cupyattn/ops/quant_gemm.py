@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Activations times a packed weight. Kernel: ``cuda_src/quant_gemm.cu``."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -11,13 +12,25 @@ from ..matmul_choice import INVARIANT_TOKENS, Product, by_blas
 from ..matmul_plans import Partition, mma_specs, partition, plan_mma, tile_of_out, tiles_of_tokens
 from ..quant import QExperts, QMatrix
 from ..quant.layout import TRAITS
-from ..runtime import Plan, Specialisation, arch_of, arrival_counters, blas, env, launch, make_args, workspace
+from ..runtime import (
+    Plan,
+    Specialisation,
+    arch_of,
+    arrival_counters,
+    blas,
+    compile_first,
+    env,
+    launch,
+    make_args,
+    workspace,
+)
 from ..runtime.arrays import alignment, array_namespace, as_rows, dtype_name, row_view
 from ..runtime.checks import FLOATS, check_dtype, check_element_strides, check_last_axis, check_shape, check_writeable
+from ..runtime.launch import on_host
 
 _MAX_TOKENS = 2**18        # rows of x per launch: grid.y ends at 65535 tiles
 _WORKSPACE_TOKENS = 2**12  # rows of x per launch that takes scratch for them
-_WORKSPACE_BYTES = 2**26   # of a launch's sums
+_WORKSPACE_BYTES = 2**26   # of a launch's sums, if a tile of all rows of the weight is no more
 _SLICE_TILES = 24          # MAX_SLICE_TILES of the kernel
 _WARPS = 4                 # of a block on a GPU
 _WHOLE = Partition(1, 1, 0, 0)   # how CUDA cores, which do not look at it, sum a segment: as one piece
@@ -60,7 +73,7 @@ CORE = [*(_spec(*case) for case in (
     _gather_spec("float32"), *mma_specs(core=True)]
 
 
-def _all():
+def more_specs():
     """What plans pick; of the CPU's one-warp blocks those with a float32 bias, the other type is a conversion only.
     Formats are the usual ones, and every other once."""
     for x in FLOATS:
@@ -91,9 +104,6 @@ def _version(kinds, x, arch):
     if int(arch[3:].rstrip("af")) < 80:
         return "core", f"CUDA cores: {arch} is older than sm_80"
     return "mma", "tensor cores"
-
-
-ALL = list(dict.fromkeys((*CORE, *_all())))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -157,6 +167,8 @@ def quant_gemm(x, qmatrix, /, *, expert_offsets=None, bias=None, accumulate=Fals
         Shapes that do not fit, a last axis that is not contiguous, ``accumulate=True`` without `out`, or offsets that
         run backwards or past x: seen in NumPy arrays, and in others under ``CUPYATTN_CHECK=1``; without it such an
         expert has fewer rows.
+    RuntimeError
+        The current CuPy stream captures a graph and lacks the scratch: call the op once before the capture.
 
     Notes
     -----
@@ -208,7 +220,7 @@ def quant_gemm(x, qmatrix, /, *, expert_offsets=None, bias=None, accumulate=Fals
         fits, why = by_blas(product, version[0], arch, blas.available(xp))
         if fits:
             if arch == "cpu":
-                multiply_on_host(x_rows, qmatrix, bias, accumulate, out_rows)
+                on_host("blas", lambda: multiply_on_host(x_rows, qmatrix, bias, accumulate, out_rows))
             else:
                 multiply_on_gpu(xp, x_rows, qmatrix, bias, accumulate, out_rows)
             return out
@@ -245,7 +257,7 @@ def _blas_alignment(rows):
 
 
 def _launch_all(xp, x, qmatrix, offsets, out, version, arch, dtypes, fields):
-    """As many tokens per launch as a grid and the scratch for them allow; experts' all at once."""
+    """As many tokens per launch as a grid and the scratch for them allow; experts' are cut by tiles, in `_launch`."""
     rows, step = fields["rows"], _MAX_TOKENS
     # the tensor-core kernels read 16 bytes at a time, and columns in the order of the weight's
     copied = qmatrix.order is not None or (version[0] == "mma" and alignment(x) < 16)
@@ -253,9 +265,9 @@ def _launch_all(xp, x, qmatrix, offsets, out, version, arch, dtypes, fields):
         cuts = [_WHOLE] * len(qmatrix.segments)
     else:
         cuts = [partition(rows, segment.codes.shape[-2], segment.form) for segment in qmatrix.segments]
-        pieces = sum(cut.pieces for cut in cuts)
-        if pieces > 1:
-            step = max(128, _WORKSPACE_BYTES // (4 * rows * pieces) // 64 * 64)
+    pieces = sum(cut.pieces for cut in cuts)
+    if pieces > 1:
+        step = max(128, _WORKSPACE_BYTES // (4 * rows * pieces) // 64 * 64)
     step = len(x) if offsets is not None else min(step, _WORKSPACE_TOKENS) if copied else step
     for start in range(0, len(x), step):
         _launch(xp, x[start:start + step], copied, qmatrix, offsets, out[start:start + step], version, cuts, arch,
@@ -263,39 +275,64 @@ def _launch_all(xp, x, qmatrix, offsets, out, version, arch, dtypes, fields):
 
 
 def _launch(xp, x, copied, qmatrix, offsets, out, version, cuts, arch, dtypes, fields):
-    """One launch per segment, behind one that puts the columns of `x` in order if the weight has an order."""
+    """One launch per segment, behind one that puts the columns of `x` in order if the weight has an order.
+
+    Tiles of experts' rows whose sums take too much scratch are left to further such launches.
+    """
     tokens, rows, pieces = len(x), fields["rows"], sum(cut.pieces for cut in cuts)
     experts = 0 if offsets is None else len(qmatrix)
     if version[0] == "mma":
-        plans = [plan_mma(tokens, rows, cut.pieces, cut.unit, segment.form, *dtypes, arch, version[1], experts)
+        others = tuple(segment.form for segment in qmatrix.segments) if len(cuts) > 1 else ()
+        plans = [plan_mma(tokens, rows, cut.pieces, cut.unit, segment.form, *dtypes, arch, version[1], experts, others)
                  for cut, segment in zip(cuts, qmatrix.segments, strict=True)]
-        tiles = plans[0].grid[0] * plans[0].grid[1]
-        m_tile, block_rows = tile_of_out(plans[0])
-        sums = 0 if pieces == 1 else 4 * tiles * pieces * m_tile * block_rows
     else:
         align = 16 if copied else alignment(x)
         plans = [_plan_quant_gemm(tokens, segment.codes.shape[-3], segment.form.trait, *dtypes, align, arch, version[1],
                                   experts) for segment in qmatrix.segments]
-        tiles, sums = 0, 4 * (pieces - 1) * tokens * rows
-    x, partials = _scratch(xp, x, copied, qmatrix.order, sums, arch)
-    arrived = arrival_counters(xp, tiles) if tiles and partials is not None else None
+    tiles_x, tiles, _ = plans[0].grid
+    m_tile, block_rows = tile_of_out(plans[0])
+    # of a tile of rows of x: tensor cores keep all pieces, by tiles of out, CUDA cores all but the last
+    sums = 0 if pieces == 1 else 4 * m_tile * (tiles_x * block_rows * pieces if version[0] == "mma" else
+                                               rows * (pieces - 1))
+    if experts and tiles * sums > _WORKSPACE_BYTES:
+        rounds = -(-tiles // max(1, _WORKSPACE_BYTES // sums))
+        at_once = -(-tiles // rounds)   # those of the last round that there are not do nothing
+        plans = [dataclasses.replace(plan, grid=(plan.grid[0], at_once, plan.grid[2])) for plan in plans]
+    else:
+        at_once = tiles
+    if len(plans) > 1:
+        compile_first(plans)
+    x, partials = _scratch(xp, x, copied, qmatrix.order, at_once * sums, arch)
+    arrived = arrival_counters(xp, tiles_x * at_once) if sums and version[0] == "mma" else None
+    try:
+        for first_tile, (plan, cut, segment, column, piece) in itertools.product(
+                range(0, tiles, at_once), _segments(plans, cuts, qmatrix.segments)):
+            some = x if len(plans) == 1 else x[:, column:column + segment.columns]
+            launch(plan, make_args(
+                plan, x=row_view(some), out=row_view(out), weight=segment.view,
+                experts=None if offsets is None else _experts(segment, offsets, fields["bias"], first_tile), order=None,
+                partials=partials, counters=arrived, tokens=tokens, columns=segment.columns, pieces=pieces,
+                first_piece=piece, tiles_per_piece=cut.tiles_per_piece, units_per_chunk=cut.units_per_chunk, **fields))
+    except BaseException:
+        if arrived is not None:
+            arrived.fill(0)   # those launched have counted arrivals of pieces whose last will never come
+        raise
+
+
+def _segments(plans, cuts, segments):
+    """(Plan, Partition, segment, its first column, its first piece) of each segment."""
     column = piece = 0
-    for plan, cut, segment in zip(plans, cuts, qmatrix.segments, strict=True):
-        some = x if len(plans) == 1 else x[:, column:column + segment.columns]
-        launch(plan, make_args(plan, x=row_view(some), out=row_view(out), weight=segment.view,
-                               experts=None if offsets is None else _experts(segment, offsets, fields["bias"]),
-                               order=None, partials=partials, counters=arrived, tokens=tokens, columns=segment.columns,
-                               pieces=pieces, first_piece=piece, tiles_per_piece=cut.tiles_per_piece,
-                               units_per_chunk=cut.units_per_chunk, **fields))
+    for plan, cut, segment in zip(plans, cuts, segments, strict=True):
+        yield plan, cut, segment, column, piece
         column, piece = column + segment.columns, piece + cut.pieces
 
 
-def _experts(segment, offsets, bias):
+def _experts(segment, offsets, bias, first_tile):
     """Fields of the kernels' ``Experts``."""
     codes, scales, supers = (0 if array is None else array.strides[0] for array in segment.arrays)
     return {"offsets": offsets, "stride_codes": codes, "stride_scales": scales, "stride_supers": supers,
             "stride_bias": 0 if bias is None else bias.strides[0] // bias.itemsize, "count": len(offsets) - 1,
-            "reserved": 0}
+            "first_tile": first_tile}
 
 
 def _scratch(xp, x, copied, order, sums, arch):

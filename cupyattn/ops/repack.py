@@ -21,7 +21,11 @@ def _spec(bits, vec):
 
 CORE = [_spec(*case) for case in ((2, 4), (3, 4), (4, 4), (5, 4), (6, 4), (8, 4), (16, 4), (32, 4), (3, 1), (4, 1),
                                   (8, 1), (16, 1))]
-ALL = [_spec(bits, vec) for bits in layout.PLANES for vec in (1, 4)]
+
+
+def more_specs():
+    """Every legal one."""
+    return [_spec(bits, vec) for bits in layout.PLANES for vec in (1, 4)]
 
 
 @functools.lru_cache(maxsize=1024)

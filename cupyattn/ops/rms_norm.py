@@ -2,6 +2,7 @@
 """Root-mean-square normalisation. Kernel: ``cuda_src/rms_norm.cu``."""
 
 import functools
+import itertools
 
 from ..runtime import Plan, Specialisation, arch_of, launch, make_args
 from ..runtime.arrays import alignment, array_namespace, as_rows, row_view
@@ -21,8 +22,13 @@ CORE = [_spec(*case) for case in (
     ("float16", "float16", "float32", "float32", 1), ("float32", "float32", "float32", "bfloat16", 1),
     ("bfloat16", "bfloat16", None, "float32", 4),
 )]
-ALL = [_spec(x, w, r, u, vec) for x in FLOATS for w in dict.fromkeys((x, "float32"))
-       for r in dict.fromkeys((None, x, "float32")) for u in FLOATS for vec in (1, 4, 8)]
+
+
+def more_specs():
+    """Every legal one."""
+    for x, out, vec in itertools.product(FLOATS, FLOATS, (1, 4, 8)):
+        for weight, residual in itertools.product(dict.fromkeys((x, "float32")), dict.fromkeys((None, x, "float32"))):
+            yield _spec(x, weight, residual, out, vec)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -2,6 +2,7 @@
 """Rotary position embedding. Kernel: ``cuda_src/rope.cu``."""
 
 import functools
+import itertools
 
 import numpy as np
 
@@ -35,9 +36,14 @@ CORE = [_spec(*case) for case in (
     ("float32", "float16", "interleaved", 2, 1), ("float16", "float16", "neox", 1, 1),
     ("bfloat16", "float32", "interleaved", 1, 1), ("float32", "float32", "neox", 1, 1),
 )]
-ALL = [_spec(x, table, style, stride, vec) for x in FLOATS for table in TABLES
-       for style, stride in (("neox", 1), ("interleaved", 1), ("interleaved", 2))
-       for vec in (1, 4 if x == "float32" else 8)]
+
+
+def more_specs():
+    """Every legal one."""
+    for x, table, (style, stride) in itertools.product(FLOATS, TABLES, (
+            ("neox", 1), ("interleaved", 1), ("interleaved", 2))):
+        for vec in (1, 4 if x == "float32" else 8):
+            yield _spec(x, table, style, stride, vec)
 
 
 @functools.lru_cache(maxsize=4096)

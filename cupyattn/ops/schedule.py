@@ -26,6 +26,7 @@ from ..planning import (
 from ..quantized_kv import FORMATS
 from ..runtime import arch_of
 from ..runtime.arrays import array_namespace
+from ..runtime.capturing import refuse_to_keep, tape
 from ..runtime.checks import (
     check_dtype,
     check_element_strides,
@@ -37,7 +38,7 @@ from ..runtime.checks import (
 from ..runtime.plan import CUDA_TYPES
 from ..work_list import WorkList
 
-CORE = ALL = [SCHEDULE]
+CORE = [SCHEDULE]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -195,7 +196,8 @@ def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, head_dim_v=
     Notes
     -----
     Both planners give the same bits. With an `out` nothing is allocated, and from CuPy lengths nothing
-    synchronises; lists made of NumPy lengths are copied to the device, which a graph must not capture.
+    synchronises; lists made of NumPy lengths are copied to the device, which a graph must not capture. While
+    `cupyattn.graphs.capture` has a NumPy step, the kernel makes the lists, at each replay, also from NumPy lengths.
     Kernel: ``cuda_src/schedule.cu``.
 
     Examples
@@ -211,6 +213,8 @@ def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, head_dim_v=
                                  finished=finished, key_offsets=key_offsets, key_counts=key_counts)
     xp = lengths_xp if xp is None else xp
     on_host = lengths_xp is np
+    if on_host and (xp is not np or out is None):
+        refuse_to_keep(f"call {op} with lengths in host memory unless all is in NumPy arrays and out is given")
     if not on_host and xp is np:
         raise ValueError(f"{op}: xp must be cupy for CuPy lengths, got numpy; copy the lengths to the host")
     _check_arrays(op, cache_seqlens, cu_seqlens_q, finished, cache_starts=cache_starts, key_offsets=key_offsets,
@@ -250,6 +254,7 @@ def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, head_dim_v=
     tiles = tiles(most)
     ranges = list_ranges(tiles, most if cu_seqlens_q is None else 1, most, one_list)
     lists = (out.decode, out.prefill) if out is not None else empty_lists(xp, lengths, limits, tiles, policy, ranges)
+    on_host = on_host and (xp is not np or tape() is None)   # replays see other lengths: the kernel makes their lists
     if on_host:
         lists = store_lists(host_lists(lengths, tiles, policy, ranges), lists)
     else:

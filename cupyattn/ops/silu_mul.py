@@ -14,7 +14,6 @@ def _spec(dtype, vec):
 
 CORE = [_spec("float16", 8), _spec("bfloat16", 8), _spec("float32", 4),
         _spec("float16", 1), _spec("bfloat16", 1), _spec("float32", 1)]
-ALL = CORE
 
 
 @functools.lru_cache(maxsize=4096)

@@ -9,6 +9,7 @@ from ..runtime import Plan, Specialisation, arch_of, launch, make_args
 from ..runtime.arrays import alignment, array_namespace, strides
 from ..runtime.checks import (
     FLOATS,
+    check_array,
     check_dtype,
     check_element_strides,
     check_last_axis,
@@ -26,7 +27,7 @@ def _spec(out, vec):
     return Specialisation("split_reduce", "split_reduce", "SplitReduceArgs", {"U": out, "VEC": vec})
 
 
-CORE = ALL = [_spec(out, vec) for out in FLOATS for vec in (4, 1)]
+CORE = [_spec(out, vec) for out in FLOATS for vec in (4, 1)]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -201,10 +202,7 @@ def split_out(op, out, return_lse):
 
 def check_outputs(op, out, lse, shape, axes, dtypes):
     """out has `shape` and one of `dtypes`; lse, if any, is contiguous float32 of `shape` without the last axis."""
-    check_dtype(op, "out", out, dtypes)
-    check_shape(op, "out", out, shape, axes)
-    check_element_strides(op, "out", out)
-    check_last_axis(op, "out", out)
+    check_array(op, "out", out, dtypes, shape, axes)
     check_writeable(op, "out", out)
     if lse is not None:
         check_dtype(op, "lse", lse, "float32")

@@ -8,11 +8,13 @@
 
 import numpy as np
 
+from .bit_stream import transposed
 from .coded import CodedWeight, Segment
 from .groups import group_columns
 from .tensors import SCALES, WORDS, check_shape, only, take, zero_points
 
 _COLUMNS = {4: (0, 2, 4, 6, 1, 3, 5, 7), 8: (0, 2, 1, 3)}
+_CHUNK_WORDS = 1 << 15   # in flight
 
 
 def read(tensors, bits=None, group_size=None, *, version="gemm"):
@@ -58,11 +60,18 @@ def read(tensors, bits=None, group_size=None, *, version="gemm"):
 
 def _columns(words, bits):
     """Fields of words [rows, words] as uint8 [columns, rows]."""
-    words = np.ascontiguousarray(words.T).view(np.uint32)
+    words = transposed(words).view(np.uint32)
     fields = np.empty((len(words), 32 // bits, words.shape[1]), np.uint8)
-    for i, column in enumerate(_COLUMNS[bits]):
-        np.bitwise_and(words >> np.uint32(i * bits), np.uint32((1 << bits) - 1), out=fields[:, column],
-                       casting="unsafe")
+    step = max(1, _CHUNK_WORDS // words.shape[1])
+    for start in range(0, len(words), step):
+        some, found = words[start:start + step], fields[start:start + step]
+        for byte in range(4):
+            eight = (some >> np.uint32(8 * byte)).astype(np.uint8)
+            if bits == 8:
+                found[:, _COLUMNS[8][byte]] = eight
+            else:
+                np.bitwise_and(eight, np.uint8(15), out=found[:, _COLUMNS[4][2 * byte]])
+                np.right_shift(eight, np.uint8(4), out=found[:, _COLUMNS[4][2 * byte + 1]])
     return fields.reshape(-1, words.shape[1])
 
 

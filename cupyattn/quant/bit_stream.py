@@ -5,9 +5,14 @@ Code e of a vector is bits [e * bits, (e + 1) * bits) of its little-endian 32-bi
 fill `bits` words and a code may lie across two of them.
 """
 
+import functools
+
 import numpy as np
 
 _CHUNK = 1 << 15   # groups of 8 codes in flight: 256 KiB each of the number and of what moves in it
+# 8 codes of so many bits as little-endian numbers side by side
+_PARTS = {1: ("u1",), 2: ("u2",), 3: ("u2", "u1"), 4: ("u4",), 5: ("u4", "u1"), 6: ("u4", "u2"),
+          7: ("u4", "u2", "u1"), 8: ("u8",)}
 
 
 def unpack_stream(words, bits, axis=-1, count=None):
@@ -29,23 +34,40 @@ def unpack_stream(words, bits, axis=-1, count=None):
         Shape of `words` but for `axis`, whose elements lie side by side in memory whatever `axis` is.
     """
     _check(words, bits, 4)
-    words = np.ascontiguousarray(np.moveaxis(words, axis, -1))
+    words = np.moveaxis(words, axis, -1)
+    words = transposed(words.T) if words.ndim == 2 else np.ascontiguousarray(words)
     held = words.shape[-1] * 32 // bits
     count = held if count is None else count
     if count > held:
         raise ValueError(f"unpack_stream: count must be at most {held} for {words.shape[-1]} words, got {count}")
     units = -(-count // 8)   # of 8 codes in `bits` bytes
-    stream = _fit(words.view(np.uint8), units * bits).reshape(-1, bits)
+    stream = np.ascontiguousarray(_fit(words.view(np.uint8), units * bits))
+    low, *upper = _numbers(stream.reshape(-1), bits)
     codes = np.empty((*words.shape[:-1], 8 * units), np.uint8)
     numbers = codes.reshape(-1).view("<u8")
+    scratch = np.empty(min(_CHUNK, len(numbers)), "<u8")
     for start in range(0, len(numbers), _CHUNK):
         part = numbers[start:start + _CHUNK]
-        part[:] = 0
-        lanes = part.view(np.uint8).reshape(-1, 8)
-        for byte in range(bits):
-            lanes[:, byte] = stream[start:start + _CHUNK, byte]
-        _spread(part, bits)
+        room, at = scratch[:len(part)], 8 * low.itemsize
+        part[:] = low[start:start + _CHUNK]
+        for more in upper:
+            room[:] = more[start:start + _CHUNK]
+            room <<= np.uint64(at)
+            part |= room
+            at += 8 * more.itemsize
+        if bits < 8:
+            _spread(part, bits, room)
     return np.moveaxis(codes[..., :count], -1, axis)
+
+
+def transposed(array):
+    """``array.T`` of two axes as an array of its own: by 16 rows, as longer columns thrash the cache."""
+    if array.T.flags.c_contiguous:
+        return array.T
+    out = np.empty(array.shape[::-1], array.dtype)
+    for row in range(0, len(array), 16):
+        out[:, row:row + 16] = array[row:row + 16].T
+    return out
 
 
 def pack_stream(codes, bits, axis=-1):
@@ -76,14 +98,26 @@ def pack_stream(codes, bits, axis=-1):
     return np.moveaxis(np.ascontiguousarray(stream).view(np.int32), -1, axis)
 
 
-def _spread(numbers, bits):
+def _numbers(stream, bits):
+    """Views of the parts of each `bits` bytes of a stream: see `_PARTS`."""
+    fields = [(f"part{i}", "<" + part) for i, part in enumerate(_PARTS[bits])]
+    records = stream.view(fields)
+    return [records[name] for name, _ in fields]
+
+
+def _spread(numbers, bits, room):
     """Eight codes in the low ``8 * bits`` bits of each number become its eight bytes: halves part three times."""
     for half, place in ((4, 32), (2, 16), (1, 8)):
-        low = _lanes((1 << half * bits) - 1, 2 * place)
-        upper = numbers & ~low
-        numbers &= low
-        upper <<= np.uint64(place - half * bits)
-        numbers |= upper
+        low, by = (1 << half * bits) - 1, np.uint64(place - half * bits)
+        if bits <= 4:   # what is left behind does not reach the upper halves' new places
+            np.left_shift(numbers, by, out=room)
+            room |= numbers
+            np.bitwise_and(room, _lanes(low, place), out=numbers)
+        else:
+            np.bitwise_and(numbers, ~_lanes(low, 2 * place), out=room)
+            room <<= by
+            numbers &= _lanes(low, 2 * place)
+            numbers |= room
 
 
 def _gather(numbers, bits):
@@ -96,6 +130,7 @@ def _gather(numbers, bits):
         numbers |= upper
 
 
+@functools.cache
 def _lanes(mask, width):
     return np.uint64(sum(mask << at for at in range(0, 64, width)))
 

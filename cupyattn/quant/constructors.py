@@ -17,7 +17,8 @@ class Constructors:
     they are read on the host and left as they are. out_features and in_features must be multiples of 8.
     ValueError for a missing tensor or a wrong shape, TypeError for a wrong dtype, NotImplementedError for a variant
     of the format that is not read: the message names the tensor. `xp` is where the matrix lives, numpy or cupy;
-    default where the tensors are.
+    default where the tensors are. FP8 weights that are NaN or infinite are refused, with their number; scales, zero
+    points and weights that are not quantized may be, and make NaN or infinities of the products they are in.
     """
 
     @classmethod
@@ -44,8 +45,9 @@ class Constructors:
             weight that is labelled wrongly is told by its zeros, read rightly and warned of.
         sym : bool, optional
             False: the label is believed.
-        zero_wrap : bool
-            Whether field 2^bits - 1 of "gptq" is zero point 0 (True) or 2^bits.
+        zero_wrap : bool or "word"
+            Whether field 2^bits - 1 of "gptq" is zero point 0 (True) or 2^bits. "word": the writer subtracted 1 from
+            all fields of a word at once, so that a zero point of 0 borrowed from the next, as GPTQModel does.
         in_features : int, optional
             Where neither ``g_idx`` nor the words of ``qweight`` say it.
         xp : module, optional

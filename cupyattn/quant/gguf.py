@@ -91,6 +91,13 @@ def blocks(data, name, shape):
     return np.ascontiguousarray(data).reshape(rows, width // columns, size)
 
 
+def check_rows(data, shape):
+    """ValueError where the axes of `data` are of other rows than `shape`: its in_features and out_features swapped."""
+    if data.ndim > 1 and shape[0] not in np.cumprod(data.shape):
+        raise ValueError(f"QMatrix: data must have {shape[0]} rows for shape {list(shape)}, "
+                         f"got shape {list(data.shape)}")
+
+
 def _words(data):
     """Bytes [..., n] in one piece as words of 8 bytes, or of 1 where n is no multiple of 8. NumPy copies whole records
     and shifts whole words much faster than bytes."""

@@ -57,6 +57,8 @@ def read(tensors, bits=None, group_size=None, *, checkpoint_format=None, sym=Non
     NotImplementedError
         Another `checkpoint_format` or number of bits.
     """
+    if zero_wrap not in (True, False, "word"):
+        raise ValueError(f"QMatrix: zero_wrap must be True, False or 'word', got {zero_wrap!r}")
     if checkpoint_format not in (None, *CONVENTIONS):
         raise NotImplementedError(f"QMatrix: checkpoint_format must be one of {', '.join(CONVENTIONS)}, "
                                   f"got {checkpoint_format!r}")

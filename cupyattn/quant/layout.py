@@ -243,13 +243,14 @@ def _put_plane(out, values, bits):
     else:
         pairs = both.view("u4")                                        # i = 0, 1 below i = 2, 3
         pairs |= pairs >> np.uint32(16 - 2 * bits)
-        words = _lane_words(pairs.view("u2")[..., ::2])                # [.., c, t]: even i below odd i
+        words = _lane_words(pairs.astype("u2"))                        # [.., c, t]: even i below odd i
         if bits == 1:
             steps = words.view("u4")
             steps |= steps >> np.uint32(12)
-            words = np.ascontiguousarray(steps.view("u2")[..., ::2])
-    words = _swapped(words.view("u4")).reshape(*values.shape[::2], -1, 4 * bits)
-    np.moveaxis(out.view("u4").reshape(*out.shape[:2], 8, 4 * bits), 1, 2)[...] = words
+            words = steps.astype("u2")
+    row = f"V{16 * bits}"                                              # of a tile; NumPy copies whole records fast
+    words = _swapped(words.view("u4")).view(row).reshape(*values.shape[::2], -1)
+    out.view(row)[...] = words.swapaxes(1, 2)
 
 
 def _get_plane(packed, bits):
@@ -310,6 +311,7 @@ def _pack_codes(codes, form):
     row_tiles, column_tiles = tiles(codes.shape)
     packed = np.empty((row_tiles, column_tiles, form.tile_bytes), np.uint8)
     step = max(1, _CHUNK_BYTES // max(1, 1024 * column_tiles * codes.itemsize))
+    scratch = np.empty((min(step, row_tiles), 2, 8, 8 * column_tiles), "u8")   # a plane of a chunk
     for start in range(0, row_tiles, step):
         part = packed[start:start + step]
         some = _padded(codes[16 * start:16 * (start + step)], 16 * len(part), 64 * column_tiles)
@@ -318,15 +320,15 @@ def _pack_codes(codes, form):
             _put_dense(part, some)
         elif form.bits == 8:
             _put_bytes(part, some)
+        elif len(PLANES[form.bits]) == 1:
+            _put_plane(part, some, form.bits)
         else:
-            at, left = 0, some
-            for bits in PLANES[form.bits]:
-                plane = left
-                if bits != form.bits:
-                    plane = (left.view("u8") & np.uint64((2**bits - 1) * _EVERY_BYTE)).view("u1")
-                    left = (left.view("u8") >> np.uint64(bits) & np.uint64((255 >> bits) * _EVERY_BYTE)).view("u1")
-                _put_plane(part[..., at:at + 128 * bits], plane, bits)
-                at += 128 * bits
+            (bits, above), numbers = PLANES[form.bits], some.view("u8")
+            plane = np.bitwise_and(numbers, np.uint64((2**bits - 1) * _EVERY_BYTE), out=scratch[:len(part)])
+            _put_plane(part[..., :128 * bits], plane.view("u1"), bits)
+            np.right_shift(numbers, np.uint64(bits), out=plane)
+            plane &= np.uint64((2**above - 1) * _EVERY_BYTE)
+            _put_plane(part[..., 128 * bits:], plane.view("u1"), above)
     return packed
 
 

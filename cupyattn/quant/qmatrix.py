@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from . import gguf, layout, packed_file, shards
+from .coded import FLOAT8
 from .constructors import Constructors
 from .experts import QExperts
 
@@ -46,7 +47,8 @@ class QMatrix(Constructors):
         Parameters
         ----------
         data : ndarray, uint8
-            Blocks of N rows, any shape in that order. Not changed. (F16, BF16 and F32: the values' bytes.)
+            Blocks of N rows, any shape in that order: of one axis, or with the rows in front. Not changed. (F16, BF16
+            and F32: the values' bytes.)
         type : GGMLQuantizationType, int or str
             Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4, NVFP4, F16, BF16 or F32.
         shape : (int, int)
@@ -59,7 +61,8 @@ class QMatrix(Constructors):
         NotImplementedError
             Another type.
         ValueError
-            `data` and `shape` disagree, or in_features is no multiple of the block's numbers (8 for F16, BF16, F32).
+            `data` and `shape` disagree, in bytes or rows (a `shape` that is ``ne`` not reversed), or in_features is no
+            multiple of the block's numbers (8 for F16, BF16, F32).
         """
         shape = _shape(shape)
         name = gguf.type_name(type)
@@ -67,6 +70,7 @@ class QMatrix(Constructors):
         if host.dtype.itemsize != 1:
             raise TypeError(f"QMatrix: data must be uint8, got {host.dtype.name}")
         host = host.view(np.uint8)
+        gguf.check_rows(host, shape)
         if name in gguf.DENSE:
             dtype = layout.dtype(gguf.DENSE[name])
             if host.size != shape[0] * shape[1] * dtype.itemsize:
@@ -103,9 +107,11 @@ class QMatrix(Constructors):
     def from_coded(cls, weight, *, xp=None):
         """From a ``cupyattn.quant.coded.CodedWeight`` of NumPy arrays, whose in_features must be a multiple of 8.
 
-        `xp` is numpy or cupy, default numpy; with cupy the packing is done on the device.
+        `xp` is numpy or cupy, default numpy; with cupy the packing is done on the device. ValueError for FP8 codes
+        that are no finite numbers.
         """
         _check_columns("weight", weight.shape)
+        _check_finite(weight)
         if xp is None or xp is np:
             return cls(weight.format, _shape(weight.shape), *layout.pack(weight))
         segments, order = layout.pack(weight, lambda segment: _repacked(segment, xp))
@@ -356,6 +362,16 @@ def _shape(shape):
     if len(shape) != 2 or any(int(n) < 1 for n in shape):
         raise ValueError(f"QMatrix: shape must be (out_features, in_features), both at least 1, got {shape}")
     return tuple(int(n) for n in shape)
+
+
+def _check_finite(weight):
+    """Kernels on tensor cores read FP8 codes as if all were finite."""
+    for segment in weight.segments:
+        if segment.kind in FLOAT8:
+            codes, least = segment.codes & np.uint8(127), {"e4m3": 127, "e5m2": 124}[segment.kind]
+            if codes.max(initial=0) >= least:
+                raise ValueError(f"QMatrix: weight must hold finite numbers only, got {(codes >= least).sum()} codes "
+                                 f"of {codes.size} that are NaN{' or infinity' if least == 124 else ''}")
 
 
 def _check_columns(name, shape):

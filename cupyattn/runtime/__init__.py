@@ -1,8 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiling and launching: the only code that does either."""
 
-from .launch import arch_of, arrival_counters, compile_all, launch, layer_workspace, profiling, recording, workspace
+from .bound import Bound
+from .launch import (
+    arch_of,
+    arrival_counters,
+    compile_all,
+    compile_first,
+    launch,
+    layer_workspace,
+    profiling,
+    recording,
+    workspace,
+)
 from .plan import Plan, Specialisation, make_args
 
-__all__ = ["Plan", "Specialisation", "arch_of", "arrival_counters", "compile_all", "launch", "layer_workspace",
-           "make_args", "profiling", "recording", "workspace"]
+__all__ = ["Bound", "Plan", "Specialisation", "arch_of", "arrival_counters", "compile_all", "compile_first", "launch",
+           "layer_workspace", "make_args", "profiling", "recording", "workspace"]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Array metadata: which library an array belongs to, its alignment, and the views kernels take."""
 
+import functools
+import math
 import sys
 
 import numpy as np
@@ -8,6 +10,7 @@ import numpy as np
 from .structs import address
 
 _names = {}
+_namespaces = {}   # set of types of arguments -> numpy or cupy
 
 
 def dtype_name(array):
@@ -36,6 +39,15 @@ def array_namespace(op, /, **arrays):
     TypeError
         An argument is no array, or NumPy and CuPy arrays are mixed.
     """
+    types = frozenset(map(type, arrays.values()))
+    found = _namespaces.get(types)
+    if found is None:
+        found = _namespaces[types] = _namespace(op, arrays)
+    return found
+
+
+def _namespace(op, arrays):
+    """`array_namespace` of arguments of types that it has not seen together."""
     kinds = {}
     for name, array in arrays.items():
         if array is None:
@@ -54,39 +66,53 @@ def array_namespace(op, /, **arrays):
 
 def alignment(array):
     """Largest power of two ≤ 16 (bytes) that divides the base address and every stride but the last axis'."""
-    bits = address(array) | 16
-    for size, stride in zip(array.shape[:-1], array.strides[:-1], strict=True):
+    bits = address(array) | _stride_bits(array.shape, array.strides)
+    return bits & -bits
+
+
+@functools.lru_cache(maxsize=4096)
+def _stride_bits(shape, strides):
+    """16 and the strides that matter to `alignment`, by OR."""
+    bits = 16
+    for size, stride in zip(shape[:-1], strides[:-1], strict=True):
         if size > 1:
             bits |= stride
-    return bits & -bits
+    return bits
 
 
 def strides(array):
     """Strides in elements."""
-    size = array.itemsize
-    return tuple(s // size for s in array.strides)
+    return _in_elements(array.strides, array.itemsize)
+
+
+@functools.lru_cache(maxsize=4096)
+def _in_elements(strides, itemsize):
+    return tuple(s // itemsize for s in strides)
 
 
 def as_rows(op, name, array):
     """`array` [..., n] as a view [rows, n]: contiguous last axis, one stride between rows, nothing copied."""
-    if array.ndim == 0:
-        raise ValueError(f"{op}: {name} must have at least one axis, got a 0-d array")
-    if array.size and array.shape[-1] > 1 and array.strides[-1] != array.itemsize:
-        raise ValueError(f"{op}: {name} must have a contiguous last axis, got strides {array.strides} bytes for "
-                         f"{array.dtype.name}")
-    if any(stride % array.itemsize for stride in array.strides):
-        raise ValueError(f"{op}: {name} must have strides that are multiples of its itemsize {array.itemsize}, got "
-                         f"{array.strides}")
-    if array.ndim == 2:
-        return array
-    axes = [(n, s) for n, s in zip(array.shape[:-1], array.strides[:-1], strict=True) if n != 1]
-    if any(outer != n * inner for (_, outer), (n, inner) in zip(axes, axes[1:], strict=False)) and array.size:
-        raise ValueError(f"{op}: {name} must have one stride between its rows, got strides {array.strides} bytes for "
-                         f"shape {list(array.shape)}")
-    rows = 1
-    for n in array.shape[:-1]:
-        rows *= n
-    return array.reshape(rows, array.shape[-1])
+    shape, strides, itemsize = array.shape, array.strides, array.itemsize
+    problem = _why_no_rows(shape, strides, itemsize)
+    if problem is not None:
+        raise ValueError(f"{op}: {name} must {problem.format(dtype=array.dtype.name)}")
+    return array if len(shape) == 2 else array.reshape(math.prod(shape[:-1]), shape[-1])
+
+
+@functools.lru_cache(maxsize=4096)
+def _why_no_rows(shape, strides, itemsize):
+    """What `as_rows` cannot take, as the end of its message; None when it can."""
+    if not shape:
+        return "have at least one axis, got a 0-d array"
+    if 0 not in shape and shape[-1] > 1 and strides[-1] != itemsize:
+        return f"have a contiguous last axis, got strides {strides} bytes for {{dtype}}"
+    if any(stride % itemsize for stride in strides):
+        return f"have strides that are multiples of its itemsize {itemsize}, got {strides}"
+    axes = [(n, s) for n, s in zip(shape[:-1], strides[:-1], strict=True) if n != 1]
+    if len(shape) > 2 and 0 not in shape and any(
+            outer != n * inner for (_, outer), (n, inner) in zip(axes, axes[1:], strict=False)):
+        return f"have one stride between its rows, got strides {strides} bytes for shape {list(shape)}"
+    return None
 
 
 def row_view(array):

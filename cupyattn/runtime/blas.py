@@ -9,6 +9,8 @@ import numpy as np
 from .arrays import dtype_name
 from .launch import run_library
 
+# CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION, which CuPy has no name for: parts of K are not added in 16 bits
+_WIDE_SUMS = 16
 _SCALARS = np.array([0, 1], np.float32)   # beta and alpha, which cuBLAS reads from host memory during the call
 
 
@@ -59,8 +61,9 @@ def _gemm_ex(x, w, out, add):
     kind = types[dtype_name(x)]
     compute = blas.CUBLAS_COMPUTE_32F_PEDANTIC if kind == runtime.CUDA_R_32F else blas.CUBLAS_COMPUTE_32F
     (tokens, columns), rows, scalars = x.shape, len(w), _SCALARS.ctypes.data
-    mode = blas.getPointerMode(handle)
+    modes = blas.getPointerMode(handle), blas.getMathMode(handle)
     blas.setPointerMode(handle, blas.CUBLAS_POINTER_MODE_HOST)
+    blas.setMathMode(handle, _WIDE_SUMS)
     try:
         # cuBLAS counts by columns: out.T [rows, tokens] = w @ x.T, where row-major w is the transpose of what it sees
         blas.gemmEx(handle, blas.CUBLAS_OP_T, blas.CUBLAS_OP_N, rows, tokens, columns,
@@ -68,7 +71,8 @@ def _gemm_ex(x, w, out, add):
                     scalars + 4 * add, out.data.ptr, types[dtype_name(out)], _pitch(out), compute,
                     blas.CUBLAS_GEMM_DEFAULT)
     finally:
-        blas.setPointerMode(handle, mode)
+        blas.setPointerMode(handle, modes[0])
+        blas.setMathMode(handle, modes[1])
 
 
 def _pitch(array):

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metadata checks shared by the ops. Each message names the op, the argument, the rule and what was found."""
 
+import functools
+import math
 import numbers
+from typing import NamedTuple
+
+import numpy as np
 
 from .arrays import dtype_name
 
@@ -31,11 +36,14 @@ def check_shape(op, name, array, expected, axes):
         shape = array.shape
     except AttributeError:
         raise _no_array(op, name, array) from None
-    if shape == expected:
-        return
-    if len(shape) != len(expected) or any(e is not None and s != e for s, e in zip(shape, expected, strict=True)):
+    if shape != expected and not _fits(shape, expected):
         want = ", ".join("*" if e is None else str(e) for e in expected)
         raise ValueError(f"{op}: {name} must be {axes} = [{want}], got {list(shape)}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _fits(shape, expected):
+    return len(shape) == len(expected) and all(e is None or s == e for s, e in zip(shape, expected, strict=True))
 
 
 def check_last_axis(op, name, array):
@@ -47,9 +55,52 @@ def check_last_axis(op, name, array):
 
 def check_element_strides(op, name, array):
     """Every stride is a whole number of elements."""
-    if any(s % array.itemsize for s in array.strides):
+    if not _whole_elements(array.strides, array.itemsize):
         raise ValueError(f"{op}: {name} must have strides that are multiples of its itemsize {array.itemsize}, "
                          f"got {array.strides}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _whole_elements(strides, itemsize):
+    return not any(s % itemsize for s in strides)
+
+
+class _Metadata(NamedTuple):
+    """What the checks above ask of an array."""
+
+    dtype: np.dtype
+    shape: tuple
+    strides: tuple
+
+    @property
+    def itemsize(self):
+        return self.dtype.itemsize
+
+    @property
+    def size(self):
+        return math.prod(self.shape)
+
+
+def check_array(op, name, array, dtypes, shape, axes, *, contiguous=True):
+    """`check_dtype`, `check_shape`, `check_element_strides` and, if `contiguous`, `check_last_axis`; the dtype's name.
+
+    What passed once passes at once the next time.
+    """
+    try:
+        facts = _Metadata(array.dtype, array.shape, array.strides)
+    except AttributeError:
+        raise _no_array(op, name, array) from None
+    return _checked(op, name, facts, dtypes, shape, axes, contiguous)
+
+
+@functools.lru_cache(maxsize=4096)
+def _checked(op, name, facts, dtypes, shape, axes, contiguous):
+    found = check_dtype(op, name, facts, dtypes)
+    check_shape(op, name, facts, shape, axes)
+    if contiguous:
+        check_last_axis(op, name, facts)
+    check_element_strides(op, name, facts)
+    return found
 
 
 def check_writeable(op, name, array):

@@ -17,6 +17,7 @@ import numpy as np
 from ..errors import CompileError
 from . import cpu_report as report
 from . import env, host_compiler, source
+from .capturing import refuse_to_compile
 
 _RELEASE = ("-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-DCA_CPU=1")
 _FUSED, _UNFUSED = (*_RELEASE, "-DCA_FUSED=1"), (*_RELEASE, "-DCA_FUSED=0")
@@ -78,6 +79,12 @@ def settings(**changes):
         yield new
     finally:
         _settings.reset(token)
+
+
+def current_settings():
+    """What a launch depends on beside its arguments."""
+    options = _settings.get()
+    return options, options.checking()
 
 
 # ---- the C structs of cuda_src/cpu/api.h -----------------------------------------------------------------
@@ -218,6 +225,7 @@ def _kernel(spec, flavour, cxx):
     found = _kernels.get(key)
     if found is not None:
         return found
+    refuse_to_compile(spec)
     with _registry_lock:
         lock = _build_locks.setdefault(key, threading.Lock())
     with lock:
@@ -271,26 +279,54 @@ def launch(plan, args, buffers=(), const_buffers=()):
     KernelCheckError
         The checking mode found a fault, or the kernel dead-locked.
     """
+    bind(plan, args, buffers, const_buffers)()
+
+
+def bind(plan, args, buffers=(), const_buffers=()):
+    """A function without arguments that does what `launch` does, under the settings of now."""
     if 0 in plan.grid:
-        return
+        return _launch_nothing
     options = _settings.get()
     checking = options.checking()
     kernel = _kernel(plan.spec, _flavour(options), options.cxx)
     request = _Launch(kernel.entry, args.data, len(args.data), plan.grid, plan.block, plan.shared_bytes,
                       options.num_workers(), _SCHEDULES[options.schedule], options.seed, checking, checking)
-    collected, names = None, ()
     if checking:
         known = _known_arrays(args, buffers, const_buffers)
-        names = [name for name, _, _ in known]
         request.num_buffers, request.buffers = len(known), _ranges(known)
-        collected = _counters.get()
-        if collected is not None:
-            counts = _Counters(per_buffer=(_BufferCounters * (len(known) + 1))(),
-                               shared=(_SharedCounters * _MAX_INSTRUCTIONS)(), num_shared=_MAX_INSTRUCTIONS)
-            request.counters = ctypes.pointer(counts)
-    error = _Error()
+        return functools.partial(_launch_checked, plan, kernel, request, [name for name, _, _ in known])
+    ca_launch, by_reference = kernel.executor.ca_launch, ctypes.byref(request)
+
+    def run():
+        error = _Error()
+        _drive(plan, (), kernel, ca_launch, by_reference, error)
+
+    return run
+
+
+def _launch_nothing():
+    """A launch of no blocks."""
+
+
+def _launch_checked(plan, kernel, request, names):
+    """Launch in the checking mode; `names` are those of the memory it may touch."""
+    collected = _counters.get()
+    if collected is None:
+        request.counters = None
+    else:
+        counts = _Counters(per_buffer=(_BufferCounters * (len(names) + 1))(),
+                           shared=(_SharedCounters * _MAX_INSTRUCTIONS)(), num_shared=_MAX_INSTRUCTIONS)
+        request.counters = ctypes.pointer(counts)
+    _drive(plan, names, kernel, kernel.executor.ca_launch, request, _Error())
+    if collected is not None:
+        instructions = counts.shared[:min(counts.num_shared, _MAX_INSTRUCTIONS)]
+        collected.append(report.collect(plan, names, kernel.path, counts, instructions))
+
+
+def _drive(plan, names, kernel, ca_launch, request, error):
+    """Run `request` to its end; `names` are those of the arrays the executor may name in `error`."""
     try:
-        code = kernel.executor.ca_launch(request, error)
+        code = ca_launch(request, error)
         while code == 2:
             code = kernel.executor.ca_resume(error)
     except BaseException:   # KeyboardInterrupt between two time slices
@@ -298,9 +334,6 @@ def launch(plan, args, buffers=(), const_buffers=()):
         raise
     if code == 1:
         raise report.explain(plan, names, kernel.path, error)
-    if collected is not None:
-        instructions = counts.shared[:min(counts.num_shared, _MAX_INSTRUCTIONS)]
-        collected.append(report.collect(plan, names, kernel.path, counts, instructions))
 
 
 def _known_arrays(args, buffers, const_buffers):

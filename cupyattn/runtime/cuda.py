@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..errors import CompileError
 from . import env, source
+from .capturing import refuse_to_compile
 
 _GRID_LIMITS = (2**31 - 1, 65535, 65535)
 _BLOCK_LIMITS = (1024, 1024, 64)
@@ -77,6 +78,7 @@ def kernel(spec, device):
     found = _kernels.get(key)
     if found is not None:
         return found
+    refuse_to_compile(spec)
     with _lock:
         lock = _locks.setdefault(key, threading.Lock())
     with lock:
@@ -172,12 +174,39 @@ def launch(plan, args, buffers=(), const_buffers=()):
     """
     if 0 in plan.grid:
         return
+    compiled, _ = _checked(plan, args, buffers, const_buffers)
+    compiled(plan.grid, plan.block, (args.record(),), shared_mem=plan.shared_bytes)
+
+
+def bind(plan, args, buffers=(), const_buffers=()):
+    """A function without arguments that does what `launch` does, on the device that is current now."""
+    if 0 in plan.grid:
+        return lambda: None
+    import cupy
+
+    compiled, device = _checked(plan, args, buffers, const_buffers)
+    grid, block, shared_bytes, arguments = plan.grid, plan.block, plan.shared_bytes, (args.record(),)
+    current = cupy.cuda.runtime.getDevice
+
+    def run():
+        if current() != device:
+            raise ValueError(f"{plan.spec.kernel}: a bound launch for device {device} must run there, the current "
+                             f"device is {current()}; use `with cupy.cuda.Device({device}):`")
+        compiled(grid, block, arguments, shared_mem=shared_bytes)
+
+    return run
+
+
+def _checked(plan, args, buffers, const_buffers):
+    """(The compiled kernel of `plan`, the current device), which all arrays are on."""
     import cupy
 
     device = cupy.cuda.runtime.getDevice()
-    run = _prepared.get((plan, device))
-    if run is None:
-        run = _prepared[plan, device] = _prepare(plan, device)
+    compiled = _prepared.get((plan, device))
+    if compiled is None:
+        compiled = _prepared[plan, device] = _prepare(plan, device)
+    if _device_count() == 1:
+        return compiled, device
     for leaf, array in args.arrays:
         if array.data.device_id != device:
             raise _wrong_device(plan, leaf.path, array, device)
@@ -185,7 +214,14 @@ def launch(plan, args, buffers=(), const_buffers=()):
         for i, array in enumerate(arrays):
             if array.data.device_id != device:
                 raise _wrong_device(plan, f"{name}[{i}]", array, device)
-    run(plan.grid, plan.block, (args.record(),), shared_mem=plan.shared_bytes)
+    return compiled, device
+
+
+@functools.cache
+def _device_count():
+    import cupy
+
+    return cupy.cuda.runtime.getDeviceCount()
 
 
 def _wrong_device(plan, name, array, device):

@@ -12,6 +12,15 @@ from pathlib import Path
 
 log = logging.getLogger("cupyattn")
 
+# every launch asks for some of these, and the dict behind os.environ answers in a tenth of the time
+_variables = getattr(os.environ, "_data", None)
+_keys = {name: os.environ.encodekey(name) for name in ("CUPYATTN_DEBUG", "CUPYATTN_CHECK")}
+
+
+def _is_set(name):
+    """False is certain; `name` is in `_keys`."""
+    return _variables is None or _keys[name] in _variables
+
 
 def _flag(name):
     return os.environ.get(name, "0") not in ("", "0")
@@ -19,6 +28,8 @@ def _flag(name):
 
 def debug():
     """``CUPYATTN_DEBUG``: 0 quiet, 1 a line per compile, 2 also a line per launch, 3 also commands and logs."""
+    if not _is_set("CUPYATTN_DEBUG"):
+        return 0
     text = os.environ.get("CUPYATTN_DEBUG") or "0"
     level = int(text) if text.isdecimal() else 1
     if level and not log.handlers:
@@ -29,7 +40,7 @@ def debug():
 
 def check():
     """``CUPYATTN_CHECK=1``: CPU launches run in the checking mode; content of CuPy arrays is validated."""
-    return _flag("CUPYATTN_CHECK")
+    return _is_set("CUPYATTN_CHECK") and _flag("CUPYATTN_CHECK")
 
 
 def cxx():

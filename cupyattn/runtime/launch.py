@@ -10,20 +10,22 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
 
-from . import cpu, env
+from . import cpu, cuda, env
+from .bound import Bound, LibraryCall
+from .capturing import tape
 
 _recorder = contextvars.ContextVar("cupyattn_recorder", default=None)
 _profiler = contextvars.ContextVar("cupyattn_profiler", default=None)
 _host_workspaces = threading.local()
-_gpu_workspaces = {}   # (use, device, stream) -> blocks, the newest last; an older one may be part of a captured graph
+# (use, device, stream, thread) -> blocks, the newest last; an older one may be part of a captured graph, which is why
+# they outlive their threads
+_gpu_workspaces = {}
 
 
 def arch_of(xp):
     """``"cpu"`` for NumPy, the current device's ``"sm_90a"``-style name for CuPy."""
     if xp is np:
         return "cpu"
-    from . import cuda
-
     return cuda.arch()
 
 
@@ -53,12 +55,11 @@ def launch(plan, args, *, buffers=(), const_buffers=()):
     if recorded is not None:
         recorded.setdefault(plan.spec, plan.arch)
         return
-    if plan.arch == "cpu":
-        run = cpu.launch
-    else:
-        from . import cuda
-
-        run = cuda.launch
+    under_capture = tape()
+    if under_capture is not None:
+        under_capture.add(Bound(plan, args, buffers, const_buffers), plan.arch == "cpu")
+        return
+    run = cpu.launch if plan.arch == "cpu" else cuda.launch
     profile = _profiler.get()
     if profile is None:
         run(plan, args, buffers, const_buffers)
@@ -69,17 +70,36 @@ def launch(plan, args, *, buffers=(), const_buffers=()):
 def run_library(name, arch, run):
     """Call `run`, which has another library work on the current stream, where `launch` would launch a kernel.
 
-    It does not run while recording, and is profiled as a kernel called `name`; `arch` is "cpu" or anything else.
+    It does not run while recording, is kept as a launch is while a step is captured, and is profiled as a kernel called
+    `name`; `arch` is "cpu" or anything else.
     """
     if env.debug() >= 2:
         env.log.debug("launch %s", name)
     if _recorder.get() is not None:
+        return
+    under_capture = tape()
+    if under_capture is not None:
+        under_capture.add(LibraryCall(name, run), arch == "cpu")
         return
     profile = _profiler.get()
     if profile is None:
         run()
     else:
         profile.add(name, arch, run)
+
+
+def on_host(name, run):
+    """Call `run`, which computes in NumPy and may launch; while a step is captured it is kept as launches are."""
+    under_capture = tape()
+    if under_capture is None:
+        run()
+    else:
+        under_capture.add(LibraryCall(name, run), True)
+
+
+def is_watched():
+    """Whether something stands around launches here: a recording, a profile or a capture."""
+    return _recorder.get() is not None or _profiler.get() is not None or tape() is not None
 
 
 @contextlib.contextmanager
@@ -108,12 +128,7 @@ def compile_all(specs, arch, progress=None):
         ``progress(done, total, spec)`` after each kernel.
     """
     specs = list(dict.fromkeys(specs))
-    if arch == "cpu":
-        build = cpu.compiler_for_current_settings()
-    else:
-        from . import cuda
-
-        build = cuda.compiler_for(arch)
+    build = _compiler(arch)
     with ThreadPoolExecutor(max(1, min(len(specs), os.cpu_count() or 1))) as pool:
         jobs = {pool.submit(build, spec): spec for spec in specs}
         try:
@@ -124,6 +139,20 @@ def compile_all(specs, arch, progress=None):
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)   # a failure or Ctrl-C does not wait for the rest
             raise
+
+
+def compile_first(plans):
+    """Compile the kernels of `plans`, so that none of their launches does once another has been made."""
+    if _recorder.get() is None:
+        for plan in plans:
+            _compiler(plan.arch)(plan.spec)
+
+
+def _compiler(arch):
+    """Function of a Specialisation that compiles it for `arch`, once."""
+    if arch == "cpu":
+        return cpu.compiler_for_current_settings()
+    return cuda.compiler_for(arch)
 
 
 class Profile:
@@ -141,8 +170,6 @@ class Profile:
             run()
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
         else:
-            from . import cuda
-
             self._pending.append((name, cuda.timed(run)))
 
     def rows(self):
@@ -165,10 +192,18 @@ def profiling():
 
 
 def workspace(xp, nbytes):
-    """Scratch of at least `nbytes`, shared by all ops of this thread (NumPy) or of this device and stream (CuPy).
+    """Scratch of at least `nbytes`, shared by all ops of this thread (NumPy), on this device and stream (CuPy).
 
     uint8, 256-byte aligned, zeroed when it is made; what an op leaves in it is garbage to the next. A larger request
-    makes a larger block; on a GPU the smaller ones stay, since a captured graph may write to them.
+    makes a larger block; on a GPU the smaller ones stay, since a captured graph may write to them. So a graph must be
+    replayed where nothing else uses its block meanwhile: on the stream that captured it or ordered with it, and not
+    while the thread that captured it is inside an op on that stream.
+
+    Raises
+    ------
+    RuntimeError
+        The current stream captures a graph, and this thread has no block as large for it: memory made then would have
+        its zeros only once the graph is launched.
     """
     return _block(xp, "workspace", nbytes)
 
@@ -181,7 +216,8 @@ def layer_workspace(xp, nbytes, use="layer"):
 def arrival_counters(xp, count):
     """int32 [count or more], all zero, for kernels that count arrivals and reset what they have counted.
 
-    Shared as a workspace is, but by those kernels only.
+    Shared as a workspace is, but by those kernels only. Who makes several launches that count together must put them
+    back to zero when it does not get to the last one.
     """
     found = _block(xp, "counters", 4 * count).view(np.int32)
     if xp is np:
@@ -190,17 +226,23 @@ def arrival_counters(xp, count):
 
 
 def _block(xp, use, nbytes):
-    """uint8 block of at least `nbytes` of this thread, or this device and stream; zeroed when it is made."""
+    """uint8 block of at least `nbytes` of this thread, on a GPU of this device and stream; zeroed when it is made."""
     if xp is np:
         blocks = _host_workspaces.__dict__.setdefault(use, [])
     else:
-        blocks = _gpu_workspaces.setdefault((use, xp.cuda.runtime.getDevice(), xp.cuda.get_current_stream().ptr), [])
+        stream = xp.cuda.get_current_stream()
+        key = use, xp.cuda.runtime.getDevice(), stream.ptr, threading.get_ident()
+        blocks = _gpu_workspaces.setdefault(key, [])
     if not blocks or blocks[-1].size < nbytes:
         size = 1 << max(16, (nbytes - 1).bit_length())
         if xp is np:
             raw = np.zeros(size + 256, np.uint8)
             start = -raw.__array_interface__["data"][0] % 256
             blocks[:] = [raw[start:start + size]]
+        elif stream.ptr and stream.is_capturing():
+            raise RuntimeError(f"workspace: {nbytes} bytes must be there before a graph is captured; call the op once, "
+                               "with arrays of these shapes, on the same stream and from the same thread before "
+                               "begin_capture()")
         else:
             blocks.append(xp.zeros(size, np.uint8))
     return blocks[-1]

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, field
 
 from . import structs
+from .bound import Bound
 
 CUDA_TYPES = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float"}
 _NAME = re.compile(r"[A-Z][A-Z0-9_]*")
@@ -103,10 +104,32 @@ class Plan:
     shared_bytes: int = 0
     workspace_bytes: int = 0
     note: str = ""
+    _hash: int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         object.__setattr__(self, "grid", (*self.grid, 1, 1)[:3])
         object.__setattr__(self, "block", (*self.block, 1, 1)[:3])
+        object.__setattr__(self, "_hash", hash((self.spec, self.arch, self.grid, self.block, self.shared_bytes)))
+
+    def __hash__(self):
+        return self._hash
+
+    def bind(self, *, buffers=(), const_buffers=(), **fields):
+        """A prepared launch: all that ops do before one is done here, once.
+
+        Parameters
+        ----------
+        buffers, const_buffers : sequence of ndarray
+            As in `runtime.launch`.
+        **fields
+            Fields of the argument struct, as in `make_args`.
+
+        Returns
+        -------
+        Bound
+            Call it to launch; the arrays may hold other values each time.
+        """
+        return Bound(self, make_args(self, **fields), buffers, const_buffers)
 
 
 def make_args(plan, **values):

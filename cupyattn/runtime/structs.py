@@ -3,6 +3,8 @@
 
 import ctypes
 import functools
+import itertools
+import operator
 import re
 import struct as packing
 from typing import NamedTuple
@@ -42,11 +44,13 @@ class Struct(NamedTuple):
     leaves: tuple
     fields: tuple       # names of the outer fields
     packer: packing.Struct
+    parts: tuple        # how `_flatten` reads its fields
+    pointers: tuple     # (place among the leaves, Leaf, dtype the pointer fixes or None)
 
 
 def _parse(text, known):
     for name, body in _STRUCT.findall(text):
-        members, leaves = [], []
+        members, leaves, nested = [], [], {}
         for line in body.strip("\n").splitlines():
             if not line.strip() or line.strip().startswith("//"):
                 continue
@@ -65,14 +69,29 @@ def _parse(text, known):
                 leaves.append(Leaf(field, (), False, False, None, comment.strip()))
             elif kind in known:
                 members.append((field, known[kind].dtype))
+                nested[field] = known[kind]
                 for leaf in known[kind].leaves:
                     leaves.append(leaf._replace(top=field, sub=(leaf.top, *leaf.sub),
                                                 read_only=leaf.read_only or bool(const)))
             else:
                 raise ValueError(f"params.h: {name}.{field}: unknown type {kind}")
         dtype = np.dtype(members, align=True)
-        known[name] = Struct(name, dtype, tuple(leaves), tuple(f for f, _ in members), _packer(dtype))
+        fields = tuple(f for f, _ in members)
+        pointers = tuple((i, leaf, leaf.pointee and np.dtype(leaf.pointee)) for i, leaf in enumerate(leaves)
+                         if leaf.is_pointer)
+        known[name] = Struct(name, dtype, tuple(leaves), fields, _packer(dtype), _parts(fields, nested), pointers)
     return known
+
+
+def _parts(fields, nested):
+    """(function of a dict that gives some of its values, Struct of the one if it is nested) in the fields' order."""
+    parts = []
+    for names in (list(run) for _, run in itertools.groupby(fields, lambda f: f if f in nested else "")):
+        if names[0] in nested:
+            parts.append((operator.itemgetter(names[0]), nested[names[0]]))
+        else:   # several at once; a getter of one name alone would give no tuple
+            parts.append((operator.itemgetter(*names) if len(names) > 1 else lambda v, name=names[0]: (v[name],), None))
+    return tuple(parts)
 
 
 def _packer(dtype):
@@ -134,7 +153,7 @@ class Args:
 
     def record(self):
         """The struct as a 0-d structured NumPy array, the form CuPy passes by value."""
-        return np.frombuffer(self.data, dtype=self.struct.dtype).reshape(())
+        return np.ndarray((), self.struct.dtype, self.data)
 
 
 # NumPy keeps the data pointer right behind the object header; reading it there takes a quarter of the time that
@@ -158,32 +177,50 @@ def fill(struct, values):
 
     A pointer takes an array or None, a nested struct a dict of its fields or None (all zero).
     """
-    if values.keys() != set(struct.fields):
-        missing = [f for f in struct.fields if f not in values]
-        unknown = [f for f in values if f not in struct.fields]
-        raise TypeError(f"{struct.name}: missing fields {missing}, unknown fields {unknown}; "
-                        f"the fields are {', '.join(struct.fields)}")
     flat, arrays = [], []
-    for leaf in struct.leaves:
-        top, sub, is_pointer, _, pointee, _ = leaf   # unpacked at once: this loop is a good part of a small call
-        value = values[top]
-        for name in sub:
-            value = None if value is None else value[name]
-        if is_pointer:
-            if value is None:
-                flat.append(0)
-                continue
-            if pointee is not None and value.dtype != pointee:
-                raise TypeError(f"{struct.name}.{leaf.path}: must be {pointee}, got {value.dtype.name}")
-            flat.append(address(value))
-            arrays.append((leaf, value))
-        else:
-            flat.append(0 if value is None else value)
+    try:
+        _flatten(struct, values, flat)
+    except KeyError:
+        raise _wrong_fields(struct, values) from None
+    if len(values) != len(struct.fields):
+        raise _wrong_fields(struct, values)
+    for place, leaf, pointee in struct.pointers:
+        value = flat[place]
+        if value is None:
+            flat[place] = 0
+            continue
+        if pointee is not None and value.dtype != pointee:
+            raise TypeError(f"{struct.name}.{leaf.path}: must be {pointee}, got {value.dtype.name}")
+        flat[place] = _read_pointer(id(value) + _POINTER).value if isinstance(value, np.ndarray) else value.data.ptr
+        arrays.append((leaf, value))
     try:
         data = struct.packer.pack(*flat)
     except packing.error as error:
         raise _explain(struct, flat, error) from None
     return Args(struct, data, arrays)
+
+
+def _flatten(struct, values, flat):
+    """Append the values of all leaves; this is a good part of a small call."""
+    for get, nested in struct.parts:
+        found = get(values)
+        if nested is None:
+            flat += found
+        elif found is None:
+            flat += [None if leaf.is_pointer else 0 for leaf in nested.leaves]
+        else:
+            _flatten(nested, found, flat)
+
+
+def _wrong_fields(struct, values):
+    """TypeError about `values`, in which a field of the struct or of one inside it is missing, or one is unknown."""
+    missing, unknown = [f for f in struct.fields if f not in values], [f for f in values if f not in struct.fields]
+    if not missing and not unknown:
+        inner = ((nested, get(values)) for get, nested in struct.parts if nested is not None)
+        return next(_wrong_fields(nested, found) for nested, found in inner
+                    if found is not None and not found.keys() >= set(nested.fields))
+    return TypeError(f"{struct.name}: missing fields {missing}, unknown fields {unknown}; "
+                     f"the fields are {', '.join(struct.fields)}")
 
 
 def _explain(struct, flat, error):

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step captured once and replayed while its inputs change: a CUDA graph for CuPy, bound launches for NumPy.
+
+`capture` is for a step that is always the same, `BoundSteps` for calls among which earlier ones recur.
+"""
+
+import contextlib
+import sys
+import threading
+
+import numpy as np
+
+from .errors import CaptureError
+from .runtime import arch_of, cpu
+from .runtime.capturing import taping
+from .runtime.launch import is_watched
+from .runtime.structs import address
+
+
+class Graph:
+    """The launches of a step, to be replayed. From `capture`.
+
+    Attributes
+    ----------
+    launches : tuple
+        `Bound` launches and calls of other libraries, in order. They keep the step's arrays alive.
+    result
+        What the step returned: arrays that every replay writes anew.
+    """
+
+    def __init__(self, launches, result, replay, kept=()):
+        self.launches, self.result = launches, result
+        self._replay, self._kept = replay, kept
+
+    def replay(self):
+        """Launch the step again on what its arrays hold now; returns `result`.
+
+        CuPy: asynchronous on the current stream. Nothing is checked: lengths, page ids and positions out of range read
+        and write other memory in NumPy arrays, and are ignored or garbage in CuPy arrays as in the ops.
+        """
+        self._replay()
+        return self.result
+
+    def __repr__(self):
+        return f"Graph({len(self.launches)} launches: {', '.join(map(_name, self.launches))})"
+
+
+def capture(step, *args, xp=None, warmups=2):
+    """Run a step to warm it up, then capture its launches for `Graph.replay`.
+
+    Parameters
+    ----------
+    step : callable
+        ``step(*args)`` launches ops; nothing else it does is replayed, so all that changes from step to step must
+        stand in arrays that are changed in place: inputs, lengths, page tables, positions. Lengths must be read on the
+        device: ``schedule(lengths, out=made, ...)`` inside the step, `made` before with ``max_k_len=``.
+    *args
+        Handed to `step`.
+    xp : module, optional
+        numpy or cupy. Default: the kind of the first array among `args`, else numpy.
+    warmups : int
+        How often `step` is run before; its effects on the arrays are those of as many steps. The last run makes the
+        arrays of the replays: what it allocates the capture gets again, in the same order. So all that is made once
+        only, compiled kernels and workspaces, must be made by the runs before. At least 1; default 2.
+
+    Returns
+    -------
+    Graph
+
+    Raises
+    ------
+    CaptureError
+        While it was captured the step allocated what its last warm-up did not, read an array on the host, waited for
+        the device, compiled a kernel, or launched on arrays that are not `xp`'s.
+
+    Notes
+    -----
+    The capture itself changes no array. With CuPy it is that of the current stream, or where that is the default one,
+    which cannot be captured, of a new one. Replays that may overlap, of one graph or of several captured on one stream
+    (NumPy: in one thread), would share a workspace: do not overlap them.
+
+    Examples
+    --------
+    >>> import numpy as np, cupyattn
+    >>> from cupyattn.graphs import capture
+    >>> x, weight = np.ones((1, 8), np.float32), np.ones(8, np.float32)
+    >>> graph = capture(cupyattn.rms_norm, x, weight)
+    >>> x[:, 4:] = 7
+    >>> graph.replay()
+    array([[0.2, 0.2, 0.2, 0.2, 1.4, 1.4, 1.4, 1.4]], dtype=float32)
+    >>> graph
+    Graph(1 launches: rms_norm)
+    """
+    if isinstance(warmups, bool) or not isinstance(warmups, int) or warmups < 1:
+        raise ValueError(f"capture: warmups must be an integer of at least 1, got {warmups!r}")
+    xp = _module(args) if xp is None else xp
+    if xp is np:
+        return _capture_on_host(step, args, warmups)
+    return _capture_on_device(xp, step, args, warmups)
+
+
+def _module(args):
+    """numpy or cupy, by the first array in `args`."""
+    cupy = sys.modules.get("cupy")
+    for arg in args:
+        if isinstance(arg, np.ndarray):
+            return np
+        if cupy is not None and isinstance(arg, cupy.ndarray):
+            return cupy
+    return np
+
+
+def _name(launch):
+    return launch.plan.spec.kernel if hasattr(launch, "plan") else launch.name
+
+
+def _capture_on_host(step, args, warmups):
+    with taping("cpu"):
+        for _ in range(warmups):
+            step(*args)
+    with taping("cpu", keep=True, capturing=True) as tape:
+        result = step(*args)
+    runs = tuple(launch.run for launch in tape.launches)
+
+    def replay():
+        for run in runs:
+            run()
+
+    return Graph(tuple(tape.launches), result, replay, (step, args))
+
+
+def _capture_on_device(xp, step, args, warmups):
+    stream = xp.cuda.get_current_stream()
+    if stream.ptr in (0, 1):   # the default stream
+        before = stream.record()
+        stream = xp.cuda.Stream(non_blocking=True)
+        stream.wait_event(before)
+    blocks = _Blocks(xp.cuda.get_allocator())
+    with stream:
+        with taping(arch_of(xp)):
+            for _ in range(warmups - 1):
+                step(*args)
+            with xp.cuda.using_allocator(blocks.make):
+                step(*args)
+        stream.synchronize()
+        with taping(arch_of(xp), keep=True, capturing=True) as tape, xp.cuda.using_allocator(blocks.reuse):
+            graph, result = _captured(stream, step, args)
+    blocks.check_all_used()
+    return Graph(tuple(tape.launches), result, graph.launch, (stream, blocks, step, args))
+
+
+def _captured(stream, step, args):
+    """(cupy.cuda.Graph of what `step` enqueues on `stream`, what it returns)."""
+    stream.begin_capture()
+    try:
+        result = step(*args)
+        return stream.end_capture(), result
+    except BaseException as error:
+        with contextlib.suppress(Exception):   # the capture may be invalid
+            stream.end_capture()
+        if isinstance(error, RuntimeError) and not isinstance(error, CaptureError):   # CUDA's errors are
+            raise CaptureError(f"capture: the step must only launch kernels, without reading arrays on the host or "
+                               f"waiting for the device, got {error}") from error
+        raise
+
+
+class _Blocks:
+    """Device memory of a warm-up, handed out again in the same order."""
+
+    def __init__(self, allocator):
+        self._allocator = allocator
+        self._blocks = []   # (bytes, cupy.cuda.MemoryPointer)
+        self._used = 0
+
+    def make(self, size):
+        """An allocator that keeps what it hands out."""
+        block = self._allocator(size)
+        self._blocks.append((size, block))
+        return block
+
+    def reuse(self, size):
+        """An allocator of what `make` has handed out."""
+        n, self._used = self._used, self._used + 1
+        if n >= len(self._blocks) or self._blocks[n][0] != size:
+            found = f"{self._blocks[n][0]} bytes" if n < len(self._blocks) else "none"
+            raise CaptureError(f"capture: the step must allocate what its last warm-up allocated, got an allocation of "
+                               f"{size} bytes where that had {found}; give outputs by out=, or more warmups")
+        return self._blocks[n][1]
+
+    def check_all_used(self):
+        """The capture has asked for all of them: otherwise the warm-up made what something else may hold."""
+        if self._used != len(self._blocks):
+            raise CaptureError(f"capture: the step must allocate what its last warm-up allocated, got {self._used} of "
+                               f"{len(self._blocks)} allocations; give more warmups")
+
+
+class BoundSteps:
+    """Steps that were run before are launched again without their Python.
+
+    What an eager step costs on the host is nearly all in checks and in filling argument structs. Where it is called
+    with the very arrays of an earlier call, only its bound launches are needed.
+
+    Parameters
+    ----------
+    xp : module
+        numpy or cupy: of the steps' arrays.
+    most : int
+        Steps kept; with one more the oldest is dropped.
+
+    Examples
+    --------
+    >>> import numpy as np, cupyattn
+    >>> from cupyattn.graphs import BoundSteps, place
+    >>> weight, out, steps = np.ones(8, np.float32), np.empty((1, 8), np.float32), BoundSteps(np)
+    >>> def norm(x):
+    ...     return steps.run((place(x),), lambda: cupyattn.rms_norm(x, weight, eps=0.0, out=out))
+    >>> x = np.ones((1, 8), np.float32)
+    >>> norm(x)
+    array([[1., 1., 1., 1., 1., 1., 1., 1.]], dtype=float32)
+    >>> x[:, 4:] = 7
+    >>> norm(x)
+    array([[0.2, 0.2, 0.2, 0.2, 1.4, 1.4, 1.4, 1.4]], dtype=float32)
+    """
+
+    def __init__(self, xp, most=256):
+        self._xp, self._most = xp, most
+        self._steps = {}   # key -> (launches, result)
+
+    def run(self, key, step):
+        """The result of ``step()``, or when `key` is that of an earlier call, of its launches run again.
+
+        Parameters
+        ----------
+        key : tuple
+            All that the launches depend on but the contents of arrays: `place` of every array that may be another one,
+            and every option. The arrays are kept alive with the launches.
+        step : callable
+            Launches ops; as in `capture`, nothing else it does is done again. Its checks of contents are not: NumPy
+            arrays of lengths and page ids must be right.
+
+        Returns
+        -------
+        What `step` returned the first time: an array that it made then is written again.
+        """
+        if is_watched():
+            return step()
+        xp = self._xp
+        if xp is np:   # workspaces are those of the thread
+            key = (key, threading.get_ident(), cpu.current_settings())
+        else:          # ... and of the stream
+            key = (key, xp.cuda.runtime.getDevice(), xp.cuda.get_current_stream().ptr)
+        known = self._steps.get(key)
+        if known is None:
+            with taping(arch_of(xp), keep=True) as tape:
+                result = step()
+            if len(self._steps) >= self._most:
+                self._steps.pop(next(iter(self._steps)), None)
+            self._steps[key] = tuple(launch.run for launch in tape.launches), result, tape.launches
+            return result
+        for run in known[0]:
+            run()
+        return known[1]
+
+
+def place(array):
+    """What a launch depends on of an array, its contents apart; None of None."""
+    return None if array is None else (address(array), array.shape, array.strides, array.dtype)
