@@ -144,7 +144,7 @@ def _pages_of_positions(places, num_pages, page_size, caches):
     table, stride = places.table, places.key_stride
     positions = _host(places.positions)
     sequences = np.arange(table.batch) if places.batch_indices is None else _host(places.batch_indices)
-    if places.q_len is not None:
+    if places.q_len is not None and places.q_len > 1:
         positions = np.where(positions < 0, -1, positions + np.arange(places.q_len)[:, None]).T.ravel()
         sequences = np.repeat(sequences, places.q_len)
     check_range("batch_indices", sequences, 0, table.batch, "the sequences of block_table")

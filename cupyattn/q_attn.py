@@ -304,7 +304,8 @@ class QAttn:
             0 is off.
         sinks : ndarray [num_heads], float32, optional
         invariant : bool
-            The bits of a sequence depend neither on the batch around it nor on how it is cut into steps.
+            Attention gives a sequence the same bits whatever the batch around it and however it is cut into steps;
+            projections do so for up to 64 tokens.
         schedule : Schedule, optional
             For attention; needed while a CUDA graph is captured. Default: made from the lengths in `params`.
         loras : sequence, optional

@@ -463,6 +463,69 @@ def test_other_tables_are_used_at_once(xp):
     assert np.abs(found[0].astype(float) - found[2]).max() > 0.1
 
 
+def test_gemma(here):
+    """Four norms' worth of layer: norms before and after, soft-capped scores, a window in every other layer."""
+    layer = Layer(here, dtype="float16", residual_fp32=True, post=True, formats="int8", norm_epsilon=1e-5)
+    cache = contiguous(layer, 2, layers=2)
+    past = [(layer.no_past(2), layer.no_past(2)) for _ in range(2)]
+    for step, q_len in enumerate((9, 1, 1)):
+        x, params = layer.inputs(2, q_len), Params(2, q_len, 0 if step == 0 else 8 + step)
+        want, got = x, here.array(x)
+        for n, window in enumerate((0, 4)):
+            options = {"softcap": 5.0, "window_size": window, "softmax_scale": 24 ** -0.5}
+            want, *past[n] = layer.expected(want, *past[n], **options)
+            layer.attn.forward(got, params, cache, n, **layer.tables, **options)
+        layer.check(got, want, 2)
+
+
+@pytest.mark.parametrize("options", [{"residual_fp32": True}, {"residual_fp32": True, "post": True}])
+def test_float32_residual_over_pages(here, options):
+    layer = Layer(here, dtype="float16", **options)
+    cache = PagedCache(1, 10, 4, 2, 32, xp=here.module)
+    run(layer, (6, 1), 2, cache, paged(4))
+
+
+def test_a_captured_step_sees_what_changes():
+    """Lengths, pages and input change on the device; nothing is allocated, read or compiled meanwhile."""
+    from standin import install
+
+    with install() as xp:
+        layer = Layer(xp, dtype="float16", head_norm="heads")
+        caches = [PagedCache(1, 10, 4, 2, 32, xp=xp.module) for _ in range(2)]
+        filled = np.random.default_rng(0).standard_normal((10, 4, 2, 32)).astype(np.float16)
+        for cache in caches:
+            for pool in (cache.k[0], cache.v[0]):
+                pool[...] = xp.array(filled)
+        params = PagedParams(2, PAGE_TABLE, [5, 9], 9, page_size=4, q_len=2)
+        x, stream = xp.array(layer.inputs(2, 2)), xp.module.cuda.Stream(non_blocking=True)
+        sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "q_len": 2, "max_k_len": 20}
+        lengths = params.get_cache_seqlens_after(0)
+        with stream:
+            plan = cupyattn.schedule(lengths, **sizes)
+            layer.attn.forward(x, params, caches[0], 0, **layer.tables, schedule=plan)
+            before = xp.events["allocations"]
+            stream.begin_capture()
+            cupyattn.schedule(lengths, **sizes, out=plan)
+            layer.attn.forward(x, params, caches[0], 0, **layer.tables, schedule=plan)
+            graph = stream.end_capture()
+            assert xp.events["allocations"] == before
+        for new_lengths, table in (([3, 14], PAGE_TABLE), ([0, 7], PAGE_TABLE[::-1].copy())):
+            rows = layer.inputs(2, 2)
+            x.set(rows)
+            params.get_cache_seqlens(0).set(np.int32(new_lengths))
+            lengths.set(np.int32(new_lengths) + np.int32(2))
+            params.get_block_index(0).set(table)
+            for cache in caches:
+                for pool in (cache.k[0], cache.v[0]):
+                    pool[...] = xp.array(filled)
+            graph.launch(stream)
+            eager = xp.array(rows)
+            layer.attn.forward(eager, PagedParams(2, table, new_lengths, 14, page_size=4, q_len=2), caches[1], 0,
+                               **layer.tables)
+            layer.check(x, xp.numpy(eager).astype(np.float64), 0.5)
+            assert_same_bits(xp.numpy(caches[0].k[0]), xp.numpy(caches[1].k[0]))
+
+
 # ---- refusals --------------------------------------------------------------------------------------------
 
 

@@ -13,14 +13,7 @@ from ..page_table import PageTable
 from ..quantized_kv import FORMATS, BlockKV, QuantizedKV, kv_side
 from ..runtime import Plan, Specialisation, arch_of, env, launch, make_args
 from ..runtime.arrays import alignment, array_namespace, head_view, row_view, strides
-from ..runtime.checks import (
-    FLOATS,
-    check_array,
-    check_flag,
-    check_number,
-    check_shape,
-    check_writeable,
-)
+from ..runtime.checks import FLOATS, check_array, check_flag, check_number, check_shape, check_writeable
 from ..runtime.plan import CUDA_TYPES
 from ..runtime.structs import address
 
@@ -209,10 +202,14 @@ def _check_q_len(tokens, q_len, rope_base):
     return tokens // q_len, "[tokens / q_len]"
 
 
+def _host(array):
+    return array if isinstance(array, np.ndarray) else to_host(array)
+
+
 def _host_rows(tokens, positions, rope_rows, q_len, rope_base):
     """Row of the tables of each token, on the host."""
-    if q_len is None:
-        return to_host(positions if rope_rows is None else rope_rows)
+    if q_len is None or q_len == 1 and rope_rows is None and positions is not None:
+        return _host(positions if rope_rows is None else rope_rows)
     if rope_rows is None and positions is not None:
         first = to_host(positions).astype(np.int64)[:, None]
         return np.where(first < 0, -1, first + np.arange(q_len)).ravel()
