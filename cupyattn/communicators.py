@@ -2,7 +2,8 @@
 """Ranks that exchange arrays: in one process, over MPI with NumPy arrays, or over NCCL with CuPy arrays.
 
 A process drives one rank or several. Every method takes a list with one array per rank of this process, so that the
-same program runs all ranks in a loop, or one of them. All ranks call the same methods in the same order.
+same program runs all ranks in a loop, or one of them. All ranks call the same methods in the same order; what a
+captured step exchanges is exchanged with every replay, so all ranks replay.
 """
 
 import math
@@ -13,6 +14,7 @@ import numpy as np
 from .devices import device_key
 from .runtime.arrays import array_namespace, dtype_name
 from .runtime.checks import check_dtype, check_number, check_shape, check_writeable
+from .runtime.launch import run_library
 
 _SUMMED = ("float16", "bfloat16", "float32", "float64")
 
@@ -53,7 +55,7 @@ class Communicator:
             check_dtype(self._op, "arrays", array, _SUMMED)
             check_writeable(self._op, "arrays", array)
         if arrays[0].size:
-            self._all_reduce([array.reshape(-1) for array in arrays])
+            self._do("all_reduce", lambda: self._all_reduce([array.reshape(-1) for array in arrays]))
         return arrays
 
     def all_gather(self, arrays, axis=0, *, sizes=None, out=None):
@@ -118,7 +120,7 @@ class Communicator:
             if rank != root:
                 check_writeable(self._op, "arrays", array)
         if arrays[0].size:
-            self._broadcast([array.reshape(-1) for array in arrays], root)
+            self._do("broadcast", lambda: self._broadcast([array.reshape(-1) for array in arrays], root))
         return arrays
 
     # ---- checks and shapes -----------------------------------------------------------------------------
@@ -189,13 +191,21 @@ class Communicator:
         in_order = math.prod(before) == 1   # what one rank sends is one run of the result
         flat = [o if o is None else o.reshape(-1) if in_order else self._empty(i, (starts[-1] * row,), o)
                 for i, o in enumerate(outs)]
-        self._gather([array.reshape(-1) for array in arrays], flat, [n * row for n in sizes], root)
-        if not in_order:
-            for o, parts in zip(outs, flat, strict=True):
-                for start, stop in zip(starts, starts[1:], strict=False) if o is not None else ():
-                    place = (slice(None),) * axis + (slice(start, stop),)
-                    o[place] = parts[start * row:stop * row].reshape(*before, stop - start, *after)
+
+        def exchange():
+            self._gather([array.reshape(-1) for array in arrays], flat, [n * row for n in sizes], root)
+            if not in_order:
+                for o, parts in zip(outs, flat, strict=True):
+                    for start, stop in zip(starts, starts[1:], strict=False) if o is not None else ():
+                        place = (slice(None),) * axis + (slice(start, stop),)
+                        o[place] = parts[start * row:stop * row].reshape(*before, stop - start, *after)
+
+        self._do("all_gather" if root is None else "gather", exchange)
         return outs
+
+    def _do(self, name, exchange):
+        """Now, or whenever what is captured now is replayed."""
+        run_library(name, "cpu" if self.devices[0] == "cpu" else "gpu", exchange)
 
     def _empty(self, i, shape, like):
         """A new array of rank `ranks[i]`."""

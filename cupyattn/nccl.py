@@ -7,6 +7,7 @@ import numpy as np
 
 from .communicators import Communicator
 from .runtime.arrays import dtype_name
+from .runtime.capturing import refuse_to_keep
 
 _TYPES = {"float16": "FLOAT16", "bfloat16": "BFLOAT16", "float32": "FLOAT32", "float64": "FLOAT64",
                "int8": "INT8", "uint8": "UINT8", "int32": "INT32", "uint32": "UINT32", "int64": "INT64",
@@ -16,8 +17,8 @@ _TYPES = {"float16": "FLOAT16", "bfloat16": "BFLOAT16", "float32": "FLOAT32", "f
 class NCCLCommunicator(Communicator):
     """Ranks on GPUs of their own, over CuPy arrays; several in this process, or one in each.
 
-    Made by `local` or `over`. Work goes to the current stream of each rank's GPU and can be captured in a CUDA graph.
-    CuPy needs NCCL for it, ``pip install nvidia-nccl-cu13`` (or ``-cu12``).
+    Made by `local` or `over`. Work goes to the current stream of each rank's GPU, and can be captured in a CUDA graph
+    where this process has one rank. CuPy needs NCCL for it, ``pip install nvidia-nccl-cu13`` (or ``-cu12``).
 
     Parameters
     ----------
@@ -67,6 +68,11 @@ class NCCLCommunicator(Communicator):
             unique[:] = np.frombuffer(nccl.get_unique_id(), np.uint8)
         communicator.broadcast([unique])
         return cls([nccl.NcclCommunicator(communicator.size, unique.tobytes(), rank)])
+
+    def _do(self, name, exchange):
+        if len(self.ranks) > 1:   # a capture is that of a stream of one GPU
+            refuse_to_keep("exchange arrays between GPUs of one process; NCCLCommunicator.over has a process for each")
+        super()._do(name, exchange)
 
     def _all_reduce(self, arrays):
         self._each(lambda i, comm, kind, stream: comm.allReduce(

@@ -9,6 +9,7 @@ from .ops.rms_norm import rms_norm
 from .q_attn import QAttn
 from .q_attn_weights import vector
 from .runtime import layer_workspace
+from .runtime.launch import run_library
 from .tensor_parallel import TPContext
 
 
@@ -58,7 +59,7 @@ class TPShard(QAttn):
         room = layer_workspace(self.xp, 4 * rows.size, f"sum of rank {self.rank}")
         self.partial = room[:4 * rows.size].view(np.float32).reshape(rows.shape)
         if self.has_residual:
-            self.partial[...] = rows
+            copy(self.partial, rows)
         super()._output(mixed, self.partial, buffers, added)
         self._x = rows
 
@@ -66,7 +67,7 @@ class TPShard(QAttn):
         """x from the sum of all parts, which `partial` has become."""
         (x, self._x), (partial, self.partial) = (self._x, None), (self.partial, None)
         if self.post is None:
-            x[...] = partial
+            copy(x, partial)
             return
         out = x
         if self.residual:
@@ -217,6 +218,11 @@ def array_module(device):
     import cupy
 
     return cupy
+
+
+def copy(target, source):
+    """``target[...] = source``, arrays of one kind; in a captured step with every replay."""
+    run_library("copy", "cpu" if isinstance(target, np.ndarray) else "gpu", lambda: target.__setitem__(..., source))
 
 
 def each_rank(communicator, values):

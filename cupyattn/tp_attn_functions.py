@@ -13,8 +13,9 @@ from .q_attn import QAttn
 from .q_attn_weights import Linear, matrix, vector
 from .runtime.arrays import array_namespace, dtype_name
 from .runtime.checks import FLOATS, check_dtype, check_number, check_shape, check_writeable
+from .runtime.launch import run_library
 from .tensor_parallel import TPContext
-from .tp_attn import array_module, each_rank
+from .tp_attn import array_module, copy, each_rank
 
 
 class _Listed(QAttn):
@@ -51,16 +52,14 @@ class _Listed(QAttn):
         bases = past
         if offsets is not None:
             check_dtype(op, "position_offsets", offsets, "int32")
-            bases = past.copy()
-            bases += offsets.reshape(batch_size)
+            bases = added(past, offsets.reshape(batch_size))
         turn = self._turn_from(0, bases, batch_size, q_len, *tables)
         buffers = self._project(x, self._all_loras)
         q = queries.reshape(len(x), self.num_heads, self.head_dim)
         table = self._slots(batch_size)[:, None] if table is None else table   # sequence b is page b
         kv_append(buffers.k, buffers.v, *caches, block_table=table, positions=past, q_len=q_len, q=buffers.q, q_out=q,
                   **turn, **self._finish)
-        after = past.copy()
-        after += q_len
+        after = added(past, q_len)
         if q_len <= MAX_Q_LEN:
             q = q.reshape(batch_size, q_len, self.num_heads, self.head_dim)
             paged_decode(q, *caches, block_table=table, cache_seqlens=after, out=q, **options)
@@ -72,7 +71,7 @@ class _Listed(QAttn):
     def project(self, mixed, x, out):
         """The rank's columns of x (none: 0) + attention of all heads @ Woᵀ."""
         if x is not None:
-            out[...] = x
+            copy(out, x)
         quant_gemm(mixed, self.o_proj, bias=self.o_bias, accumulate=x is not None, out=out)
         self.loras.add(("o",), mixed, {"o": out}, *self._all_loras)
 
@@ -294,10 +293,23 @@ def _forward(op, *, tp_context, hidden_states, temp_bc0_, temp_bc1_, temp_bc2_, 
     if post_layernorm is not None:
         for n, shard in each_rank(communicator, layer.shards):
             shard.add_normed(whole[n], x[n])
-            outs[n][...] = own[n]
-            whole[n][...] = x[n]
+            copy(outs[n], own[n])
+            copy(whole[n], x[n])
     result = whole[0].reshape(hidden_states.shape)
     return result.get() if xp is np and communicator.devices[0] != "cpu" else result
+
+
+def added(array, other):
+    """``array + other``, a new array; in a captured step with every replay."""
+    total = array_namespace("tp_attn_forward_", array=array).empty(array.shape, array.dtype)
+
+    def add():
+        place = total
+        place[...] = array
+        place += other
+
+    run_library("add", "cpu" if isinstance(array, np.ndarray) else "gpu", add)
+    return total
 
 
 def _spread(communicator, hidden, x):
@@ -306,7 +318,7 @@ def _spread(communicator, hidden, x):
         if isinstance(hidden, np.ndarray) and communicator.devices[0] != "cpu":
             x[0].set(np.ascontiguousarray(hidden))
         else:
-            x[0][...] = hidden
+            copy(x[0], hidden)
     communicator.broadcast(x)
 
 

@@ -11,8 +11,8 @@ from compare import assert_same_bits
 from mpi_ranks import collectives, parts, run
 from standin import install
 
-import cupyattn
-from cupyattn import Communicator, InProcessCommunicator, MPICommunicator, NCCLCommunicator
+from cupyattn import CaptureError, Communicator, InProcessCommunicator, MPICommunicator, NCCLCommunicator
+from cupyattn.graphs import capture
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -130,22 +130,28 @@ def test_nccl_in_one_process(three_gpus, name):
         ((2, "send", 60), 1)]
 
 
-def test_nccl_uses_the_current_stream_and_can_be_captured(three_gpus):
+def test_nccl_uses_the_current_stream(three_gpus):
     import cupy
 
     xp, log = three_gpus
     nccl, stream = NCCLCommunicator.local([0, 1]), cupy.cuda.Stream(non_blocking=True)
-    arrays = _on(xp, [np.float32([1, 2]), np.float32([3, 4])])
     with stream:
-        nccl.all_reduce(arrays)
-        stream.begin_capture()
-        nccl.all_reduce(arrays)
-        graph = stream.end_capture()
-    assert {entry[-1] for entry in log} == {stream.ptr}
-    assert xp.numpy(arrays[0]).tolist() == [4, 6]
-    graph.launch()
-    graph.launch()
-    assert xp.numpy(arrays[1]).tolist() == [16, 24]
+        nccl.all_reduce(_on(xp, [np.float32([1, 2]), np.float32([3, 4])]))
+    assert {entry[-1] for entry in log} == {stream.ptr} != {0}
+
+
+def test_captured_exchanges(three_gpus):
+    """A process with one rank; with several, whose GPUs have streams of their own, a capture is refused."""
+    xp, _ = three_gpus
+    one = NCCLCommunicator.local([0])
+    source, out = xp.array(np.float32([[1, 2]])), xp.array(np.zeros((1, 2), np.float32))
+    graph = capture(lambda: one.all_gather([source], 1, out=[out]), xp=xp.module)
+    source.set(np.float32([[3, 4]]))
+    graph.replay()
+    assert xp.numpy(out).tolist() == [[3, 4]]
+    two, arrays = NCCLCommunicator.local([0, 1]), _on(xp, [np.ones(2, np.float32)] * 2)
+    with pytest.raises(CaptureError, match="must not exchange arrays between GPUs of one process"):
+        capture(lambda: two.all_reduce(arrays), xp=xp.module)
 
 
 @pytest.mark.gpu
@@ -299,4 +305,3 @@ def test_what_is_not_installed(monkeypatch):
         monkeypatch.setattr(standin_nccl, "available", False)
         with pytest.raises(RuntimeError, match="pip install nvidia-nccl-cu13"):
             NCCLCommunicator.local([0])
-    assert issubclass(cupyattn.MPICommunicator, Communicator)

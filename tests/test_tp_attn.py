@@ -13,7 +13,9 @@ from conftest import NumpyArrays
 from mpi_ranks import run
 from standin import install
 
+import cupyattn
 from cupyattn import InProcessCommunicator, LoRA, NCCLCommunicator, PagedCache, PagedParams, Params, TPAttn, TPContext
+from cupyattn.graphs import capture
 
 CLOSE = {"float32": 1e-5, "float16": 1e-3}   # of the largest number
 NUMPY = NumpyArrays()
@@ -230,3 +232,53 @@ def test_refused():
     with pytest.raises(ValueError, match="QAttn: it must not be used after close"), attn:
         attn.close()
         attn.forward(x, Params(1, 1, 0), caches, **layer.tables)
+
+
+def test_a_captured_step(xp):
+    """Replays see new inputs and lengths, and exchange anew."""
+    communicator = InProcessCommunicator(2, device=None if xp.name == "numpy" else 0)
+    layer, arguments = whole_layer("fp16")
+    context = TPContext(communicator, num_heads=8, num_kv_heads=4, head_dim=32, hidden_size=64)
+    attn = TPAttn.from_layer(context, **arguments)
+    caches = each(communicator, lambda n: caches_of(layer, True, [2], xp)[0])
+    for cache in caches:
+        cache.k[0].fill(0.25)
+        cache.v[0].fill(0.5)
+    tables = {n: each(communicator, lambda _, t=t: xp.array(t)) for n, t in layer.tables.items()}
+    params = params_of(True, 3, 1)
+    x = each(communicator, lambda _: xp.array(np.zeros((2, 1, 64), np.float16)))
+    devices = [None if device == "cpu" else device for device in communicator.devices]
+    lengths = [params.get_cache_seqlens_after(device) for device in devices]
+    plans = each(communicator, lambda n: cupyattn.schedule(
+        lengths[n], num_heads=4, num_kv_heads=2, head_dim=32, max_k_len=16, q_len=1))
+
+    def step():
+        each(communicator, lambda n: cupyattn.schedule(lengths[n], num_heads=4, num_kv_heads=2, head_dim=32,
+                                                       max_k_len=16, q_len=1, out=plans[n]))
+        attn.forward(x, params, caches, schedules=plans, **tables)
+
+    graph = capture(step, xp=xp.module)
+    for past in (5, 2):
+        new = layer.inputs(2, 1)
+        fresh = params_of(True, past, 1)
+        for n, device in enumerate(devices):
+            _fill(x[n], new)
+            _fill(params.get_cache_seqlens(device), fresh.cache_seqlens)
+            _fill(lengths[n], fresh.cache_seqlens_after)
+            caches[n].k[0].fill(0.25)
+            caches[n].v[0].fill(0.5)
+        graph.replay()
+        found = [xp.numpy(array) for array in x]
+        for cache in caches:
+            cache.k[0].fill(0.25)
+            cache.v[0].fill(0.5)
+        eager = attn.forward(each(communicator, lambda _, new=new: xp.array(new)), fresh, caches, **tables)
+        for mine, want in zip(found, eager, strict=True):
+            assert_same_bits(mine, xp.numpy(want))
+
+
+def _fill(array, values):
+    if isinstance(array, np.ndarray):
+        array[...] = values
+    else:
+        array.set(values)
