@@ -38,6 +38,9 @@ class TPShard(QAttn):
             layer.pop(name, None)   # scratch of the whole layer
         whole = {"num_heads": context.num_heads, "num_kv_heads": context.num_kv_heads, "head_dim": context.head_dim,
                  "hidden_size": context.hidden_size}
+        missing = [name for name in ("q_q_proj", "q_k_proj", "q_v_proj", "q_o_proj") if layer.get(name) is None]
+        if missing:
+            raise TypeError(f"TPAttn: {missing[0]} must be a QMatrix or an array, got none")
         for name, value in whole.items():
             if layer.setdefault(name, value) != value:
                 raise ValueError(f"TPAttn: {name} must be {value} like the context's, got {layer[name]}")

@@ -225,6 +225,8 @@ def test_refused():
         TPAttn(attn.shards[::-1], context)
     with pytest.raises(TypeError, match="TPAttn: context must be a TPContext, got InProcessCommunicator"):
         TPAttn(attn.shards, context.communicator)
+    with pytest.raises(TypeError, match="TPAttn: q_k_proj must be a QMatrix or an array, got none"):
+        TPAttn.from_layer(context, **arguments | {"q_k_proj": None})
     with pytest.raises(ValueError, match="TPAttn: num_heads must be 6 like the context's, got 8"):
         TPAttn.from_layer(context, **arguments | {"num_heads": 8})
     with pytest.raises(ValueError, match="TPAttn: post_layernorm_bias must come with a post_layernorm that is"):
