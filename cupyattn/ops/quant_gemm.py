@@ -25,7 +25,15 @@ from ..runtime import (
     workspace,
 )
 from ..runtime.arrays import alignment, array_namespace, as_rows, dtype_name, row_view
-from ..runtime.checks import FLOATS, check_dtype, check_element_strides, check_last_axis, check_shape, check_writeable
+from ..runtime.checks import (
+    FLOATS,
+    check_dtype,
+    check_element_strides,
+    check_flag,
+    check_last_axis,
+    check_shape,
+    check_writeable,
+)
 from ..runtime.launch import on_host
 
 _MAX_TOKENS = 2**18        # rows of x per launch: grid.y ends at 65535 tiles
@@ -196,6 +204,7 @@ def quant_gemm(x, qmatrix, /, *, expert_offsets=None, bias=None, accumulate=Fals
     *experts, rows, columns = qmatrix.shape
     if x.ndim == 0 or x.shape[-1] != columns:
         raise ValueError(f"quant_gemm: x must be [..., in_features={columns}], got {list(x.shape)}")
+    check_flag("quant_gemm", "accumulate", accumulate)
     if bias is not None:
         bias_dtype = check_dtype("quant_gemm", "bias", bias, tuple(dict.fromkeys(("float32", dtype))))
         check_shape("quant_gemm", "bias", bias, (*experts, rows), f"[{'experts, ' if experts else ''}out_features]")

@@ -4,7 +4,7 @@
 import json
 from dataclasses import asdict
 
-from .layout import LAYOUT_VERSION, Form, PackedSegment, dtype, tiles
+from .layout import LAYOUT_VERSION, Form, PackedSegment, item_bytes, tiles
 from .safetensors_file import Safetensors, write
 
 _KIND = "cupyattn QMatrix"
@@ -62,7 +62,7 @@ def _consistent(segment, rows):
     def fits(array, name, numbers, per_record):
         if name is None:
             return array is None
-        return array.shape == (row_tiles, -(-column_tiles // per_record), 16 * numbers * dtype(name).itemsize)
+        return array.shape == (row_tiles, -(-column_tiles // per_record), 16 * numbers * item_bytes(name))
 
     return (segment.codes.shape == (row_tiles, column_tiles, form.tile_bytes)
             and fits(segment.scales, form.scale, form.parameters * form.groups, form.tiles_per_scale)
