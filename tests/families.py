@@ -126,9 +126,9 @@ def forced(name):
 
 def assert_right(family, matrix, w, x, dtype="float32", **options):
     """`product` against float64, within the bound of its type; returns it."""
-    got = family.product(x, matrix, dtype, **options)
-    found = error(got, x.astype(np.float64) @ w.T)
-    assert found <= BOUND[dtype], f"{family.name}, {len(x)} tokens, {matrix!r}: error {found:.2e}"
+    got, want = family.product(x, matrix, dtype, **options), x.astype(np.float64) @ w.T
+    found, least = error(got, want), error(want.astype(dtype_of(dtype)), want)   # of few numbers that may be above it
+    assert found <= max(BOUND[dtype], 1.01 * least), f"{family.name}, {len(x)} tokens, {matrix!r}: error {found:.2e}"
     return got
 
 

@@ -373,11 +373,9 @@ class Constructors:
         tensors = files.layer(prefix)
         try:
             weight = read_layer(tensors, quantization_config(files.folder) if config is None else config, shape)
+            return cls.from_dense(weight, xp=xp) if isinstance(weight, np.ndarray) else cls.from_coded(weight, xp=xp)
         except (TypeError, ValueError, NotImplementedError) as error:
             raise type(error)(f"{error} (layer {prefix} of {files.path})") from None
-        if isinstance(weight, np.ndarray):
-            return cls.from_dense(weight, xp=xp)
-        return cls.from_coded(weight, xp=xp)
 
 
 def _module(xp, *arrays):
