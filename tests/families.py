@@ -18,6 +18,7 @@ from compare import assert_same_bits, dtype_of
 import cupyattn
 from cupyattn import matmul_blas, matmul_choice
 from cupyattn.runtime import arrival_counters
+from cupyattn.runtime.cpu import settings
 
 op = importlib.import_module("cupyattn.ops.quant_gemm")
 FAMILIES = ("cores", "stream", "pipeline", "blas")
@@ -102,6 +103,7 @@ def forced(name):
             from standin import install
 
             family.xp = stack.enter_context(install())
+        stack.enter_context(settings(blas=name == "blas"))
         launch, multiply = op.launch, matmul_blas.blas.multiply
 
         def launched(plan, args):

@@ -36,6 +36,7 @@ class Settings:
     check: bool | None = None
     sanitize: str | None = None
     cxx: str | None = None
+    blas: bool = False
 
     def checking(self):
         return env.check() if self.check is None else self.check
@@ -68,6 +69,10 @@ def settings(**changes):
         Build with UBSan, or with ASan: Python must then run with ``LD_PRELOAD=libasan.so``. Either ends the process.
     cxx : str, optional
         Compiler command; default ``CUPYATTN_CXX``, else the first one found.
+    blas : bool
+        `quant_gemm` leaves 128 tokens and more to NumPy's BLAS, on as many threads as that has, whatever `workers` is.
+        Up to 1.7 times as fast where those have cores to themselves, several times slower where they have not. Not in
+        the checking mode. Default False.
     """
     new = replace(_settings.get(), **changes)
     if new.schedule not in _SCHEDULES:
@@ -85,6 +90,12 @@ def current_settings():
     """What a launch depends on beside its arguments."""
     options = _settings.get()
     return options, options.checking()
+
+
+def blas():
+    """Whether the settings leave products of plain matrices to NumPy's BLAS."""
+    options = _settings.get()
+    return options.blas and not options.checking()
 
 
 # ---- the C structs of cuda_src/cpu/api.h -----------------------------------------------------------------
