@@ -7,7 +7,11 @@ from .packed import Packed, check_alike
 class QExperts(Packed):
     """Weights [experts, out_features, in_features] of one form, which `cupyattn.quant_gemm` multiplies in one launch.
 
-    Made by ``QMatrix.stack(matrices)``.
+    Made by ``QMatrix.stack(matrices)``, or by `load` from a file. Experts that a checkpoint keeps in one tensor
+    (gpt-oss) are read as one QMatrix with all their rows and cut up:
+
+        whole = QMatrix.from_mxfp4(tensors)                     # blocks [experts, out, in / 32, 16]
+        experts = QMatrix.stack([whole.row_shard(e, count) for e in range(count)])    # out a multiple of 16
 
     Attributes
     ----------

@@ -7,6 +7,8 @@ import types
 
 import numpy as np
 
+from . import packed_file
+
 
 class Packed:
     """Packed segments of a weight; see `QMatrix` and `QExperts` for what the attributes mean."""
@@ -25,6 +27,33 @@ class Packed:
         move = here.asnumpy if xp is np else xp.asarray
         return type(self)(self.format, self.shape, [segment.with_arrays(move) for segment in self.segments],
                           None if self.order is None else move(self.order))
+
+    def save(self, path):
+        """Write the packed weight to a .safetensors file that `load` maps into memory.
+
+        Parameters
+        ----------
+        path : str or Path
+        """
+        here = self.to(np)
+        packed_file.save(path, type(self).__name__, self.format, self.shape, here.segments, here.order)
+
+    @classmethod
+    def load(cls, path, *, xp=None):
+        """The weight that `save` wrote.
+
+        Parameters
+        ----------
+        path : str or Path
+        xp : module, optional
+            numpy, the default: arrays are read-only and mapped, read as they are used; or cupy.
+
+        Raises
+        ------
+        ValueError
+            Not such a file, a damaged one, or one of another version of the layout.
+        """
+        return cls(*packed_file.load(path, cls.__name__)).to(np if xp is None else xp)
 
     @property
     def xp(self):

@@ -3,7 +3,7 @@
 
 import numpy as np
 
-from . import layout, packed_file, shards
+from . import layout, shards
 from .constructors import Constructors
 from .experts import QExperts
 from .packed import Packed, check_alike
@@ -122,33 +122,6 @@ class QMatrix(Constructors, Packed):
             return QMatrix.from_dense(weight, xp=self.xp)
         weight = layout.unpack(here.segments, here.order, self.format, self.shape)
         return QMatrix.from_coded(shards.slice_columns(weight, start, stop), xp=self.xp)
-
-    def save(self, path):
-        """Write the packed matrix to a .safetensors file that `load` maps into memory.
-
-        Parameters
-        ----------
-        path : str or Path
-        """
-        here = self.to(np)
-        packed_file.save(path, self.format, self.shape, here.segments, here.order)
-
-    @classmethod
-    def load(cls, path, *, xp=None):
-        """The matrix `save` wrote.
-
-        Parameters
-        ----------
-        path : str or Path
-        xp : module, optional
-            numpy, the default: arrays are read-only and mapped, read as they are used; or cupy.
-
-        Raises
-        ------
-        ValueError
-            Not such a file, a damaged one, or one of another version of the layout.
-        """
-        return cls(*packed_file.load(path)).to(xp or np)
 
     def matmul(self, x, /, *, bias=None, accumulate=False, invariant=False, out=None):
         """``x @ W.T``: the same as `cupyattn.quant_gemm` ``(x, self, ...)``."""
