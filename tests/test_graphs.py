@@ -3,15 +3,18 @@
 
 import contextlib
 import itertools
+from types import SimpleNamespace
 
 import launch_cost
 import numpy as np
 import pytest
+from conftest import NumpyArrays
 
 import cupyattn
 from cupyattn.errors import CaptureError
 from cupyattn.graphs import BoundSteps, capture, place
 from cupyattn.runtime import Bound, Plan, Specialisation, arch_of, cpu, cuda, make_args, recording
+from cupyattn.runtime.capturing import taping
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 64, 4, 2, 64
 BATCH, MAX_PAGES, PAGE_SIZE = 3, 12, 16
@@ -329,7 +332,7 @@ def _captures(xp, x, weight):
 DEVICE_ONLY = {"allocates more": (_growing, "an allocation of 3600 bytes where that had 3200 bytes"),
                "allocates once": (_once, "got 0 of 1 allocations; give more warmups"),
                "reads": (_reads, "without reading arrays on the host.*(ndarray.get|cudaError)"),
-               "writes": (_writes, "without reading arrays on the host.*(ndarray.set|cudaError)"),
+               "writes": (_writes, "without reading arrays on the host.*ndarray.set"),
                "waits": (_waits, "or waiting for the device.*(deviceSynchronize|cudaError)"),
                "waits for the stream": (_waits_for_the_stream, "waiting for the device.*(Stream.synchronize|cudaErr)")}
 ANYWHERE = {"compiles": (_compiles, r"must not compile.*rms_norm\[.*U=float32"),
@@ -342,6 +345,8 @@ ANYWHERE = {"compiles": (_compiles, r"must not compile.*rms_norm\[.*U=float32"),
 def test_refused(xp, name, monkeypatch):
     if xp.name == "numpy" and name in DEVICE_ONLY:
         pytest.skip("costs a NumPy step nothing and is replayed with the arrays it made")
+    if (xp.name, name) == ("cupy", "writes"):
+        pytest.skip("CUDA may capture a copy from the host, with what the host held then")
     monkeypatch.setattr(cpu, "_kernels", {})   # so that every kernel has to be loaded
     monkeypatch.setattr(cuda, "_kernels", {})
     make, message = (DEVICE_ONLY | ANYWHERE)[name]
@@ -454,6 +459,27 @@ def test_bound_launches_keep_the_settings_of_the_executor():
         bound()
         bound()
     assert [c.counts["blocks"] for c in counters] == [2, 2]
+
+
+def test_aborted_bound_launches_can_be_launched_again(monkeypatch):
+    """What counts arrivals is zero again."""
+    decode = Decode(NumpyArrays(), True)
+    decode.change(1)
+    decode.step()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    real = cpu._kernel
+    monkeypatch.setattr(cpu, "_kernel", lambda *key: real(*key)._replace(
+        executor=SimpleNamespace(ca_launch=interrupted, ca_abandon=lambda: None)))
+    with taping("cpu", keep=True, capturing=True) as tape:
+        decode.step()
+    bound = next(launch for launch in tape.launches if launch.plan.spec.kernel == "paged_decode")
+    decode.made.decode.counters[...] = 3
+    with pytest.raises(KeyboardInterrupt):
+        bound()
+    assert decode.made.decode.counters.size and not decode.made.decode.counters.any()
 
 
 def test_bound_launches_stay_on_their_device():
