@@ -3,11 +3,12 @@
 //
 //   for every head of every token t, a row x of q, k or v; every step only if it is asked for:
 //     1. bias    x = x + bias[h,:]
-//     2. norm    x = x * rsqrt(mean(x^2) + eps) * gain[:]                                             (q and k)
+//     2. norm    x = x * rsqrt(mean(x^2) + eps) * gain[h,:], with norm_centred x = x - mean(x) before (q and k)
 //     3. RoPE    x = x turned by row rope_rows[t] of cos and sin, as in rope.cu                        (q and k)
 //     4. log-n   x = x * log(p) / log(logn_position) for a position p > logn_position                  (q)
 //     5. x is rounded to T, the only rounding so far, and q_out[t,h,:] = x, or
 //        k_cache[page,slot,h,:] = encode(x), v_cache[page,slot,h,:] = encode(x)
+//   With q_len tokens of each sequence, positions and rope_rows are those of the first of them; a row below 0 is then 0.
 //   The place of a token is slots[t] = page * page_size + slot, or, with a page table, the page of token
 //   positions[t] / key_stride of sequence batch_indices[t]. A negative slot, position or rope row, a position that is
 //   another's by key_stride or below readonly, and a place outside the cache or the tables write nothing to the caches.
@@ -45,6 +46,7 @@ struct Row {
   const T* x;
   const T* bias;
   const W* gain;
+  bool centred;      // a layer norm, not an RMS norm
   const float* cos;  // the token's row
   const float* sin;
   int dims;          // 0: there is nothing to do, and nothing is read
@@ -57,15 +59,22 @@ __device__ __forceinline__ EightFloats load_biased(const Row& row, int d) {
   return x;
 }
 
-__device__ __forceinline__ void apply_norm(const Row& row, float scale, int d, EightFloats& x) {
+// What a norm takes away and multiplies by.
+struct Norm {
+  float mean;
+  float scale;
+};
+
+__device__ __forceinline__ void apply_norm(const Row& row, const Norm& norm, int d, EightFloats& x) {
   if (row.gain == nullptr) return;
   EightFloats gain = load_chunk<WIDE>(row.gain, d, row.dims);
-  gain *= scale;
+  gain *= norm.scale;
+  x += EightFloats::all(-norm.mean);
   x *= gain;
 }
 
 // RoPE of elements d to d + 7, which are x. The other halves of their pairs are read again.
-__device__ __forceinline__ void rotate(const Row& row, float scale, int d, EightFloats& x) {
+__device__ __forceinline__ void rotate(const Row& row, const Norm& norm, int d, EightFloats& x) {
   const int half = row.rotary_dim / 2;
   if constexpr (INTERLEAVED) {
     float both[8], a[4], b[4], c[4], s[4];
@@ -93,7 +102,7 @@ __device__ __forceinline__ void rotate(const Row& row, float scale, int d, Eight
     const bool first = d < half;
     const int pair = first ? d : d - half, there = first ? d + half : pair;
     EightFloats other = load_biased(row, there);
-    apply_norm(row, scale, there, other);
+    apply_norm(row, norm, there, other);
     other *= EightFloats::load(row.sin + pair);
     other *= first ? -1.0f : 1.0f;
     other.add_product(x, EightFloats::load(row.cos + pair));
@@ -106,10 +115,32 @@ __device__ __forceinline__ void rotate(const Row& row, float scale, int d, Eight
       const int pair = first ? d + i : d + i - half, there = first ? pair + half : pair;
       float other = to_float(row.x[there]);
       if (row.bias != nullptr) other += to_float(row.bias[there]);
-      if (row.gain != nullptr) other *= to_float(row.gain[there]) * scale;
+      if (row.gain != nullptr) other = (other - norm.mean) * (to_float(row.gain[there]) * norm.scale);
       x.x[i] = fmaf(x.x[i], row.cos[pair], other * (first ? -row.sin[pair] : row.sin[pair]));
     }
   }
+}
+
+// Sum over a row of x, or of the squares of x - mean.
+__device__ __forceinline__ float sum_of_row(const Row& row, int lane, float mean, bool squares,
+                                            const EightFloats (&x)[CHUNKS]) {
+  EightFloats sums = EightFloats::all(0.0f);
+#pragma unroll UNROLL
+  for (int c = 0; c < CHUNKS; ++c) {
+    const int d = (c * LANES + lane) * 8;
+    if (LANES == 1 && d >= row.dims) break;
+    EightFloats y = x[c];
+    if (row.centred) {
+      y += EightFloats::all(-mean);
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        if (d + i >= row.dims) y.x[i] = 0.0f;  // past the row
+    }
+    sums.add_product(squares ? y : EightFloats::all(1.0f), y);
+  }
+  float sum = sums.sum();
+  if constexpr (LANES > 1) sum = group_sum<LANES>(sum);
+  return sum;
 }
 
 // Steps 1 to 3 in registers: x[c] are elements from (c * LANES + lane) * 8 on, zero past the row.
@@ -121,24 +152,18 @@ __device__ __forceinline__ void load_row(const Row& row, int lane, float eps, Ei
     x[c] = load_biased(row, d);
   }
   if (!STAGES || (row.gain == nullptr && row.rotary_dim == 0)) return;
-  float scale = 1.0f;
+  Norm norm = {0.0f, 1.0f};
   if (row.gain != nullptr) {  // the same in all rows of a block
-    EightFloats squares = EightFloats::all(0.0f);
-#pragma unroll UNROLL
-    for (int c = 0; c < CHUNKS; ++c) {
-      if (LANES == 1 && c * 8 >= row.dims) break;
-      squares.add_product(x[c], x[c]);
-    }
-    float sum = squares.sum();
-    if constexpr (LANES > 1) sum = group_sum<LANES>(sum);
-    scale = rsqrtf(sum / static_cast<float>(row.dims) + eps);
+    if (row.centred) norm.mean = sum_of_row(row, lane, 0.0f, false, x) / static_cast<float>(row.dims);
+    const float sum = sum_of_row(row, lane, norm.mean, true, x);
+    norm.scale = rsqrtf(sum / static_cast<float>(row.dims) + eps);
   }
 #pragma unroll UNROLL
   for (int c = 0; c < CHUNKS; ++c) {
     const int d = (c * LANES + lane) * 8;
     if (LANES == 1 && d >= row.dims) break;
-    apply_norm(row, scale, d, x[c]);
-    if (!WHOLE_PAIRS && d < row.rotary_dim) rotate(row, scale, d, x[c]);
+    apply_norm(row, norm, d, x[c]);
+    if (!WHOLE_PAIRS && d < row.rotary_dim) rotate(row, norm, d, x[c]);
   }
   if constexpr (WHOLE_PAIRS) {
     const int half = row.rotary_dim / 2;
@@ -166,10 +191,11 @@ struct Token {
   float factor;      // of queries, step 4
 };
 
-__device__ __forceinline__ TokenSlot destination(const KvAppendArgs& args, int64_t token, int32_t position) {
+__device__ __forceinline__ TokenSlot destination(const KvAppendArgs& args, int64_t token, int64_t entry,
+                                                 int32_t position) {
   const PageTable& table = args.table;
   if (args.slots32 == nullptr && args.slots64 == nullptr) {
-    const int64_t seq = args.batch_indices == nullptr ? token : args.batch_indices[token * args.stride_batch_index];
+    const int64_t seq = args.batch_indices == nullptr ? entry : args.batch_indices[token * args.stride_batch_index];
     if (position < 0 || position % args.key_stride != args.key_offset || seq < 0 || seq >= args.batch) return {-1, 0};
     if (args.readonly != nullptr && position < args.readonly[seq * args.stride_readonly]) return {-1, 0};
     return find_token(table, seq, position / args.key_stride);
@@ -185,28 +211,44 @@ __device__ __forceinline__ TokenSlot destination(const KvAppendArgs& args, int64
 __device__ __forceinline__ Token find(const KvAppendArgs& args, int64_t token, bool stored) {
   Token found = {token, {-1, 0}, -1, true, 1.0f};
   if (token >= args.tokens) return found;
-  const int32_t position = args.positions == nullptr ? 0 : args.positions[token * args.stride_position];
+  int64_t entry = token;  // of positions and rope_rows
+  int32_t step = 0;       // from it on
+  if (args.q_len > 0) {
+    entry = token / args.q_len;
+    step = static_cast<int32_t>(token - entry * args.q_len);
+  }
+  int32_t position = args.positions == nullptr ? 0 : args.positions[entry * args.stride_position];
+  if (position >= 0) position += step;
   found.rope_row = position;
   if constexpr (STAGES) {
-    if (args.rope_rows != nullptr && position >= 0) found.rope_row = args.rope_rows[token * args.stride_rope_row];
+    if (position >= 0 && (args.rope_rows != nullptr || (args.q_len > 0 && args.positions == nullptr))) {
+      int64_t row = args.rope_rows == nullptr ? 0 : args.rope_rows[entry * args.stride_rope_row];
+      if (args.q_len > 0) {  // a base of -1 keeps rows below 0 out before, any other after it has been added
+        row = args.rope_base < 0 ? (row < 0 ? 0 : row) : row + args.rope_base;
+        row = row + step < 0 ? 0 : row + step;
+      }
+      found.rope_row = row;
+    }
     found.known = args.rotary_dim == 0 || found.rope_row < args.table_rows;
     if (position > args.logn_position && args.logn_factor != 0.0f)
       found.factor = logf(static_cast<float>(position)) * args.logn_factor;
   }
-  if (stored && found.known && found.rope_row >= 0) found.at = destination(args, token, position);
+  if (stored && found.known && found.rope_row >= 0) found.at = destination(args, token, entry, position);
   return found;
 }
 
 // The row `head` of `from`; with `live` false one without elements.
 __device__ __forceinline__ Row row_of(const KvAppendArgs& args, const HeadView& from, const RowView& bias,
-                                      const void* gain, const Token& token, int head, int dims, int rotary_dim,
+                                      const RowView& gain, const Token& token, int head, int dims, int rotary_dim,
                                       bool live) {
   Row row = {};
-  row.gain = static_cast<const W*>(gain);
+  row.gain = static_cast<const W*>(gain.data);
+  row.centred = args.norm_centred != 0;
   if (!live) return row;
   row.dims = dims;
   row.rotary_dim = rotary_dim;
   row.x = static_cast<const T*>(from.data) + token.index * from.stride_token + head * from.stride_head;
+  if (gain.data != nullptr) row.gain += head * gain.stride_row;
   if (bias.data != nullptr) row.bias = static_cast<const T*>(bias.data) + head * bias.stride_row;
   if (rotary_dim > 0) {
     row.cos = args.cos + token.rope_row * args.stride_cos;
@@ -278,7 +320,7 @@ CA_KERNEL __launch_bounds__(128, 6) void kv_append(const __grid_constant__ KvApp
         const int head = (value ? tile - kv_tiles : tile) * rows + y;
         const bool live = token.at.page >= 0 && head < args.num_kv_heads;
         if (value) {
-          const Row row = row_of(args, args.v, args.v_bias, nullptr, token, head, args.head_dim_v, 0, live);
+          const Row row = row_of(args, args.v, args.v_bias, RowView{}, token, head, args.head_dim_v, 0, live);
           append_head<V>(args, row, {args.v_cache, args.v_scale, args.table, token.at, head, args.head_dim_v, live},
                          args.v_makes_scale != 0, lane, lanes);
         } else {

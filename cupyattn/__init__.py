@@ -6,8 +6,10 @@ NumPy arrays in: the `.cu` source runs on the CPU. CuPy arrays in: it runs on th
 
 from .attention_params import AttentionParams
 from .cache_iterators import BlockIteratorParams, LinearIteratorParams, QuantPolicy, create_cache_iter_factory
+from .caches import PagedCache
 from .context_parallel import contiguous_shards, merge_shards, rank_result, round_robin
 from .errors import CaptureError, CompileError, KernelCheckError
+from .lora import LoRA, load_lora
 from .ops.attention import attention
 from .ops.dequantize import dequantize
 from .ops.embedding import embedding
@@ -25,6 +27,17 @@ from .ops.split_reduce import split_reduce
 from .page_table import PageTable
 from .pages import PageManager
 from .params import PagedParams, Params
+from .q_attn import QAttn
+from .q_attn_functions import (
+    ROPE_STYLE_GPTJ,
+    ROPE_STYLE_NEOX,
+    ROPE_STYLE_NONE,
+    free_q_attn,
+    make_q_attn,
+    q_attn_forward_1,
+    q_attn_forward_2,
+    q_attn_set_loras,
+)
 from .quant import QExperts, QMatrix
 from .quantized_kv import BlockKV, QuantizedKV
 from .rope_params import RopeKernelParam, RopeParams
@@ -32,10 +45,12 @@ from .turbomind import flatten_kv, invoke_attention, invoke_decoding, process_kv
 
 __all__ = [
     "AttentionParams", "BlockIteratorParams", "BlockKV", "CaptureError", "CompileError", "KernelCheckError",
-    "LinearIteratorParams", "PagedParams", "PageManager", "PageTable", "Params", "QExperts", "QMatrix", "QuantPolicy",
-    "QuantizedKV", "RopeKernelParam", "RopeParams", "Schedule",
+    "LinearIteratorParams", "LoRA", "PagedCache", "PagedParams", "PageManager", "PageTable", "Params", "QAttn",
+    "QExperts", "QMatrix", "QuantPolicy", "QuantizedKV", "ROPE_STYLE_GPTJ", "ROPE_STYLE_NEOX", "ROPE_STYLE_NONE",
+    "RopeKernelParam", "RopeParams", "Schedule",
     "attention", "dequantize", "embedding", "kv_append", "kv_flatten", "layer_norm", "paged_decode", "quant_gemm",
     "repack", "rms_norm", "rope", "schedule", "silu_mul", "split_reduce",
+    "free_q_attn", "make_q_attn", "q_attn_forward_1", "q_attn_forward_2", "q_attn_set_loras", "load_lora",
     "contiguous_shards", "create_cache_iter_factory", "flatten_kv", "invoke_attention", "invoke_decoding",
     "merge_shards", "process_kv", "rank_result", "reduce_split_k", "round_robin",
 ]

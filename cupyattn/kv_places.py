@@ -22,6 +22,7 @@ class Places(NamedTuple):
     readonly_tokens: object = None
     key_stride: int = 1
     key_offset: int = 0
+    q_len: int | None = None   # tokens of each sequence, of the first of which positions are; None: of all tokens
 
     @property
     def buffers(self):
@@ -57,7 +58,8 @@ def check_index(name, array, length, axes, dtypes=("int32",)):
     check_array(_OP, name, array, dtypes, (length,), axes, contiguous=False)
 
 
-def prepare_places(slots, block_table, positions, batch_indices, readonly_tokens, key_stride, key_offset, tokens):
+def prepare_places(slots, block_table, positions, batch_indices, readonly_tokens, key_stride, key_offset, tokens,
+                   q_len=None):
     """Exactly one way to say where tokens go, and its arrays fit; returns Places."""
     if (slots is None) == (block_table is None) or block_table is not None and positions is None:
         given = [name for name, array in (("slots", slots), ("block_table", block_table), ("positions", positions))
@@ -77,13 +79,19 @@ def prepare_places(slots, block_table, positions, batch_indices, readonly_tokens
         return Places(slots)
     table = block_table if isinstance(block_table, PageTable) else PageTable(block_table)
     if batch_indices is not None:
+        if q_len is not None:
+            raise ValueError(f"{_OP}: batch_indices must be None with q_len, got an array")
         check_index("batch_indices", batch_indices, tokens, "[tokens]")
+    elif q_len is not None:
+        if tokens != table.batch * q_len:
+            raise ValueError(f"{_OP}: q_len must be that of the {table.batch} sequences of block_table, got {q_len} "
+                             f"for {tokens} tokens")
     elif tokens != table.batch:
         raise ValueError(f"{_OP}: batch_indices must be given unless there is one token per sequence, got {tokens} "
                          f"tokens for {table.batch} sequences of block_table")
     if readonly_tokens is not None:
         check_index("readonly_tokens", readonly_tokens, table.batch, "[batch]")
-    return Places(None, table, positions, batch_indices, readonly_tokens, key_stride, key_offset)
+    return Places(None, table, positions, batch_indices, readonly_tokens, key_stride, key_offset, q_len)
 
 
 def check_blocks(places, **caches):
@@ -136,6 +144,9 @@ def _pages_of_positions(places, num_pages, page_size, caches):
     table, stride = places.table, places.key_stride
     positions = _host(places.positions)
     sequences = np.arange(table.batch) if places.batch_indices is None else _host(places.batch_indices)
+    if places.q_len is not None and places.q_len > 1:
+        positions = np.where(positions < 0, -1, positions + np.arange(places.q_len)[:, None]).T.ravel()
+        sequences = np.repeat(sequences, places.q_len)
     check_range("batch_indices", sequences, 0, table.batch, "the sequences of block_table")
     entries = _host(table.block_table if table.block_ptrs is None else table.block_ptrs)
     starts = None if table.indptr is None else _host(table.indptr)

@@ -83,6 +83,56 @@ def test_each_step_alone(xp, names):
     check_steps(xp, {name: a for name, a in given.items() if name in (*names, "k", "v", *PAGED)})
 
 
+@pytest.mark.parametrize("heads, kv_heads, head_dim, dtype, style, rotary_dim, gain, offset", [
+    (3, 2, 64, "float16", "neox", 64, "float16", 0), (5, 1, 128, "float16", "neox", 64, "float32", 3),
+    (3, 3, 20, "float32", "neox", 10, "float32", 2), (7, 1, 80, "float32", "interleaved", 32, "float32", 0),
+    (2, 2, 264, "float32", "neox", 64, "float32", 2)])
+def test_a_gain_for_every_head_and_layer_norms(xp, heads, kv_heads, head_dim, dtype, style, rotary_dim, gain, offset):
+    given = steps_of(heads, kv_heads, head_dim, dtype, style, rotary_dim, gain)
+    given |= {name: rng.standard_normal((n, head_dim)).astype(gain) for name, n in (("q_norm", heads),
+                                                                                    ("k_norm", kv_heads))}
+    check_steps(xp, given)
+    given["k"], given["q"] = given["k"] + given["k"].dtype.type(offset), given["q"] + given["q"].dtype.type(offset)
+    check_steps(xp, given | {"norm_is_rms": False})
+    check_steps(xp, given | {"norm_is_rms": False, "k_norm": given["k_norm"][0]})
+
+
+@pytest.mark.parametrize("rope", [
+    {}, {"rope_rows": np.int32([3, -2])}, {"rope_rows": np.int32([-2, 9]), "rope_base": 5},
+    {"rope_rows": np.int32([-2, 9]), "rope_base": -1}])
+@pytest.mark.parametrize("positions", [[0, 29], [-1, 13]])
+def test_tokens_of_each_sequence_from_its_first(xp, rope, positions):
+    """q_len: positions and rows of the tables count from those of a sequence's first new token."""
+    given = steps_of(3, 2, 64, tokens=6)
+    del given["batch_indices"]
+    given |= {"positions": np.int32(positions), "q_len": 3, "logn_max_position": 4, **rope}
+    check_steps(xp, given)
+
+
+def test_rows_of_the_tables_from_a_base(xp):
+    given = steps_of(3, 2, 64, tokens=6) | {"q_len": 2, "rope_base": 7, "slots": np.int32([5, 9, 30, 31, 32, 0])}
+    for name in (*PAGED, "logn_max_position"):
+        del given[name]
+    check_steps(xp, given)
+
+
+def test_q_len_refused():
+    given = steps_of(3, 2, 64, tokens=6)
+    del given["batch_indices"]
+    caches = empty_caches(10, 16, 2, 64, "float16")
+    wrong = {
+        "q_len must divide the 6 tokens, got 4": {"q_len": 4}, "rope_base must come with q_len": {"rope_base": 2},
+        r"positions must be \[tokens / q_len\] = \[2\], got \[6\]": {"q_len": 3, "positions": POSITIONS[:6]},
+        "q_len must be that of the 2 sequences of block_table, got 2 for 6": {"q_len": 2, "positions": POSITIONS[:3]},
+        r"positions must be in \[-1, 64\), .* got 80": {"q_len": 3, "positions": np.int32([0, 78])},
+        "rope_rows must be in .* got 64": {"q_len": 3, "positions": np.int32([0, 1]), "rope_rows": np.int32([0, 62])},
+        "batch_indices must be None": {"q_len": 3, "positions": POSITIONS[:2], "batch_indices": np.int32([0] * 6)}}
+    for message, change in wrong.items():
+        now = given | change
+        with pytest.raises(ValueError, match=message):
+            cupyattn.kv_append(now.pop("k"), now.pop("v"), *caches, **now)
+
+
 def test_queries_alone(xp):
     """Without k and v only q_out is written, here into a slice of something larger."""
     given = steps_of(3, 2, 64)

@@ -249,8 +249,8 @@ struct KvAppendArgs {
   const RowView q_bias;          // T [num_heads, head_dim] null for none
   const RowView k_bias;          // T [num_kv_heads, head_dim] null for none
   const RowView v_bias;          // T [num_kv_heads, head_dim_v] null for none
-  const void* q_norm;            // W [head_dim] gains of the RMS norm of query heads; null for no norm
-  const void* k_norm;            // W [head_dim] the same of key heads
+  const RowView q_norm;          // W [num_heads, head_dim] gains of the norm of query heads; null for no norm
+  const RowView k_norm;          // W [num_kv_heads, head_dim] the same of key heads
   const float* cos;              // float32 [table_rows, rotary_dim / 2] last axis contiguous
   const float* sin;              // float32 [table_rows, rotary_dim / 2] last axis contiguous
   const int32_t* slots32;        // int32 [tokens] page * page_size + slot, negative to skip; null if another has them
@@ -279,9 +279,11 @@ struct KvAppendArgs {
   int32_t k_makes_scale;         // 1: scales of K are written with the rows, 0: they are known
   int32_t v_makes_scale;         // the same of V
   int32_t logn_position;         // queries at a later position p are multiplied by log(p) * logn_factor
+  int32_t norm_centred;          // 1: norms are layer norms, 0: RMS norms
+  int32_t q_len;                 // tokens of each sequence, of the first of which positions and rope_rows are; 0: of all
+  int32_t rope_base;             // with q_len: added to rope_rows; -1: rope_rows below 0 are 0
   float norm_eps;                // added to the mean square
   float logn_factor;             // 1 / log(logn_position); 0 without
-  int32_t reserved;              // zero
 };
 
 struct SiluMulArgs {

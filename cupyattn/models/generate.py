@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .gguf import ModelError
-from .llama import PREFILL_CHUNK, to_host
+from .llama import PREFILL_CHUNK, step_params, to_host
 
 
 class Token(NamedTuple):
@@ -63,11 +63,11 @@ def log_softmax(logits):
 
 
 def start(model, prompts, max_new_tokens, page_size):
-    """Sequences of token lists and a KVCache with room for all of them.
+    """Sequences of token lists and a PagedCache with room for all of them.
 
     Returns
     -------
-    (list of _Sequence, KVCache)
+    (list of _Sequence, PagedCache)
     """
     # The last token generated is never fed back, so a full context still yields one.
     limits = [min(max_new_tokens, model.config.context_length - len(ids) + 1) for ids in prompts]
@@ -102,9 +102,10 @@ def _advance(model, sequences, cache, q_len):
     for sequence in sequences:
         if not cache.pages.grow(sequence.pages, sequence.cached + q_len):
             raise MemoryError("generate: the KV cache has no free page left")
-    step = cache.step([s.pages for s in sequences], [s.cached for s in sequences], q_len, sequences[0].max_pages)
+    params = step_params(cache, [s.pages for s in sequences], [s.cached for s in sequences], q_len,
+                         sequences[0].max_pages)
     ids = np.concatenate([s.ids[s.cached:s.cached + q_len] for s in sequences]).astype(np.int32)
-    hidden = model.forward(model.xp.asarray(ids), step, cache)
+    hidden = model.forward(model.xp.asarray(ids), params, cache)
     for sequence in sequences:
         sequence.cached += q_len
     return hidden

@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Llama decoder whose every operation is one of our kernels.
 
-The residual stream is float32 (SmolLM2's reaches 27,000); the output and down projections write float32, everything
+The residual stream is float32 (SmolLM2's reaches 27,000), to which the output and down projections add; everything
 between is in the model's dtype. A step feeds ``batch`` sequences ``q_len`` tokens each:
 
     x = embedding(ids)
-    per layer:  h = rms_norm(x);  q, k, v = h @ Wqkv;  q = kv_append(rope(q), rope(k), v)
-                x += attention(q) @ Wo;  h = rms_norm(x);  x += silu_mul(h @ Wgate, h @ Wup) @ Wdown
+    per layer:  QAttn.forward(x);  h = rms_norm(x);  x += silu_mul(h @ Wgate, h @ Wup) @ Wdown
     logits = rms_norm(x) @ Whead
-
-Attention is `paged_decode` when there is one new token per sequence, otherwise `attention`.
 """
 
 from pathlib import Path
@@ -17,20 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .. import (
-    QuantizedKV,
-    attention,
-    embedding,
-    kv_append,
-    paged_decode,
-    quant_gemm,
-    rms_norm,
-    runtime,
-    schedule,
-    silu_mul,
-)
-from ..pages import PageManager
-from ..quantized_kv import FLOATS, FORMATS
+from .. import PagedCache, PagedParams, QAttn, embedding, quant_gemm, rms_norm, runtime, silu_mul
+from ..kv_formats import FLOATS, FORMATS
 from ..runtime.arrays import dtype_of
 from .config import config_from, config_from_hugging_face
 from .gguf import GGUF, ModelError
@@ -39,30 +24,17 @@ from .weights import Weights, random_tensors
 PREFILL_CHUNK = 256  # tokens of a prompt fed at once
 STATIC_SCALES = {"int8_symmetric": "head", "int8_channel": "channel"}  # KV formats whose scales come before the tokens
 _MARGIN = 1.5  # of those scales over what the calibration text needs
+_TOO_LARGE = ("too big", "dimension", "must be an int32")   # what NumPy, CuPy and PagedCache say of sizes
 _CALIBRATION = """The old lighthouse keeper counted 37 ships before dawn; "none of them," he wrote, "were ours."
 def area(r): return 3.14159 * r ** 2  # square metres. Water boils at 100 degrees; the year 1969, $4.50, and 12:30.
 In French, le chat est sur la table. Why? Because light travels faster than sound. First, mix flour, eggs and milk."""
 
 
 class _Layer(NamedTuple):
-    attn_norm: object  # float32 [hidden]
-    qkv: list  # Linear of [q; k; v] rows, or one each where their formats differ
-    attn_output: object  # Linear [hidden, heads * head_dim]
+    attn: QAttn
     ffn_norm: object
-    gate_up: list
+    gate_up: list  # Linear of [gate; up] rows, or one each where their formats differ
     ffn_down: object
-
-
-class Step(NamedTuple):
-    """Where the tokens of one forward pass belong: arrays of the model's kind, ``tokens = batch * q_len``."""
-
-    positions: object  # int32 [tokens]
-    slots: object  # int64 [tokens], page * page_size + offset
-    block_table: object  # int32 [batch, max_pages]
-    cache_seqlens: object  # int32 [batch], the new tokens included
-    cu_seqlens_q: object  # int32 [batch + 1]
-    q_len: int
-    schedule: object  # Schedule of the attention of all layers
 
 
 def kv_formats(name):
@@ -77,60 +49,12 @@ def kv_formats(name):
     return formats
 
 
-class KVCache:
-    """Keys and values of every layer in pools of pages, and who owns which page.
-
-    Parameters
-    ----------
-    config : LlamaConfig
-    num_pages, page_size : int
-        Pages in the pool, tokens per page.
-    formats : (str, str)
-        Of keys and of values, see `kv_formats`.
-    dtype : str
-        Of activations.
-    scales : (list of ndarray, list of ndarray)
-        Per layer, of the formats in STATIC_SCALES.
-    xp : numpy or cupy
-
-    Attributes
-    ----------
-    k, v : list of ndarray or QuantizedKV
-        One per layer, [num_pages, page_size, num_kv_heads, head_dim].
-    """
-
-    def __init__(self, config, num_pages, page_size, formats, dtype, scales, xp):
-        self.config, self.dtype, self._format, self._xp = config, dtype, formats[0], xp
-        shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
-        self.k, self.v = (
-            [_layer_cache(shape, format, dtype, None if given is None else given[n], xp)
-             for n in range(config.num_layers)] for format, given in zip(formats, scales, strict=True))
-        self.pages = PageManager(num_pages, page_size)
-
-    def step(self, page_lists, lengths, q_len, max_pages):
-        """The Step that appends `q_len` tokens to sequences of `lengths` tokens living on `page_lists`."""
-        c, batch = self.config, len(page_lists)
-        table = np.zeros((batch, max_pages), np.int32)
-        positions = np.int32(lengths)[:, None] + np.arange(q_len, dtype=np.int32)
-        slots = np.empty(positions.shape, np.int64)
-        for row, pages in enumerate(page_lists):
-            table[row, :len(pages)] = pages
-            slots[row] = self.pages.slots_for(pages, positions[row])
-        seqlens, starts = np.int32(lengths) + np.int32(q_len), np.arange(batch + 1, dtype=np.int32) * np.int32(q_len)
-        # invariant: what a prompt gets does not depend on the prompts beside it
-        work = schedule(seqlens, num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim,
-                        cu_seqlens_q=starts if q_len > 1 else None, dtype=self.dtype, kv_format=self._format,
-                        invariant=True, one_list=q_len > 1, xp=self._xp)
-        to = self._xp.asarray
-        return Step(to(positions.ravel()), to(slots.ravel()), to(table), to(seqlens), to(starts), q_len, work)
-
-
-def _layer_cache(shape, format, dtype, scale, xp):
-    """Keys or values of one layer, empty."""
-    if format in FLOATS:
-        return xp.empty(shape, _dtype(format))
-    granularity = STATIC_SCALES.get(format) or ("token" if format.startswith("fp8") else None)
-    return QuantizedKV.empty(*shape, format=format, dtype=dtype, granularity=granularity, scale=scale, xp=xp)
+def step_params(cache, page_lists, lengths, q_len, max_pages):
+    """PagedParams of a step that appends `q_len` tokens to sequences of `lengths` tokens living on `page_lists`."""
+    table = np.zeros((len(page_lists), max_pages), np.int32)
+    for row, pages in enumerate(page_lists):
+        table[row, :len(pages)] = pages
+    return PagedParams(len(page_lists), table, np.int32(lengths), max(lengths), cache.page_size, q_len)
 
 
 class Llama:
@@ -185,9 +109,7 @@ class Llama:
                 progress(n, c.num_layers)
             p = f"blk.{n}."
             self._layers.append(_Layer(
-                weights.vector(p + "attn_norm", c.hidden_size),
-                weights.stacked(c.hidden_size, {p + "attn_q": q_size, p + "attn_k": kv_size, p + "attn_v": kv_size}),
-                weights.linear(p + "attn_output", c.hidden_size, q_size),
+                self._attention(weights, p, q_size, kv_size),
                 weights.vector(p + "ffn_norm", c.hidden_size),
                 weights.stacked(c.hidden_size, {p + "ffn_gate": c.intermediate_size,
                                                 p + "ffn_up": c.intermediate_size}),
@@ -196,6 +118,18 @@ class Llama:
             progress(c.num_layers, c.num_layers)
         weights.check_all_used()
         self._cos, self._sin = (xp.asarray(table) for table in c.rope.tables(c.context_length))
+
+    def _attention(self, weights, prefix, q_size, kv_size):
+        """QAttn of the layer whose weights begin with `prefix`."""
+        c, given = self.config, {}
+        for name, letter, shape in (("attn_q", "q", (q_size, c.hidden_size)), ("attn_k", "k", (kv_size, c.hidden_size)),
+                                    ("attn_v", "v", (kv_size, c.hidden_size)),
+                                    ("attn_output", "o", (c.hidden_size, q_size))):
+            given[f"q_{letter}_proj"], given[f"{letter}_bias"] = weights.projection(prefix + name, *shape)
+        return QAttn(layernorm=weights.vector(prefix + "attn_norm", c.hidden_size), norm_epsilon=c.rms_eps,
+                     hidden_size=c.hidden_size, num_heads=c.num_heads, num_kv_heads=c.num_kv_heads,
+                     head_dim=c.head_dim, rope_style=c.rope.style, sincos_size=c.rope.rotary_dim, residual_fp32=True,
+                     dtype=self.dtype, xp=self.xp, **given)
 
     @classmethod
     def load(cls, path, *, dtype="float16", kv_dtype=None, xp=np, quantize=None, progress=None):
@@ -245,22 +179,21 @@ class Llama:
         return runtime.arch_of(self.xp)
 
     def new_cache(self, num_pages, page_size):
-        """An empty KVCache for this model; ModelError if it does not fit into memory."""
+        """An empty PagedCache for this model; ModelError if it does not fit into memory."""
         if self._scales is None:
             self._scales = self._calibrate()
         return self._cache(num_pages, page_size, self.kv_formats, self._scales)
 
     def _cache(self, num_pages, page_size, formats, scales):
+        c = self.config
         try:
-            return KVCache(self.config, num_pages, page_size, formats, self.dtype.name, scales, self.xp)
-        except (MemoryError, OverflowError) as error:
+            return PagedCache(c.num_layers, num_pages, page_size, c.num_kv_heads, c.head_dim, dtype=self.dtype.name,
+                              k_format=formats[0], v_format=formats[1], scales=scales, xp=self.xp)
+        except (MemoryError, OverflowError, ValueError) as error:
+            if isinstance(error, ValueError) and not any(words in str(error) for words in _TOO_LARGE):
+                raise ModelError(f"the KV cache cannot be {'/'.join(self.kv_formats)}: {error}") from None
             raise ModelError(f"there is no memory for a KV cache of {num_pages} pages of {page_size} tokens; "
                              "take a smaller page_size or fewer tokens") from error
-        except ValueError as error:
-            if "too big" in str(error) or "dimension" in str(error):
-                raise ModelError(f"there is no memory for a KV cache of {num_pages} pages of {page_size} tokens; "
-                                 "take a smaller page_size or fewer tokens") from None
-            raise ModelError(f"the KV cache cannot be {'/'.join(self.kv_formats)}: {error}") from None
 
     def _calibrate(self):
         """(scales of K, scales of V) for the formats in STATIC_SCALES: lists of an array per layer, or None."""
@@ -269,56 +202,38 @@ class Llama:
         text = self.tokenizer.encode(_CALIBRATION) if self.tokenizer else range(3, self.config.vocab_size, 7)
         ids = np.fromiter(text, np.int32)[:min(PREFILL_CHUNK, self.config.context_length)]
         cache = self._cache(1, len(ids), ("float32", "float32"), (None, None))
-        step = cache.step([cache.pages.allocate_tokens(len(ids))], [0], len(ids), 1)
-        self.forward(self.xp.asarray(ids), step, cache)
+        params = step_params(cache, [cache.pages.allocate_tokens(len(ids))], [0], len(ids), 1)
+        self.forward(self.xp.asarray(ids), params, cache)
         axes = {"head": (0, 1, 3), "channel": (0, 1)}
         return tuple(
             [_scale(layer, axes[STATIC_SCALES[format]]) for layer in side] if format in STATIC_SCALES else None
             for format, side in zip(self.kv_formats, (cache.k, cache.v), strict=True))
 
-    def forward(self, ids, step, cache):
+    def forward(self, ids, params, cache):
         """Feed tokens and append their keys and values to the cache.
 
         Parameters
         ----------
         ids : ndarray [batch * q_len], int32
-        step : Step
-            From ``cache.step(...)``.
-        cache : KVCache
+        params : PagedParams
+            Of these tokens.
+        cache : PagedCache
 
         Returns
         -------
         hidden : ndarray [batch * q_len, hidden_size], the model's dtype
             Normalised; `logits` turns rows of it into scores.
         """
-        c, xp = self.config, self.xp
-        tokens, kv_heads = len(ids), c.num_kv_heads
+        c = self.config
         x = embedding(ids, self._embedding, out_dtype=np.float32)  # [tokens, hidden], the residual stream
-        delta = xp.empty_like(x)
-        q = xp.empty((tokens, c.num_heads, c.head_dim), self.dtype)
-        h = rms_norm(x, self._layers[0].attn_norm, eps=c.rms_eps, out_dtype=self.dtype)
         for n, layer in enumerate(self._layers):
-            heads = self._project(h, layer.qkv).reshape(tokens, -1, c.head_dim)  # [tokens, q | k | v heads, head_dim]
-            kv_append(heads[:, c.num_heads:-kv_heads], heads[:, -kv_heads:], cache.k[n], cache.v[n], slots=step.slots,
-                      q=heads[:, :c.num_heads], q_out=q, cos=self._cos, sin=self._sin, rope_rows=step.positions,
-                      style=c.rope.style, rotary_dim=c.rope.rotary_dim)
-            mixed = self._attend(q, cache.k[n], cache.v[n], step)
-            layer.attn_output(mixed.reshape(tokens, -1), delta)
-            h = rms_norm(delta, layer.ffn_norm, eps=c.rms_eps, residual=x, out_dtype=self.dtype)
+            # invariant: what a prompt gets does not depend on the prompts beside it
+            layer.attn.forward(x, params, cache, n, sin=self._sin, cos=self._cos, invariant=True)
+            h = rms_norm(x, layer.ffn_norm, eps=c.rms_eps, out_dtype=self.dtype)
             gate_up = self._project(h, layer.gate_up)
             act = silu_mul(gate_up[:, :c.intermediate_size], gate_up[:, c.intermediate_size:])
-            layer.ffn_down(act, delta)
-            norm = self._layers[n + 1].attn_norm if n + 1 < c.num_layers else self._norm
-            h = rms_norm(delta, norm, eps=c.rms_eps, residual=x, out_dtype=self.dtype)
-        return h
-
-    def _attend(self, q, k_cache, v_cache, step):
-        """Attention of the queries [tokens, heads, head_dim] of one layer."""
-        keys = dict(block_table=step.block_table, cache_seqlens=step.cache_seqlens, schedule=step.schedule,
-                    invariant=True)
-        if step.q_len == 1:
-            return paged_decode(q, k_cache, v_cache, **keys)
-        return attention(q, k_cache, v_cache, cu_seqlens_q=step.cu_seqlens_q, max_q_len=step.q_len, **keys)
+            layer.ffn_down(act, x, accumulate=True)
+        return rms_norm(x, self._norm, eps=c.rms_eps, out_dtype=self.dtype)
 
     def _project(self, h, linears):
         """h @ [W0; W1; ...]ᵀ as one array [tokens, sum of rows]."""
@@ -365,9 +280,9 @@ class Llama:
         """Specialisations that one step launches."""
         cache = self.new_cache(batch * -(-q_len // page_size), page_size)
         lists = [cache.pages.allocate_tokens(q_len) for _ in range(batch)]
-        step = cache.step(lists, [0] * batch, q_len, len(lists[0]))
+        params = step_params(cache, lists, [0] * batch, q_len, len(lists[0]))
         with runtime.recording() as recorded:
-            hidden = self.forward(self.xp.zeros(batch * q_len, np.int32), step, cache)
+            hidden = self.forward(self.xp.zeros(batch * q_len, np.int32), params, cache)
             self.logits(hidden)
             self.logits(hidden[-1:])
         return recorded

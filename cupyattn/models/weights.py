@@ -54,8 +54,8 @@ class Linear(NamedTuple):
     matrix: QMatrix
     bias: object  # float32 [rows], or None
 
-    def __call__(self, x, out):
-        return quant_gemm(x, self.matrix, bias=self.bias, out=out)
+    def __call__(self, x, out, accumulate=False):
+        return quant_gemm(x, self.matrix, bias=self.bias, accumulate=accumulate, out=out)
 
 
 class Weights:
@@ -97,7 +97,7 @@ class Weights:
 
     def stacked(self, columns, rows_of):
         """One Linear of all rows, or one for each name where they cannot be one matrix."""
-        matrices, biases = zip(*(self._quantized(name, (rows, columns)) for name, rows in rows_of.items()), strict=True)
+        matrices, biases = zip(*(self.projection(name, rows, columns) for name, rows in rows_of.items()), strict=True)
         try:
             joined = [QMatrix.concat(matrices)]
         except ValueError:   # other formats or orders of columns, or rows that do not fill tiles
@@ -108,9 +108,9 @@ class Weights:
         return [Linear(matrix.to(self._xp), None if bias is None else self._xp.asarray(bias))
                 for matrix, bias in zip(joined, biases, strict=False)]
 
-    def _quantized(self, name, shape):
-        """(QMatrix, bias), rounded to the scheme, on the host."""
-        matrix, bias = self._tensors.linear(name, shape)
+    def projection(self, name, rows, columns):
+        """(QMatrix [rows, columns], rounded to the scheme; float32 bias or None), on the host."""
+        matrix, bias = self._tensors.linear(name, (rows, columns))
         if self._scheme is not None:
             try:
                 matrix = QMatrix.quantize(matrix.to(self._xp).reconstruct(), self._scheme, xp=np)

@@ -13,7 +13,7 @@ from ..page_table import PageTable
 from ..quantized_kv import FORMATS, BlockKV, QuantizedKV, kv_side
 from ..runtime import Plan, Specialisation, arch_of, env, launch, make_args
 from ..runtime.arrays import alignment, array_namespace, head_view, row_view, strides
-from ..runtime.checks import FLOATS, check_array, check_number, check_shape, check_writeable
+from ..runtime.checks import FLOATS, check_array, check_flag, check_number, check_shape, check_writeable
 from ..runtime.plan import CUDA_TYPES
 from ..runtime.structs import address
 
@@ -165,7 +165,7 @@ def _alignment(side, table):
     return 16 if found >= side.row_align else found
 
 
-def _check_rope(tokens, head_dim, cos, sin, rope_rows, positions, style, rotary_dim):
+def _check_rope(entries, head_dim, cos, sin, rope_rows, positions, q_len, style, rotary_dim):
     """The tables and their rows; returns rotary_dim, 0 without RoPE."""
     if style not in STYLES:
         raise ValueError(f"kv_append: style must be one of {STYLES}, got {style!r}")
@@ -182,11 +182,40 @@ def _check_rope(tokens, head_dim, cos, sin, rope_rows, positions, style, rotary_
         raise ValueError(f"kv_append: rotary_dim must be even and in [2, head_dim={head_dim}], got {rotary_dim}")
     _check_array("cos", cos, "float32", (None, rotary_dim // 2), "[rows, rotary_dim / 2]")
     _check_array("sin", sin, "float32", cos.shape, "the shape of cos")
-    if rope_rows is None and positions is None:
+    if rope_rows is None and positions is None and q_len is None:
         raise ValueError("kv_append: rope_rows or positions must be given with cos and sin, got neither")
     if rope_rows is not None:
-        check_index("rope_rows", rope_rows, tokens, "[tokens]")
+        check_index("rope_rows", rope_rows, *entries)
     return rotary_dim
+
+
+def _check_q_len(tokens, q_len, rope_base):
+    """q_len and rope_base; how many entries positions and rope_rows have, and what they are called."""
+    if q_len is None:
+        if rope_base != 0:
+            raise ValueError(f"kv_append: rope_base must come with q_len, got {rope_base} without")
+        return tokens, "[tokens]"
+    check_number("kv_append", "q_len", q_len, least=1, integer=True)
+    check_number("kv_append", "rope_base", rope_base, least=-1, integer=True)
+    if tokens % q_len:
+        raise ValueError(f"kv_append: q_len must divide the {tokens} tokens, got {q_len}")
+    return tokens // q_len, "[tokens / q_len]"
+
+
+def _host(array):
+    return array if isinstance(array, np.ndarray) else to_host(array)
+
+
+def _host_rows(tokens, positions, rope_rows, q_len, rope_base):
+    """Row of the tables of each token, on the host."""
+    if q_len is None or q_len == 1 and rope_rows is None and positions is not None:
+        return _host(positions if rope_rows is None else rope_rows)
+    if rope_rows is None and positions is not None:
+        first = to_host(positions).astype(np.int64)[:, None]
+        return np.where(first < 0, -1, first + np.arange(q_len)).ravel()
+    first = np.zeros(tokens // q_len, np.int64) if rope_rows is None else to_host(rope_rows).astype(np.int64)
+    first = np.maximum(first, 0) if rope_base < 0 else first + rope_base
+    return np.maximum(first[:, None] + np.arange(q_len), 0).ravel()
 
 
 def _check_steps(heads, kv_heads, head_dim, head_dim_v, dtype, biases, norms):
@@ -198,7 +227,10 @@ def _check_steps(heads, kv_heads, head_dim, head_dim_v, dtype, biases, norms):
     gain = None
     for name, norm in norms.items():
         if norm is not None:
-            gain = _check_array(name, norm, (dtype, "float32") if gain is None else gain, (head_dim,), "[head_dim]")
+            shape, axes = (head_dim,), "[head_dim]"
+            if norm.ndim == 2:
+                shape, axes = (heads if name == "q_norm" else kv_heads, head_dim), "[heads, head_dim]"
+            gain = _check_array(name, norm, (dtype, "float32") if gain is None else gain, shape, axes)
     return gain or dtype
 
 
@@ -224,8 +256,8 @@ def _check_queries(xp, q, q_out, dtype, positions, logn_max_position):
 
 def kv_append(k, v, k_cache, v_cache, /, *, slots=None, block_table=None, positions=None, batch_indices=None, q=None,
               q_out=None, cos=None, sin=None, rope_rows=None, style="neox", rotary_dim=None, q_bias=None, k_bias=None,
-              v_bias=None, q_norm=None, k_norm=None, norm_eps=1e-6, logn_max_position=None, key_stride=1, key_offset=0,
-              readonly_tokens=None):
+              v_bias=None, q_norm=None, k_norm=None, norm_eps=1e-6, norm_is_rms=True, q_len=None, rope_base=0,
+              logn_max_position=None, key_stride=1, key_offset=0, readonly_tokens=None):
     """Write the keys and values of new tokens into a paged or contiguous cache, in place, and finish their queries.
 
     k_cache[page, slot, h] = rope(norm(k[t, h] + k_bias[h])),   v_cache[page, slot, h] = v[t, h] + v_bias[h],
@@ -271,9 +303,18 @@ def kv_append(k, v, k_cache, v_cache, /, *, slots=None, block_table=None, positi
         Rotated elements, the first ones of a head; even. Default ``head_dim``.
     q_bias, k_bias, v_bias : ndarray [heads, head_dim], dtype of k, optional
         Added first.
-    q_norm, k_norm : ndarray [head_dim], dtype of k or float32, optional
+    q_norm, k_norm : ndarray [head_dim] or [heads, head_dim], dtype of k or float32, optional
         Gains of an RMS norm over every head: x * gain / sqrt(mean(x**2) + norm_eps).
     norm_eps : float
+    norm_is_rms : bool
+        False: x - mean(x) in place of x, a layer norm.
+    q_len : int, optional
+        The tokens are `q_len` new ones of each sequence, one sequence after another. `positions` and `rope_rows` are
+        then [tokens / q_len], of the first of them, and token t is of sequence ``t // q_len``. Negative rows of the
+        tables count as 0 (left padding), a negative position skips the sequence.
+    rope_base : int
+        With `q_len`: added to `rope_rows`, or what stands for them where there are neither they nor `positions`. -1
+        adds nothing, but makes negative `rope_rows` 0 before the tokens after the first are counted from there.
     logn_max_position : int, optional
         Queries at a 0-based position p past it are multiplied by log(p) / log(logn_max_position).
     key_stride, key_offset : int
@@ -325,8 +366,9 @@ def kv_append(k, v, k_cache, v_cache, /, *, slots=None, block_table=None, positi
     xp = array_namespace("kv_append", k=k, v=v, q=q, q_out=q_out, cos=cos, sin=sin, **biases, **norms, **indices,
                          **tables, **{name: array for side in sides for name, array in side.arrays.items()})
     tokens, heads, kv_heads, head_dim, head_dim_v, dtype = _check_new(k, v, q)
+    entries = _check_q_len(tokens, q_len, rope_base)
     if positions is not None:
-        check_index("positions", positions, tokens, "[tokens]")
+        check_index("positions", positions, *entries)
     if k is None:
         places = no_places(k_cache=k_cache, v_cache=v_cache, slots=slots, block_table=block_table,
                            batch_indices=batch_indices, readonly_tokens=readonly_tokens)
@@ -335,18 +377,20 @@ def kv_append(k, v, k_cache, v_cache, /, *, slots=None, block_table=None, positi
             raise ValueError("kv_append: k_cache and v_cache must be given with k and v, got None")
         _check_caches(*sides, caches, kv_heads, head_dim, head_dim_v)
         places = prepare_places(slots, block_table, positions, batch_indices, readonly_tokens, key_stride, key_offset,
-                                tokens)
+                                tokens, q_len)
         check_blocks(places, k_cache=k_cache, v_cache=v_cache)
-    rotary_dim = _check_rope(tokens, head_dim, cos, sin, rope_rows, positions, style, rotary_dim)
+    rotary_dim = _check_rope(entries, head_dim, cos, sin, rope_rows, positions, q_len, style, rotary_dim)
     gain = _check_steps(heads, kv_heads, head_dim, head_dim_v, dtype, biases, norms)
     check_number("kv_append", "norm_eps", norm_eps, least=0)
+    check_flag("kv_append", "norm_is_rms", norm_is_rms)
     q_out = _check_queries(xp, q, q_out, dtype, positions, logn_max_position)
     if tokens == 0 or head_dim == 0 or heads + kv_heads == 0:
         return q_out
     if xp is np or env.check():
         if rotary_dim:
-            name, rows = ("positions", positions) if rope_rows is None else ("rope_rows", rope_rows)
-            check_range(name, to_host(rows), -1, cos.shape[0], "the rows of cos and sin or -1 to skip the token")
+            name = "rope_rows" if rope_rows is not None else "positions" if positions is not None else "rope_base"
+            rows = _host_rows(tokens, positions, rope_rows, q_len, rope_base)
+            check_range(name, rows, -1, cos.shape[0], "the rows of cos and sin or -1 to skip the token")
         check_places(places, caches)
     steps = [a for a in (q, q_out, cos, sin, *biases.values(), *norms.values()) if a is not None]
     plan = _plan_kv_append(
@@ -356,19 +400,25 @@ def kv_append(k, v, k_cache, v_cache, /, *, slots=None, block_table=None, positi
              *(_alignment(side, places.table) for side in sides)]), arch_of(xp))
     launch(plan, make_args(
         plan, k=_heads(k), v=_heads(v), q=_heads(q), q_out=_heads(q_out), **_cache_fields(sides, caches),
-        **places.fields(k_cache), q_bias=row_view(q_bias), k_bias=row_view(k_bias), v_bias=row_view(v_bias), **norms,
+        **places.fields(k_cache), q_bias=row_view(q_bias), k_bias=row_view(k_bias), v_bias=row_view(v_bias),
+        **{name: _gain_view(norm) for name, norm in norms.items()},
         cos=cos, sin=sin, stride_cos=0 if cos is None else strides(cos)[0],
         stride_sin=0 if sin is None else strides(sin)[0], positions=positions, stride_position=stride_of(positions),
         rope_rows=rope_rows, stride_rope_row=stride_of(rope_rows), tokens=tokens, num_heads=heads,
         num_kv_heads=kv_heads, head_dim=head_dim, head_dim_v=head_dim_v, rotary_dim=rotary_dim,
         table_rows=0 if cos is None else cos.shape[0], logn_position=logn_max_position or 0,
         logn_factor=0.0 if logn_max_position is None else 1 / math.log(logn_max_position), norm_eps=norm_eps,
-        reserved=0), buffers=places.buffers)
+        norm_centred=int(not norm_is_rms), q_len=q_len or 0, rope_base=rope_base), buffers=places.buffers)
     return q_out
 
 
 def _heads(array):
     return None if array is None else head_view(array)
+
+
+def _gain_view(gain):
+    """RowView of [heads, head_dim], or of one row for all heads."""
+    return None if gain is None else {"data": gain, "stride_row": 0 if gain.ndim == 1 else strides(gain)[0]}
 
 
 def _cache_fields(sides, caches):

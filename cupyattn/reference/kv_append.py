@@ -25,12 +25,13 @@ def _place(token, num_pages, page_size, slots, block_table, positions, batch_ind
     return (page, slot) if 0 <= page < num_pages else None
 
 
-def _finish(x, bias, gain, eps, cos, sin, rows, style, rotary_dim):
+def _finish(x, bias, gain, eps, is_rms, cos, sin, rows, style, rotary_dim):
     """Bias, norm and RoPE of x [tokens, heads, dims] in float64."""
     y = x.astype(np.float64)
     if bias is not None:
         y = y + bias.astype(np.float64)
     if gain is not None:
+        y = y if is_rms else y - y.mean(-1, keepdims=True)
         y = y / np.sqrt((y * y).mean(-1, keepdims=True) + eps) * gain.astype(np.float64)
     if cos is not None:
         y = rope(y, cos=cos, sin=sin, positions=rows, style=style, rotary_dim=rotary_dim)
@@ -54,20 +55,29 @@ def _store(cache, place, rows):
 
 def kv_append(k, v, k_cache, v_cache, /, *, slots=None, block_table=None, positions=None, batch_indices=None, q=None,
               cos=None, sin=None, rope_rows=None, style="neox", rotary_dim=None, q_bias=None, k_bias=None, v_bias=None,
-              q_norm=None, k_norm=None, norm_eps=1e-6, logn_max_position=None, key_stride=1, key_offset=0,
-              readonly_tokens=None):
+              q_norm=None, k_norm=None, norm_eps=1e-6, norm_is_rms=True, q_len=None, rope_base=0,
+              logn_max_position=None, key_stride=1, key_offset=0, readonly_tokens=None):
     """Write k, v [tokens, num_kv_heads, head_dim] into caches, arrays or QuantizedKV; returns finished queries.
 
     Queries are float64 [tokens, num_heads, head_dim]. Keys and values are rounded to their own dtype, then the cache's.
     """
     tokens = len(q if k is None else k)
+    if q_len is not None:
+        steps, entries = np.arange(tokens) % q_len, np.arange(tokens) // q_len
+        if rope_rows is not None or positions is None:
+            first = np.zeros(tokens // q_len, np.int64) if rope_rows is None else rope_rows.astype(np.int64)
+            first = np.maximum(first, 0) if rope_base < 0 else first + rope_base
+            rope_rows = np.maximum(first[entries] + steps, 0)
+        if positions is not None:
+            positions = np.where(positions[entries] < 0, -1, positions[entries] + steps)
+            batch_indices = entries
     rows = rope_rows if rope_rows is not None else positions if positions is not None else np.zeros(tokens, np.int32)
     if positions is not None:
         rows = np.where(positions < 0, -1, rows)
     turn = (cos, sin, rows, style, rotary_dim)
     if k is not None:
-        keys = _finish(k, k_bias, k_norm, norm_eps, *turn).astype(k.dtype)
-        values = _finish(v, v_bias, None, norm_eps, None, None, None, None, None).astype(v.dtype)
+        keys = _finish(k, k_bias, k_norm, norm_eps, norm_is_rms, *turn).astype(k.dtype)
+        values = _finish(v, v_bias, None, norm_eps, True, None, None, None, None, None).astype(v.dtype)
         for token in range(tokens):
             place = _place(token, *k_cache.shape[:2], slots, block_table, positions, batch_indices, readonly_tokens,
                            key_stride, key_offset)
@@ -76,7 +86,7 @@ def kv_append(k, v, k_cache, v_cache, /, *, slots=None, block_table=None, positi
                 _store(v_cache, place, values[token])
     if q is None:
         return None
-    queries = _finish(q, q_bias, q_norm, norm_eps, *turn)
+    queries = _finish(q, q_bias, q_norm, norm_eps, norm_is_rms, *turn)
     if logn_max_position is not None:
         late = positions > logn_max_position
         queries[late] *= (np.log(positions[late]) / np.log(logn_max_position))[:, None, None]

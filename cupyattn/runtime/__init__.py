@@ -2,8 +2,18 @@
 """Compiling and launching: the only code that does either."""
 
 from .bound import Bound
-from .launch import arch_of, arrival_counters, compile_all, compile_first, launch, profiling, recording, workspace
+from .launch import (
+    arch_of,
+    arrival_counters,
+    compile_all,
+    compile_first,
+    launch,
+    layer_workspace,
+    profiling,
+    recording,
+    workspace,
+)
 from .plan import Plan, Specialisation, make_args
 
 __all__ = ["Bound", "Plan", "Specialisation", "arch_of", "arrival_counters", "compile_all", "compile_first", "launch",
-           "make_args", "profiling", "recording", "workspace"]
+           "layer_workspace", "make_args", "profiling", "recording", "workspace"]

@@ -208,6 +208,11 @@ def workspace(xp, nbytes):
     return _block(xp, "workspace", nbytes)
 
 
+def layer_workspace(xp, nbytes, use="layer"):
+    """Scratch as `workspace`, for what a layer keeps from one op to the next: a block for each `use`, none the ops'."""
+    return _block(xp, use, nbytes)
+
+
 def arrival_counters(xp, count):
     """int32 [count or more], all zero, for kernels that count arrivals and reset what they have counted.
 

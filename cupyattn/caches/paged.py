@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PagedCache: keys and values of every layer in pools of pages."""
+
+import numpy as np
+
+from ..kv_formats import FLOATS, check_head_dim, dtype_of
+from ..kv_formats import FORMATS as QUANTIZED
+from ..pages import PageManager
+from ..quantized_kv import QuantizedKV
+from ..runtime.checks import check_number
+
+FORMATS = (*FLOATS, *QUANTIZED)
+
+
+class PagedCache:
+    """Keys and values of every layer in pools of pages, and who owns which page.
+
+    It knows no lengths: those of a step are in its `Params` or `PagedParams`. Slots nobody has written hold garbage.
+
+    Parameters
+    ----------
+    num_layers, num_pages, page_size, num_kv_heads, head_dim : int
+        Sizes; page_size in tokens.
+    dtype : str
+        "float16", "bfloat16" or "float32": of the activations, and of the pools without a format.
+    k_format, v_format : str, optional
+        Of keys and of values: a format of `QuantizedKV`, or a dtype (then of both). Default `dtype`; v_format: as
+        k_format.
+    scales : (k scales, v scales), optional
+        For formats whose scales are known beforehand: None, or an array for each layer, see `QuantizedKV`. Without
+        them int8_symmetric and int8_channel have scales of 1, and fp8 makes scales per token and head.
+    xp : numpy or cupy
+        Where the pools are. Default numpy.
+
+    Attributes
+    ----------
+    k, v : list of ndarray or QuantizedKV
+        One per layer, [num_pages, page_size, num_kv_heads, head_dim].
+    pages : PageManager
+    k_format, v_format : str
+        As given, or the dtype.
+    nbytes : int
+        Of all pools, scales included.
+
+    Raises
+    ------
+    ValueError
+        An unknown format or dtype, two plain dtypes that differ, sizes or scales that do not fit.
+    MemoryError
+        There is no room.
+
+    Examples
+    --------
+    >>> import cupyattn
+    >>> cache = cupyattn.PagedCache(2, 8, 16, 4, 64, k_format="hadamard8", v_format="hadamard4")
+    >>> cache
+    PagedCache(2 layers, 8 pages of 16 tokens, 4 heads of 64, hadamard8/hadamard4, 106496 bytes, 8 pages free)
+    >>> cache.pages.allocate_tokens(20)
+    [0, 1]
+    """
+
+    def __init__(self, num_layers, num_pages, page_size, num_kv_heads, head_dim, *, dtype="float16", k_format=None,
+                 v_format=None, scales=None, xp=np):
+        sizes = {"num_layers": num_layers, "num_pages": num_pages, "page_size": page_size,
+                 "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        for name, size in sizes.items():
+            check_number("PagedCache", name, size, least=0 if name == "num_pages" else 1, integer=True)
+        self.num_layers, self.num_pages, self.page_size = int(num_layers), int(num_pages), int(page_size)
+        self.num_kv_heads, self.head_dim = int(num_kv_heads), int(head_dim)
+        self.dtype, self.xp = _dtype_name(dtype), xp
+        self.k_format = self.dtype if k_format is None else k_format
+        self.v_format = self.k_format if v_format is None else v_format
+        formats = self.k_format, self.v_format
+        for name, format in zip(("k_format", "v_format"), formats, strict=True):
+            if format not in FORMATS:
+                raise ValueError(f"PagedCache: {name} must be one of {', '.join(FORMATS)}, got {format!r}")
+            if format in QUANTIZED:
+                check_head_dim(format, head_dim, "PagedCache")
+        if formats[0] != formats[1] and all(format in FLOATS for format in formats):
+            raise ValueError(f"PagedCache: v_format must be {formats[0]} like k_format or one of "
+                             f"{', '.join(QUANTIZED)}, got {formats[1]}")
+        self.k, self.v = (
+            [self._pool(format, scale) for scale in self._scales(name, given)]
+            for name, format, given in zip(("k scales", "v scales"), formats, scales or (None, None), strict=True))
+        self.pages = PageManager(num_pages, page_size)
+
+    @classmethod
+    def contiguous(cls, num_layers, batch_size, max_seq_len, num_kv_heads, head_dim, **options):
+        """A cache with one page for each sequence: page b is sequence b, and no page is free.
+
+        Parameters
+        ----------
+        num_layers, batch_size, max_seq_len, num_kv_heads, head_dim : int
+            `max_seq_len` tokens fit each sequence.
+        **options
+            As for `PagedCache`.
+        """
+        cache = cls(num_layers, batch_size, max_seq_len, num_kv_heads, head_dim, **options)
+        cache.pages.allocate(cache.num_pages)
+        return cache
+
+    def _scales(self, name, given):
+        """A scale, or None, for each layer."""
+        if given is None:
+            return [None] * self.num_layers
+        if len(given) != self.num_layers:
+            raise ValueError(f"PagedCache: scales must hold one of {name} for each of the {self.num_layers} layers, "
+                             f"got {len(given)}")
+        return given
+
+    def _pool(self, format, scale):
+        """Keys or values of one layer."""
+        shape = self.num_pages, self.page_size, self.num_kv_heads, self.head_dim
+        if format in FLOATS:
+            if scale is not None:
+                raise ValueError(f"PagedCache: scales must be None for {format}, got an array")
+            return self.xp.empty(shape, dtype_of(format))
+        granularity = "token" if scale is None and format.startswith("fp8") else None
+        return QuantizedKV.empty(*shape, format=format, dtype=self.dtype, granularity=granularity, scale=scale,
+                                 xp=self.xp)
+
+    @property
+    def nbytes(self):
+        """Bytes of all pools, scales included."""
+        return sum(pool.nbytes for pool in (*self.k, *self.v))
+
+    def to(self, xp):
+        """This cache with its pools on `xp` (numpy or cupy); itself when they are there. Both share `pages`."""
+        if xp is self.xp:
+            return self
+        move = self.xp.asnumpy if xp is np else xp.asarray
+        other = object.__new__(PagedCache)
+        other.__dict__.update(self.__dict__, xp=xp)
+        other.k, other.v = ([pool.to(xp) if isinstance(pool, QuantizedKV) else move(pool) for pool in pools]
+                            for pools in (self.k, self.v))
+        return other
+
+    def __repr__(self):
+        format = self.k_format if self.k_format == self.v_format else f"{self.k_format}/{self.v_format}"
+        return (f"PagedCache({self.num_layers} layers, {self.num_pages} pages of {self.page_size} tokens, "
+                f"{self.num_kv_heads} heads of {self.head_dim}, {format}, {self.nbytes} bytes, "
+                f"{self.pages.num_free} pages free)")
+
+
+def _dtype_name(dtype):
+    """Name of a plain dtype."""
+    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    if name not in FLOATS:
+        raise ValueError(f"PagedCache: dtype must be {', '.join(FLOATS)}, got {name!r}")
+    return name

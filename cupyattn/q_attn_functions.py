@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ExLlamaV2's functions over QAttn: same names, order of arguments and effects; objects in place of handles."""
+
+from .lora import LoRA
+from .q_attn import QAttn
+
+ROPE_STYLE_NONE, ROPE_STYLE_GPTJ, ROPE_STYLE_NEOX = 0, 1, 2
+
+
+def make_q_attn(layernorm, layernorm_bias, layernorm_is_rms, norm_epsilon, q_q_proj, q_k_proj, q_v_proj, q_o_proj,
+                temp_state, temp_dq, max_rows, hidden_size, num_heads, num_kv_heads, head_dim, max_seq_len,
+                has_residual, rope_style, sincos_size=None, q_norm=None, k_norm=None, post_layernorm=None,
+                post_layernorm_bias=None, residual_fp32=False, use_graphs=False, *, headnorm_is_rms=True, q_bias=None,
+                k_bias=None, v_bias=None, o_bias=None, dtype="float16", xp=None):
+    """A `QAttn`, by ExLlamaV2's arguments in their order.
+
+    Parameters
+    ----------
+    layernorm, layernorm_bias : ndarray or None
+        See `QAttn`, also for all others; None stands for an absent tensor.
+    layernorm_is_rms : bool
+    norm_epsilon : float
+    q_q_proj, q_k_proj, q_v_proj, q_o_proj : QMatrix or ndarray
+    temp_state, temp_dq : ndarray or None
+    max_rows, hidden_size, num_heads, num_kv_heads, head_dim, max_seq_len : int
+    has_residual : bool
+    rope_style : int or str
+    sincos_size : int, optional
+    q_norm, k_norm, post_layernorm, post_layernorm_bias : ndarray, optional
+    residual_fp32, use_graphs : bool
+    headnorm_is_rms : bool
+    q_bias, k_bias, v_bias, o_bias : ndarray, optional
+    dtype : str
+    xp : numpy or cupy, optional
+
+    Returns
+    -------
+    QAttn
+        ExLlamaV2 returns a number.
+    """
+    return QAttn(**locals())
+
+
+def free_q_attn(q_attn):
+    """Let go of a layer's weights.
+
+    Parameters
+    ----------
+    q_attn : QAttn
+
+    Raises
+    ------
+    ValueError
+        From later calls of the layer.
+    """
+    q_attn.close()
+
+
+def q_attn_forward_1(q_attn, x, batch_size, q_len, past_len, past_lens, q_temp, k_temp, v_temp, sin, cos, loras=(),
+                     loras_temp=None):
+    """Queries, keys and values of new tokens: `QAttn.forward_1`.
+
+    Parameters
+    ----------
+    q_attn : QAttn
+    x : ndarray
+        See `QAttn.forward_1`, also for the others.
+    batch_size, q_len, past_len : int
+    past_lens : ndarray or None
+    q_temp, k_temp, v_temp : ndarray
+        Filled.
+    sin, cos : ndarray or None
+    loras : sequence
+        Keys of `q_attn_set_loras`; those this layer does not have are skipped.
+    loras_temp : ndarray, optional
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `QAttn.forward_1`.
+    """
+    q_attn.forward_1(x, batch_size, q_len, past_len, past_lens, q_temp, k_temp, v_temp, sin, cos,
+                     _known(q_attn, loras), loras_temp)
+
+
+def q_attn_forward_2(q_attn, x, attn_output, batch_size, q_len, loras=(), loras_temp=None):
+    """Output projection and residual: `QAttn.forward_2`.
+
+    Parameters
+    ----------
+    q_attn : QAttn
+    x : ndarray
+        Changed in place.
+    attn_output : ndarray
+        See `QAttn.forward_2`, also for the others.
+    batch_size, q_len : int
+    loras : sequence
+        Keys of `q_attn_set_loras`; those this layer does not have are skipped.
+    loras_temp : ndarray, optional
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `QAttn.forward_2`.
+    """
+    q_attn.forward_2(x, attn_output, batch_size, q_len, _known(q_attn, loras), loras_temp)
+
+
+def q_attn_set_loras(q_attn, q_proj_lora_a, q_proj_lora_b, k_proj_lora_a, k_proj_lora_b, v_proj_lora_a, v_proj_lora_b,
+                     o_proj_lora_a, o_proj_lora_b):
+    """The adapters that calls can name, in place of those of an earlier call: `QAttn.set_loras`.
+
+    Parameters
+    ----------
+    q_attn : QAttn
+    q_proj_lora_a : dict of key to ndarray [in_features, rank]
+        By adapter.
+    q_proj_lora_b : dict of key to ndarray [rank, out_features]
+        Scale included.
+    k_proj_lora_a, k_proj_lora_b, v_proj_lora_a, v_proj_lora_b, o_proj_lora_a, o_proj_lora_b : dict
+        Likewise.
+
+    Returns
+    -------
+    int
+        The largest rank of all projections and adapters, 0 for none.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A matrix that does not fit its projection, or one of a pair without the other.
+    """
+    given = {"q": (q_proj_lora_a, q_proj_lora_b), "k": (k_proj_lora_a, k_proj_lora_b),
+             "v": (v_proj_lora_a, v_proj_lora_b), "o": (o_proj_lora_a, o_proj_lora_b)}
+    adapters = {}
+    for p, (a, b) in given.items():
+        for key in (*a, *b):
+            if key not in a or key not in b:
+                half, other = ("a", "b") if key in a else ("b", "a")
+                raise ValueError(f"q_attn_set_loras: {p}_proj_lora_{other} must have {key!r} like "
+                                 f"{p}_proj_lora_{half}, got none")
+            adapters.setdefault(key, {})[p] = LoRA(a[key].T, b[key].T)
+    return q_attn.set_loras(adapters)
+
+
+def _known(q_attn, loras):
+    return [key for key in loras or () if key in q_attn.loras.names]

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments of QAttn's constructor as its kernels take them."""
+
+import sys
+from typing import NamedTuple
+
+import numpy as np
+
+from .devices import to_host
+from .quant import QMatrix
+from .runtime.arrays import dtype_name
+from .runtime.checks import FLOATS
+from .runtime.structs import address
+
+OP = "QAttn"
+STYLES = (None, "interleaved", "neox")   # by the numbers of ExLlamaV2's ROPE_STYLE_*
+_NAMES = {"none": 0, "gptj": 1, "interleaved": 1, "neox": 2}
+_tables = {}   # (where, form) of tables of another form -> (they, cos, sin), the latest
+
+
+class Linear(NamedTuple):
+    """Columns `start` to `stop` of a buffer are x @ matrixᵀ + bias."""
+
+    matrix: QMatrix
+    bias: object   # float32 [rows], or None
+    start: int
+    stop: int
+
+
+def rope_style(style):
+    """"neox", "interleaved" or None, from ExLlamaV2's number or a name."""
+    number = _NAMES.get(style, -1) if isinstance(style, str) else 0 if style is None else style
+    if isinstance(number, bool) or number not in (0, 1, 2):
+        raise ValueError(f"{OP}: rope_style must be 0 (none), 1 (GPT-J), 2 (NeoX) or {', '.join(_NAMES)}, got "
+                         f"{style!r}")
+    return STYLES[number]
+
+
+def matrix(name, weight, shape, axes):
+    """`weight`, a QMatrix or an array, as a QMatrix of that shape."""
+    if not isinstance(weight, QMatrix):
+        if not hasattr(weight, "dtype"):
+            raise TypeError(f"{OP}: {name} must be a QMatrix or an array, got {type(weight).__name__}")
+        if weight.shape != shape:
+            raise ValueError(f"{OP}: {name} must be {axes} = {list(shape)}, got {list(weight.shape)}")
+        weight = QMatrix.from_dense(weight)
+    if weight.shape != shape:
+        raise ValueError(f"{OP}: {name} must be {axes} = {list(shape)}, got {list(weight.shape)}")
+    return weight
+
+
+def vector(name, array, shapes, xp):
+    """float32 array on `xp` of one of `shapes`; None for None."""
+    if array is None:
+        return None
+    if not hasattr(array, "dtype") or dtype_name(array) not in FLOATS:
+        raise TypeError(f"{OP}: {name} must be a {', '.join(FLOATS)} array, got "
+                        f"{dtype_name(array) if hasattr(array, 'dtype') else type(array).__name__}")
+    if array.shape not in shapes:
+        raise ValueError(f"{OP}: {name} must be {' or '.join(str(list(s)) for s in shapes)}, got {list(array.shape)}")
+    if array.dtype == np.float32 and not isinstance(array, np.ndarray) and xp is not np:
+        return xp.ascontiguousarray(array)
+    return xp.asarray(np.ascontiguousarray(to_host(array), np.float32))
+
+
+def joined(matrices, biases, xp):
+    """Linears of the rows of all, in order; neighbours of one format and order of columns are one matrix.
+
+    Joined where the matrices are, then moved to `xp`.
+    """
+    groups = []   # [QMatrix, biases of its parts, their rows]
+    for m, bias in zip(matrices, biases, strict=True):
+        if groups:
+            try:
+                groups[-1] = [QMatrix.concat([groups[-1][0], m]), [*groups[-1][1], bias],
+                              [*groups[-1][2], m.shape[0]]]
+                continue
+            except ValueError:   # another format or order of columns, or rows that do not fill tiles
+                pass
+        groups.append([m, [bias], [m.shape[0]]])
+    linears, start = [], 0
+    for whole, parts, rows in groups:
+        bias = None
+        if any(part is not None for part in parts):
+            bias = xp.asarray(np.concatenate([np.zeros(n, np.float32) if part is None else to_host(part)
+                                              for part, n in zip(parts, rows, strict=True)]))
+        linears.append(Linear(whole.to(xp), bias, start, start + whole.shape[0]))
+        start += whole.shape[0]
+    return tuple(linears)
+
+
+def check_scratch(name, array, least):
+    """A scratch array of the seed's signature is large enough."""
+    if array is not None and array.size < least:
+        raise ValueError(f"{OP}: {name} must have at least {least} elements, got {array.size}")
+
+
+def tables(sin, cos, style, rotary_dim, xp):
+    """(cos, sin) float32 [rows, rotary_dim / 2] from tables of that form or of ExLlamaV2's."""
+    if sin is None or cos is None:
+        raise ValueError(f"{OP}: sin and cos must be given with rope_style {style}, got "
+                         f"{'neither' if sin is cos else 'one of them'}")
+    half = rotary_dim // 2
+    if cos.ndim == 2 and cos.shape[1] == half and cos.dtype == np.float32 == sin.dtype and sin.shape == cos.shape:
+        return cos, sin
+    for name, table in (("sin", sin), ("cos", cos)):
+        if dtype_name(table) not in FLOATS:
+            raise TypeError(f"{OP}: {name} must be {', '.join(FLOATS)}, got {dtype_name(table)}")
+        if table.shape != cos.shape or table.ndim < 2 or table.shape[-1] not in (half, rotary_dim) \
+                or table.size != table.shape[-2] * table.shape[-1]:
+            raise ValueError(f"{OP}: {name} must be [positions, {half}] or [1, 1, positions, {rotary_dim}] for "
+                             f"{rotary_dim} rotated dims, got {list(table.shape)}")
+    key = (xp.__name__, style, *((address(t), t.shape, t.strides, dtype_name(t)) for t in (sin, cos)))
+    found = _tables.get(key)
+    if found is None:
+        step = 2 if style == "interleaved" and cos.shape[-1] == rotary_dim else 1   # every pair is there twice
+        made = [xp.asarray(np.ascontiguousarray(to_host(t).reshape(t.shape[-2:])[:, :half * step:step], np.float32))
+                for t in (cos, sin)]
+        while len(_tables) >= 16:
+            _tables.pop(next(iter(_tables)))
+        found = _tables[key] = (sin, cos, *made)   # holds the given ones: their addresses stay theirs
+    return found[2:]
+
+
+def kind_of(weight, xp):
+    """numpy or cupy: `xp`, or where a QMatrix or an array is."""
+    if xp is not None:
+        return xp
+    if isinstance(weight, QMatrix):
+        return weight.xp
+    cupy = sys.modules.get("cupy")
+    return cupy if cupy is not None and isinstance(weight, cupy.ndarray) else np
