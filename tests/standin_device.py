@@ -124,6 +124,17 @@ def ndarray_fill(self, value):
     enqueue(lambda: host(self).fill(value))
 
 
+def ndarray_iadd(self, other):
+    enqueue(lambda: np.add(host(self), host(other) if isinstance(other, cupy.ndarray) else other, out=host(self)))
+    return self
+
+
+def ndarray_astype(self, dtype, order="K", casting=None, subok=None, copy=True):
+    made = cupy.empty(self.shape, dtype)
+    enqueue(lambda: np.copyto(host(made), host(self), casting="unsafe"))
+    return made
+
+
 def ndarray_copy(self, order="C"):
     copied = cupy.empty(self.shape, self.dtype)
     enqueue(lambda: np.copyto(host(copied), host(self)))

@@ -13,10 +13,10 @@ from .checkpoint import quantization_config, read_layer, reader
 from .coded import FLOAT8
 from .packed import check_module, cupy_of, on_host
 from .safetensors_file import Safetensors
+from .shards import SEGMENT_ARRAYS
 from .tensors import check_matrix
 
 _CHUNK_BYTES = 1 << 19   # of codes read at a time, so that reader and packer meet in the cache
-_SEGMENT_ARRAYS = ("codes", "scale", "zero", "minimum", "super_scale", "super_minimum")
 
 
 class Constructors:
@@ -394,7 +394,7 @@ def _repack(weights, **keywords):
 def _repacked(segment, cupy):
     """A Segment of NumPy arrays as a PackedSegment on the device: moved as it is and packed there."""
     segment = layout.with_whole_supers(segment)
-    arrays = {name: getattr(segment, name) for name in _SEGMENT_ARRAYS if getattr(segment, name) is not None}
+    arrays = {name: getattr(segment, name) for name in SEGMENT_ARRAYS if getattr(segment, name) is not None}
     scale_dtype = segment.scale.dtype.name if segment.scale.dtype.name.startswith("float8") else None
     if scale_dtype is not None:   # CuPy has no such dtype
         arrays["scale"] = segment.scale.view(np.uint8)

@@ -11,7 +11,7 @@ class QExperts(Packed):
     (gpt-oss) are read as one QMatrix with all their rows and cut up:
 
         whole = QMatrix.from_mxfp4(tensors)                     # blocks [experts, out, in / 32, 16]
-        experts = QMatrix.stack([whole.row_shard(e, count) for e in range(count)])    # out a multiple of 16
+        experts = QMatrix.stack([whole.row_range(e * out, e * out + out) for e in range(count)])
 
     Attributes
     ----------

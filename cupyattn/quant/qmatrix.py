@@ -13,7 +13,8 @@ class QMatrix(Constructors, Packed):
     """A weight matrix in the kernels' layout; ``y = x @ W.T`` by `matmul`.
 
     Made from a checkpoint by `from_safetensors`, or from arrays by the `from_` of their format; from numbers by
-    `quantize` and `from_dense`; from others by `concat`, `row_shard` and `column_shard`; from a file by `load`.
+    `quantize` and `from_dense`; from others by `concat`, `row_shard`, `row_range`, `column_shard` and `column_range`;
+    from a file by `load`.
 
     Attributes
     ----------
@@ -87,9 +88,24 @@ class QMatrix(Constructors, Packed):
         -----
         Take shards of q, k and v, gate and up before `concat`, not after.
         """
-        start, stop = shards.shard_range(self.shape[0], rank, size)
-        segments = shards.slice_rows(self.segments, start, stop)
-        return QMatrix(self.format, (stop - start, self.shape[1]), segments, self.order)
+        return self.row_range(*shards.shard_range(self.shape[0], rank, size))
+
+    def row_range(self, start, stop):
+        """The rows `start` up to `stop`: what multiplies x to columns `start` up to `stop` of y.
+
+        Parameters
+        ----------
+        start, stop : int
+            With both multiples of 16, or `stop` out_features, the result is a view of this matrix's arrays; otherwise
+            the rows are packed anew.
+        """
+        shards.check_range(self.shape[0], start, stop, "out_features")
+        shape, tile = (stop - start, self.shape[1]), layout.TILE_ROWS
+        if start % tile == 0 and (stop % tile == 0 or stop == self.shape[0]):
+            return QMatrix(self.format, shape, shards.slice_rows(self.segments, start, stop), self.order)
+        first = start // tile * tile
+        last = min(-(-stop // tile) * tile, self.shape[0])
+        return self.row_range(first, last)._packed_anew(slice(start - first, stop - first), slice(0, self.shape[1]))
 
     def column_shard(self, rank, size):
         """The columns of one of `size` ranks: tensor parallel over in_features.
@@ -114,14 +130,28 @@ class QMatrix(Constructors, Packed):
         parts of groups in act-order, of any size, are filled up to a multiple of 32 columns each, so such a shard is
         larger than its share.
         """
-        start, stop = shards.shard_range(self.shape[1], rank, size)
+        return self.column_range(*shards.shard_range(self.shape[1], rank, size))
+
+    def column_range(self, start, stop):
+        """The columns `start` up to `stop`, a multiple of 8 many: what multiplies ``x[..., start:stop]``.
+
+        See the notes of `column_shard`.
+        """
+        shards.check_range(self.shape[1], start, stop, "in_features")
+        return self._packed_anew(slice(0, self.shape[0]), slice(start, stop))
+
+    def _packed_anew(self, rows, columns):
+        """A copy of some rows and columns of x."""
         here = self.to(np)
         if here.segments[0].form.kind in layout.DENSE:
             (segment,) = here.segments
-            weight = layout.unpack_codes(segment.codes, segment.form)[:self.shape[0], start:stop]
-            return QMatrix.from_dense(weight, xp=self.xp)
+            return QMatrix.from_dense(layout.unpack_codes(segment.codes, segment.form)[rows, columns], xp=self.xp)
         weight = layout.unpack(here.segments, here.order, self.format, self.shape)
-        return QMatrix.from_coded(shards.slice_columns(weight, start, stop), xp=self.xp)
+        if rows != slice(0, self.shape[0]):
+            weight = shards.slice_coded_rows(weight, rows.start, rows.stop)
+        if columns != slice(0, self.shape[1]):
+            weight = shards.slice_columns(weight, columns.start, columns.stop)
+        return QMatrix.from_coded(weight, xp=self.xp)
 
     def matmul(self, x, /, *, bias=None, accumulate=False, invariant=False, out=None):
         """``x @ W.T``: the same as `cupyattn.quant_gemm` ``(x, self, ...)``."""
