@@ -17,8 +17,9 @@ is ahead from
 
 on, with F = 790 TFLOP/s and BW = 4.3 TB/s measured on an H200 and F1 = 300 TFLOP/s as expected of fused mma.sync:
 253 tokens with 4 bits, 282 with 8. Other GPUs have about these ratios. A GPU's CUDA cores are so far from BLAS that
-INVARIANT_TOKENS is what counts. The CPU executor is level with NumPy at 16 to 64 tokens
-and takes 1.6 to 2.5 times as long at 128 (measured on two cores), where its BLAS begins.
+INVARIANT_TOKENS is what counts. On the CPU BLAS must be asked for, by runtime.cpu.settings(blas=True),
+and begins at _HOST_TOKENS: it takes 0.6 to 0.95 of the executor's time in CPU seconds, but its threads wait for each
+other, and where they share cores with other work 128 to 512 tokens take 2 to 10 times as long (measured on two cores).
 
 What BLAS may round: weights, to the type of x. The error of out stays within its bound (relative Frobenius 3e-4 for
 float16, 1e-5 for float32) where that is exact or float16 from float16 scales; all else is left to the fused kernels.
@@ -66,7 +67,7 @@ def fused_until(bits_per_weight):
 def blas_objection(product, arch, installed):
     """Why `product` cannot be left to BLAS, or None."""
     if not installed:
-        return "no cuBLAS installed"
+        return "not in the executor's settings" if arch == "cpu" else "no cuBLAS installed"
     if arch == "cpu":
         return None   # weights, x and sums are float32
     if product.bias and product.accumulate:
@@ -97,7 +98,7 @@ def _from_float16(form):
 def by_blas(product, version, arch, installed):
     """(Whether BLAS multiplies, why) by the model above, for more than INVARIANT_TOKENS tokens.
 
-    `version` is the fused kernel's: "mma" or "core"; `installed` whether there is a BLAS for `arch`.
+    `version` is the fused kernel's: "mma" or "core"; `installed` whether a BLAS may be used for `arch`.
     """
     objection = blas_objection(product, arch, installed)
     if objection is not None:

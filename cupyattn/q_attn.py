@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .kv_formats import dtype_of
 from .lora import Adapters
 from .ops.attention import attention
 from .ops.embedding import embedding
@@ -18,7 +17,7 @@ from .params import Params
 from .q_attn_step import block_borders, steps_of
 from .q_attn_weights import check_scratch, joined, kind_of, matrix, rope_style, tables, vector
 from .runtime import layer_workspace
-from .runtime.arrays import array_namespace, as_rows, dtype_name
+from .runtime.arrays import array_namespace, as_rows, dtype_name, dtype_of
 from .runtime.checks import FLOATS, check_number
 from .runtime.structs import address
 

@@ -56,4 +56,43 @@ struct StagedScales<SuperScales<S, Super, MODE_, GROUPS>> : StagedScales<Scales<
   }
 };
 
+// Scales as float32, products made: the kind that `expand` writes.
+template <typename Kind>
+struct FloatScales {
+  using Same = Kind;
+  using Floats = NoScales;
+};
+template <typename S, Mode MODE, int GROUPS>
+struct FloatScales<Scales<S, MODE, GROUPS>> {
+  using Same = Scales<S, MODE, GROUPS>;
+  using Floats = Scales<float, MODE, GROUPS>;
+};
+template <typename S, typename Super, Mode MODE, int GROUPS>
+struct FloatScales<SuperScales<S, Super, MODE, GROUPS>> {
+  using Same = SuperScales<S, Super, MODE, GROUPS>;
+  using Floats = Scales<float, MODE, GROUPS>;
+};
+template <Mode MODE, int GROUPS>
+struct FloatScales<Scales<float, MODE, GROUPS>> {
+  using Same = Scales<float, MODE, GROUPS>;
+  using Floats = NoScales;  // no need to
+};
+
+// One record and what is above it as a record of FloatScales.
+template <typename Kind, int GROUPS>
+__device__ __forceinline__ void expand(const uint8_t* record, const uint8_t* above, uint8_t* to) {
+  constexpr int COUNT = (Kind::MODE == PLAIN ? 2 : 4) * GROUPS;
+#pragma unroll
+  for (int i = 0; i < COUNT; i += 4) {
+    Vec<float, 4> four;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int half = (i + j) / GROUPS % 2, group = (i + j) % GROUPS;
+      four.v[j] = i + j < 2 * GROUPS ? Kind::scale(record, above, half, group)
+                                     : Kind::second(record, above, half, group);
+    }
+    store_vec(reinterpret_cast<float*>(to) + i, four);
+  }
+}
+
 #endif  // CUPYATTN_STAGED_SCALES_CUH

@@ -200,8 +200,33 @@ struct E5M2 {
 // A NaN of e4m3 (codes 0x7f, 0xff), which becomes 480, is none again.
 __device__ __forceinline__ float nan_past_448(float x) { return fabsf(x) > 448.0f ? __uint_as_float(0x7fc00000u) : x; }
 
+// The halves that two codes of e4m3 in the lower 16 bits are, the first one low. Below sm_89 NaN codes read 480.
+__device__ __forceinline__ uint32_t e4m3_halves(uint32_t two) {
+#if !CA_CPU && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<unsigned short>(two)));
+  return halves;
+#else
+  const uint32_t words = (two & 0xffu) << 8 | (two & 0xff00u) << 16;
+  const uint32_t small = (words & 0x80008000u) | (words >> 1 & 0x3f803f80u);
+  const __half2 scaled = __hmul2(reinterpret_cast<const __half2&>(small), __float2half2_rn(E4M3::SCALE));
+  uint32_t halves = reinterpret_cast<const uint32_t&>(scaled);
+#if CA_CPU
+  for (int at = 0; at < 32; at += 16)
+    if ((halves >> at & 0x7fffu) == 0x5f80u) halves |= 0x7fffu << at;
+#endif
+  return halves;
+#endif
+}
+
 template <typename Name>
 __device__ __forceinline__ float fp8_to_float(uint32_t code) {
+#if !CA_CPU && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  if constexpr (Name::SCALE != 1.0f) {
+    const unsigned short half = static_cast<unsigned short>(e4m3_halves(code));
+    return to_float(reinterpret_cast<const __half&>(half));
+  }
+#endif
   const unsigned short bits = static_cast<unsigned short>(Name::half_bits(code));
   const float x = to_float(reinterpret_cast<const __half&>(bits)) * Name::SCALE;
   return Name::SCALE == 1.0f ? x : nan_past_448(x);

@@ -3,6 +3,7 @@
 //
 //   WeightFragments<Codes, T>   Codes of weight_codes.cuh, T of x
 //     PARTS                     operands whose sum is the weights: 1 where T holds every code's number, else 2
+//     FACTOR                    what their sums of products are to be multiplied by
 //     make(words, t, a)         step t, known at compile time, of LaneCodes' words
 //
 // Numbers are those of the codes, centred but not scaled. They are exact; NF4 and FP4 are the sum of their nearest T
@@ -19,6 +20,11 @@
 
 template <typename Codes, typename T>
 struct WeightFragments;
+
+struct OneOperand {
+  static constexpr int PARTS = 1;
+  static constexpr float FACTOR = 1.0f;
+};
 
 // ---- pairs of T ------------------------------------------------------------------------------------------------
 
@@ -71,8 +77,7 @@ __device__ __forceinline__ uint32_t unbiased_pair(uint32_t biased, int at, int c
 // ---- integers --------------------------------------------------------------------------------------------------
 
 template <int BITS, int CENTRE, typename T>
-struct WeightFragments<Ints<BITS, CENTRE>, T> {
-  static constexpr int PARTS = 1;
+struct WeightFragments<Ints<BITS, CENTRE>, T> : OneOperand {
 
   static __device__ __forceinline__ void make(const uint32_t (&words)[BITS], int t, uint32_t (&a)[PARTS][4]) {
     using Ops = PairOps<T>;
@@ -98,8 +103,7 @@ struct WeightFragments<Ints<BITS, CENTRE>, T> {
 
 // Of 8 bits: words of row r, then of row r + 8; bytes 0 and 2 are columns 0 and 1 of a step, 1 and 3 columns 2 and 3.
 template <int CENTRE>
-struct WeightFragments<Ints<8, CENTRE>, __half> {
-  static constexpr int PARTS = 1;
+struct WeightFragments<Ints<8, CENTRE>, __half> : OneOperand {
   static __device__ __forceinline__ void make(const uint32_t (&words)[8], int t, uint32_t (&a)[PARTS][4]) {
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
@@ -111,8 +115,7 @@ struct WeightFragments<Ints<8, CENTRE>, __half> {
 
 // 2^7 leaves room for 7 bits: the eighth is or-ed into another 2^7, of which it makes 2^8.
 template <int CENTRE>
-struct WeightFragments<Ints<8, CENTRE>, __nv_bfloat16> {
-  static constexpr int PARTS = 1;
+struct WeightFragments<Ints<8, CENTRE>, __nv_bfloat16> : OneOperand {
   static __device__ __forceinline__ void make(const uint32_t (&words)[8], int t, uint32_t (&a)[PARTS][4]) {
     using Ops = PairOps<__nv_bfloat16>;
 #pragma unroll
@@ -136,57 +139,81 @@ __host__ __device__ constexpr float bias_factor() {
   return factor;
 }
 
-template <typename T>
-struct WeightFragments<Table<E2M1>, T> : WeightFragments<Ints<4, 0>, T> {
-  static __device__ __forceinline__ void make(const uint32_t (&words)[4], int t, uint32_t (&a)[1][4]) {
-    constexpr int MANTISSA = PairOps<T>::MANTISSA;
+// A half's upper byte is sign, five exponent bits, two of the mantissa: four codes at a time become such bytes, of
+// 2^-14 times the number.
+template <>
+struct WeightFragments<Table<E2M1>, __half> : OneOperand {
+  static constexpr float FACTOR = 16384.0f;
+  static __device__ __forceinline__ void make(const uint32_t (&words)[4], int t, uint32_t (&a)[PARTS][4]) {
+    const uint32_t odd = words[t] & 0xf0f0f0f0u, even = words[t] & 0x0f0f0f0fu;  // pairs 1 and 3, 0 and 2
+    const uint32_t bytes[2] = {(even << 4 | even << 1) & 0x8e8e8e8eu, (odd | odd >> 3) & 0x8e8e8e8eu};
 #pragma unroll
-    for (int pair = 0; pair < 4; ++pair) {
-      const uint32_t sign = words[t] << (12 - 4 * pair) & 0x80008000u;
-      // the lowest bit, 4 * pair, goes to the highest of the mantissa
-      const uint32_t bits = and_or(moved_down(words[t], 4 * pair - (MANTISSA - 1)), twice(7u << (MANTISSA - 1)), sign);
-      a[0][pair] = scaled_pair<T>(bits, bias_factor<2, T>());
+    for (int pair = 0; pair < 4; ++pair) a[0][pair] = __byte_perm(bytes[pair % 2], 0, pair < 2 ? 0x2404 : 0x3414);
+  }
+};
+
+// Of bfloat16 it is sign and the lowest bits of exponent and mantissa in their places, by one multiplication where that
+// is up; 2^-126 times the number.
+template <>
+struct WeightFragments<Table<E2M1>, __nv_bfloat16> : OneOperand {
+  static __device__ __forceinline__ void make(const uint32_t (&words)[4], int t, uint32_t (&a)[PARTS][4]) {
+    constexpr uint32_t PLACES = 0x81c081c0u;
+    const uint32_t word = words[t];
+    const uint32_t bits[4] = {(word & 0x000f000fu) * 0x1040u, (word & 0x00f000f0u) * 0x104u,
+                              (word >> 2 & 0x03c003c0u) * 0x41u, (word & 0xf000f000u) | (word >> 6 & 0x03c003c0u)};
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair)
+      a[0][pair] = scaled_pair<__nv_bfloat16>(bits[pair] & PLACES, bias_factor<2, __nv_bfloat16>());
+  }
+};
+
+// Of codes with so many bits of exponent.
+template <int EXPONENT_BITS>
+__device__ __forceinline__ void make_bfloat16(const uint32_t (&words)[8], int t, uint32_t (&a)[4]) {
+  constexpr int UP = EXPONENT_BITS;  // of a code in the lower byte
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const uint32_t word = words[row * 4 + t];
+    const uint32_t low = and_or(word << UP, twice(0x7fu << UP), word << 8 & 0x80008000u);
+    const uint32_t high = and_or(word >> (8 - UP), twice(0x7fu << UP), word & 0x80008000u);
+    a[row] = scaled_pair<__nv_bfloat16>(low, bias_factor<EXPONENT_BITS, __nv_bfloat16>());
+    a[row + 2] = scaled_pair<__nv_bfloat16>(high, bias_factor<EXPONENT_BITS, __nv_bfloat16>());
+  }
+}
+
+template <>
+struct WeightFragments<Float8<E4M3>, __half> : OneOperand {
+  static __device__ __forceinline__ void make(const uint32_t (&words)[8], int t, uint32_t (&a)[PARTS][4]) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const uint32_t in_order = __byte_perm(words[row * 4 + t], 0, 0x3120);
+      a[0][row] = e4m3_halves(in_order);
+      a[0][row + 2] = e4m3_halves(in_order >> 16);
     }
   }
 };
 
-// E4M3 codes that are NaN are not told apart: they read 480.
-template <typename T>
-struct WeightFragments<Float8<E4M3>, T> {
-  static constexpr int PARTS = 1;
+// Codes that are NaN are not told apart: they read 480.
+template <>
+struct WeightFragments<Float8<E4M3>, __nv_bfloat16> : OneOperand {
   static __device__ __forceinline__ void make(const uint32_t (&words)[8], int t, uint32_t (&a)[PARTS][4]) {
-    constexpr int UP = PairOps<T>::MANTISSA - 3;
-#pragma unroll
-    for (int pair = 0; pair < 4; ++pair) {
-      const uint32_t word = words[pair % 2 * 4 + t];
-      const int at = pair / 2 * 8;  // of the code in its half
-      const uint32_t sign = word << (8 - at) & 0x80008000u;
-      a[0][pair] = scaled_pair<T>(and_or(moved_down(word, at - UP), twice(0x7fu << UP), sign), bias_factor<4, T>());
-    }
+    make_bfloat16<4>(words, t, a[0]);
   }
 };
 
 template <>
-struct WeightFragments<Float8<E5M2>, __half> {
-  static constexpr int PARTS = 1;
+struct WeightFragments<Float8<E5M2>, __half> : OneOperand {
   static __device__ __forceinline__ void make(const uint32_t (&words)[8], int t, uint32_t (&a)[PARTS][4]) {
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) a[0][pair] = words[pair % 2 * 4 + t] << (8 - pair / 2 * 8) & 0xff00ff00u;
   }
 };
 
+// Infinities and NaN become finite numbers.
 template <>
-struct WeightFragments<Float8<E5M2>, __nv_bfloat16> {
-  static constexpr int PARTS = 1;
+struct WeightFragments<Float8<E5M2>, __nv_bfloat16> : OneOperand {
   static __device__ __forceinline__ void make(const uint32_t (&words)[8], int t, uint32_t (&a)[PARTS][4]) {
-#pragma unroll
-    for (int pair = 0; pair < 4; ++pair) {
-      const uint32_t word = words[pair % 2 * 4 + t];
-      const int at = pair / 2 * 8;
-      const uint32_t sign = word << (8 - at) & 0x80008000u;
-      a[0][pair] = scaled_pair<__nv_bfloat16>(and_or(moved_down(word, at - 5), twice(0x7fu << 5), sign),
-                                              bias_factor<5, __nv_bfloat16>());
-    }
+    make_bfloat16<5>(words, t, a[0]);
   }
 };
 
@@ -287,8 +314,7 @@ struct WeightFragments<Table<Kind>, T> : WeightFragments<Ints<4, 0>, T> {
 // ---- uncompressed ----------------------------------------------------------------------------------------------
 
 template <typename T>
-struct WeightFragments<Dense<T>, T> {
-  static constexpr int PARTS = 1;
+struct WeightFragments<Dense<T>, T> : OneOperand {
   static __device__ __forceinline__ void make(const uint32_t (&words)[16], int t, uint32_t (&a)[PARTS][4]) {
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) a[0][pair] = words[pair % 2 * 8 + 2 * t + pair / 2];

@@ -16,6 +16,7 @@ import numpy as np
 
 from .. import PagedCache, PagedParams, QAttn, embedding, quant_gemm, rms_norm, runtime, silu_mul
 from ..kv_formats import FLOATS, FORMATS
+from ..runtime.arrays import dtype_of
 from .config import config_from, config_from_hugging_face
 from .gguf import GGUF, ModelError
 from .weights import Weights, random_tensors
@@ -338,13 +339,9 @@ def to_host(array):
 
 
 def _dtype(name):
-    if name == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
-    if name not in ("float16", "float32"):
+    if name not in FLOATS:
         raise ValueError(f"Llama: dtype must be float16, bfloat16 or float32, got {name!r}")
-    return np.dtype(name)
+    return dtype_of(name)
 
 
 def random_llama(config, seed, *, dtype="float16", kv_dtype=None, xp=np):

@@ -25,7 +25,15 @@ from ..runtime import (
     workspace,
 )
 from ..runtime.arrays import alignment, array_namespace, as_rows, dtype_name, row_view
-from ..runtime.checks import FLOATS, check_dtype, check_element_strides, check_last_axis, check_shape, check_writeable
+from ..runtime.checks import (
+    FLOATS,
+    check_dtype,
+    check_element_strides,
+    check_flag,
+    check_last_axis,
+    check_shape,
+    check_writeable,
+)
 from ..runtime.launch import on_host
 
 _MAX_TOKENS = 2**18        # rows of x per launch: grid.y ends at 65535 tiles
@@ -150,7 +158,8 @@ def quant_gemm(x, qmatrix, /, *, expert_offsets=None, bias=None, accumulate=Fals
     accumulate : bool
         Add to what `out` holds instead of replacing it. Needs `out`.
     invariant : bool
-        A row of `out` has the same bits whatever the number of rows. False: only for up to 64 rows, or with QExperts.
+        A row of `out` has the same bits whatever the number of rows. False: only for up to 64 rows, with QExperts, or
+        where BLAS is not used.
     out : ndarray [..., N], float16, bfloat16 or float32, optional
         Default: a new array of x.dtype. Must overlap no input.
 
@@ -174,11 +183,11 @@ def quant_gemm(x, qmatrix, /, *, expert_offsets=None, bias=None, accumulate=Fals
     -----
     Products and sums are float32, weights are never rounded; the store is the only rounding. float16 and bfloat16 `x`
     run on tensor cores from sm_80 on (numbers of NF4 and FP4 are then within 2^-17 of the largest), all else on CUDA
-    cores. With many rows (NumPy: 128; CuPy with cuBLAS: about 250, ``cupyattn/matmul_choice.py`` says when)
-    the weight is dequantized by chunks for BLAS to multiply, its sums float32 too. On a GPU that rounds weights to the
-    type of `x`, and `bias` to that of `out`: done only where `out` keeps within 3e-4 of the truth for float16, 2e-3 for
-    bfloat16 and 1e-5 for float32. On CuPy arrays asynchronous on the current stream. Kernel:
-    ``cuda_src/quant_gemm.cu``.
+    cores. With many rows (CuPy with cuBLAS: about 250, ``cupyattn/matmul_choice.py`` says when; NumPy: 128, and only
+    under ``runtime.cpu.settings(blas=True)``) the weight is dequantized by chunks for BLAS to multiply, its sums
+    float32 too. On a GPU that rounds weights to the type of `x`, and `bias` to that of `out`: done only where `out`
+    keeps within 3e-4 of the truth for float16, 2e-3 for bfloat16 and 1e-5 for float32. On CuPy arrays asynchronous on
+    the current stream. Kernel: ``cuda_src/quant_gemm.cu``.
 
     Examples
     --------
@@ -196,6 +205,7 @@ def quant_gemm(x, qmatrix, /, *, expert_offsets=None, bias=None, accumulate=Fals
     *experts, rows, columns = qmatrix.shape
     if x.ndim == 0 or x.shape[-1] != columns:
         raise ValueError(f"quant_gemm: x must be [..., in_features={columns}], got {list(x.shape)}")
+    check_flag("quant_gemm", "accumulate", accumulate)
     if bias is not None:
         bias_dtype = check_dtype("quant_gemm", "bias", bias, tuple(dict.fromkeys(("float32", dtype))))
         check_shape("quant_gemm", "bias", bias, (*experts, rows), f"[{'experts, ' if experts else ''}out_features]")

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..runtime.checks import check_number
 from . import layout
 from .coded import CodedWeight
 from .groups import group_columns
@@ -14,6 +15,8 @@ SEGMENT_ARRAYS = ("codes", "scale", "zero", "minimum", "super_scale", "super_min
 
 def shard_range(features, rank, size):
     """The features of a rank: whole sixteens, as evenly as they go; (first, one after the last)."""
+    check_number("QMatrix", "rank", rank, integer=True)
+    check_number("QMatrix", "size", size, integer=True)
     tiles = -(-features // layout.TILE_ROWS)
     if not 1 <= size <= tiles:
         raise ValueError(f"QMatrix: size must be from 1 to {tiles}, the sixteens of {features} features, got {size}")
