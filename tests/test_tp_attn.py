@@ -192,6 +192,18 @@ def test_adapters(name):
         attn.set_loras({"one": {"q": None}})
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_against_float64(name):
+    layer, arguments = whole_layer(name)
+    context = TPContext(InProcessCommunicator(3), num_heads=layer.heads, num_kv_heads=layer.kv_heads,
+                        head_dim=layer.dim, hidden_size=layer.hidden)
+    x, caches = layer.inputs(2, 5), caches_of(layer, False, context.kv_heads)
+    found = TPAttn.from_layer(context, **arguments).forward([x.copy() for _ in range(3)], Params(2, 5, 0), caches,
+                                                            **layer.tables)
+    want, _, _ = layer.expected(x, layer.no_past(2), layer.no_past(2))
+    layer.check(found[2], want)
+
+
 def test_masks_and_lists_of_caches():
     """What Params can say, and heads dealt out by weight."""
     layer, arguments = whole_layer("fp32")
