@@ -174,6 +174,13 @@ class Llama:
         return cls(config_from_hugging_face(config), tensors, Tokenizer.from_folder(path), **options)
 
     @property
+    def matrices(self):
+        """Every QMatrix that multiplies activations, for `cupyattn.tune`."""
+        linear = [linear for layer in self._layers
+                  for linear in (*layer.qkv, layer.attn_output, *layer.gate_up, layer.ffn_down)]
+        return [*(each.matrix for each in linear), self._head]
+
+    @property
     def arch(self):
         """What the kernels run on: "cpu", or the GPU's "sm_90a" and the like."""
         return runtime.arch_of(self.xp)
