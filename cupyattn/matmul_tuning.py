@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import platform
-import statistics
 import sys
 import threading
 import time
@@ -313,7 +312,7 @@ def _measure(device, matrix, tokens, dtype):
         for choice, run in runs.items():
             if len(times[choice]) < 3 or sum(times[choice]) < _SECONDS:
                 times[choice].append(clock.seconds(run))
-    return {choice: statistics.median(spent) / runs[choice].calls for choice, spent in times.items()}
+    return {choice: float(np.median(spent)) / runs[choice].calls for choice, spent in times.items()}
 
 
 def _copy(matrix):
