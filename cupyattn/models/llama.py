@@ -176,9 +176,10 @@ class Llama:
     @property
     def matrices(self):
         """Every QMatrix that multiplies activations, for `cupyattn.tune`."""
-        linear = [linear for layer in self._layers
-                  for linear in (*layer.qkv, layer.attn_output, *layer.gate_up, layer.ffn_down)]
-        return [*(each.matrix for each in linear), self._head]
+        found = []
+        for attn, _, gate_up, ffn_down in self._layers:
+            found += [*(linear.matrix for linear in (*attn.qkv, *gate_up, ffn_down)), attn.o_proj]
+        return [*found, self._head]
 
     @property
     def arch(self):
