@@ -11,6 +11,7 @@ from .communicators import Communicator, InProcessCommunicator, MPICommunicator
 from .context_parallel import contiguous_shards, merge_shards, rank_result, round_robin
 from .errors import CaptureError, CompileError, KernelCheckError
 from .lora import LoRA, load_lora
+from .matmul_tuning import tune
 from .nccl import NCCLCommunicator
 from .ops.attention import attention
 from .ops.dequantize import dequantize
@@ -54,7 +55,7 @@ __all__ = [
     "QExperts", "QMatrix", "QuantPolicy", "QuantizedKV", "ROPE_STYLE_GPTJ", "ROPE_STYLE_NEOX", "ROPE_STYLE_NONE",
     "RopeKernelParam", "RopeParams", "Schedule",
     "attention", "dequantize", "embedding", "kv_append", "kv_flatten", "layer_norm", "paged_decode", "quant_gemm",
-    "repack", "rms_norm", "rope", "schedule", "silu_mul", "split_reduce",
+    "repack", "rms_norm", "rope", "schedule", "silu_mul", "split_reduce", "tune",
     "free_q_attn", "make_q_attn", "q_attn_forward_1", "q_attn_forward_2", "q_attn_set_loras", "load_lora",
     "contiguous_shards", "create_cache_iter_factory", "flatten_kv", "invoke_attention", "invoke_decoding",
     "merge_shards", "process_kv", "rank_result", "reduce_split_k", "round_robin",

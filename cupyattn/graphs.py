@@ -12,6 +12,7 @@ import numpy as np
 
 from .errors import CaptureError
 from .runtime import arch_of, cpu
+from .runtime.bound import in_order
 from .runtime.capturing import taping
 from .runtime.launch import is_watched
 from .runtime.structs import address
@@ -120,13 +121,7 @@ def _capture_on_host(step, args, warmups):
             step(*args)
     with taping("cpu", keep=True, capturing=True) as tape:
         result = step(*args)
-    runs = tuple(launch.run for launch in tape.launches)
-
-    def replay():
-        for run in runs:
-            run()
-
-    return Graph(tuple(tape.launches), result, replay, (step, args))
+    return Graph(tuple(tape.launches), result, in_order(tape.launches), (step, args))
 
 
 def _capture_on_device(xp, step, args, warmups):
@@ -264,11 +259,11 @@ class BoundSteps:
         if known is None:
             with taping(arch_of(xp), keep=True) as tape:
                 result = step()
-            self._steps[key] = tuple(launch.run for launch in tape.launches), result, tape.launches
+            self._steps[key] = in_order(tape.launches), result
             return result
-        for run in known[0]:
-            run()
-        return known[1]
+        run, result = known
+        run()
+        return result
 
 
 def place(array):

@@ -241,7 +241,8 @@ def runtime_deviceGetAttribute(attribute, device):
 
 def runtime_getDeviceProperties(device):
     return {"name": b"stand-in", "multiProcessorCount": 132, "sharedMemPerBlockOptin": SHARED_LIMIT,
-            "major": int(state.capability[:-1]), "minor": int(state.capability[-1]), "totalGlobalMem": 2**34}
+            "major": int(state.capability[:-1]), "minor": int(state.capability[-1]), "totalGlobalMem": 2**34,
+            "l2CacheSize": 2**16}
 
 
 def runtime_deviceSynchronize():

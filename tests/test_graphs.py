@@ -2,18 +2,22 @@
 """Bound launches, and steps that are captured once and replayed: a whole decode step, and what a capture refuses."""
 
 import contextlib
+import importlib
 import itertools
 from types import SimpleNamespace
 
 import launch_cost
 import numpy as np
 import pytest
+from coded_weights import coded_weight
 from conftest import NumpyArrays
 
 import cupyattn
 from cupyattn.errors import CaptureError
 from cupyattn.graphs import BoundSteps, capture, place
+from cupyattn.quant.coded import CodedWeight
 from cupyattn.runtime import Bound, Plan, Specialisation, arch_of, cpu, cuda, make_args, recording
+from cupyattn.runtime.bound import LibraryCall, in_order
 from cupyattn.runtime.capturing import taping
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 64, 4, 2, 64
@@ -482,6 +486,32 @@ def test_aborted_bound_launches_can_be_launched_again(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         bound()
     assert decode.made.decode.counters.size and not decode.made.decode.counters.any()
+
+
+def test_launches_cut_short_between_two_can_be_run_again(xp, monkeypatch):
+    """The segments of a weight count arrivals together."""
+    op = importlib.import_module("cupyattn.ops.quant_gemm")
+    monkeypatch.setattr(op, "_version", lambda *of: ("mma", "chosen by the test"))
+    parts = [coded_weight(f"int{bits} plain float16", 24, k, 32).segments[0] for bits, k in ((6, 96), (4, 320))]
+    coded = CodedWeight("mixed", (24, 416), tuple(parts), None)
+    weight = cupyattn.QMatrix.from_coded(coded).to(xp.module)
+    x, out = xp.array(np.ones((3, 416), np.float16)), xp.array(np.zeros((3, 24), np.float32))
+    with taping(arch_of(xp.module), keep=True) as tape:
+        cupyattn.quant_gemm(x, weight, out=out)
+    *first, second = tape.launches   # columns in order, and a segment each
+    assert len(first) == 2
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        in_order([*first, LibraryCall("interrupt", interrupt), second])()
+    run = in_order(tape.launches)
+    for seed in range(3):
+        rows = np.random.default_rng(seed).standard_normal((3, 416)).astype(np.float16)
+        put(x, rows)
+        run()
+        np.testing.assert_allclose(xp.numpy(out), rows.astype(np.float64) @ coded.dequantize().T, atol=1e-3)
 
 
 def test_bound_launches_stay_on_their_device():

@@ -174,6 +174,14 @@ class Llama:
         return cls(config_from_hugging_face(config), tensors, Tokenizer.from_folder(path), **options)
 
     @property
+    def matrices(self):
+        """Every QMatrix that multiplies activations, for `cupyattn.tune`."""
+        found = []
+        for attn, _, gate_up, ffn_down in self._layers:
+            found += [*(linear.matrix for linear in (*attn.qkv, *gate_up, ffn_down)), attn.o_proj]
+        return [*found, self._head]
+
+    @property
     def arch(self):
         """What the kernels run on: "cpu", or the GPU's "sm_90a" and the like."""
         return runtime.arch_of(self.xp)

@@ -83,6 +83,14 @@ class Form:
     group: int = 0
 
     @functools.cached_property
+    def _hash(self):
+        return hash((self.bits, self.kind, self.centre, self.scale, self.mode, self.groups, self.tiles_per_scale,
+                     self.tiles_per_super))
+
+    def __hash__(self):   # plans are looked up by forms in every call
+        return self._hash
+
+    @functools.cached_property
     def trait(self):
         """The type in ``dequant.cuh``."""
         if self.kind in DENSE:
@@ -173,6 +181,11 @@ class PackedSegment:
         return {"codes": self.codes, "scales": self.scales, "supers": self.supers, "row_tiles": row_tiles,
                 "column_tiles": column_tiles, "tiles_per_scale": self.form.tiles_per_scale,
                 "tiles_per_super": self.form.tiles_per_super}
+
+    @functools.cached_property
+    def geometry(self):
+        """(Form, row tiles, column tiles, columns): all that plans depend on."""
+        return self.form, *self.codes.shape[-3:-1], self.columns
 
     @property
     def arrays(self):

@@ -67,6 +67,11 @@ class Packed:
         return sum(array.nbytes for array in arrays if array is not None)
 
     @functools.cached_property
+    def geometry(self):
+        """Those of the segments: all that plans depend on."""
+        return tuple(segment.geometry for segment in self.segments)
+
+    @functools.cached_property
     def kinds(self):
         """Kinds of the segments' codes."""
         return tuple({segment.form.kind: None for segment in self.segments})

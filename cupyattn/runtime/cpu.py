@@ -342,14 +342,14 @@ def _drive(plan, args, names, kernel, ca_launch, request, error):
             code = kernel.executor.ca_resume(error)
     except BaseException:   # KeyboardInterrupt between two time slices
         kernel.executor.ca_abandon()
-        _reset_counters(args)
+        reset_counters(args)
         raise
     if code == 1:
-        _reset_counters(args)
+        reset_counters(args)
         raise report.explain(plan, names, kernel.path, error)
 
 
-def _reset_counters(args):
+def reset_counters(args):
     """What an aborted launch has counted: only one that gets to its end leaves zeros, which the next one needs."""
     for leaf, array in args.arrays:
         if leaf.path.endswith("counters"):
