@@ -74,6 +74,9 @@ CA_KERNEL __launch_bounds__(32 * WARPS, 2) void quant_gemm_mma(const __grid_cons
 
 constexpr int MAX_SLICE_TILES = 24;  // column tiles staged at once; the same for every M_TILE
 constexpr int SUMS = ROW_TILES * M_TILE * 2;
+// Rows of tiles asked for at a time, while those before them are worked on. All of a few; only the host's blocks have
+// more, whose lanes run one after another: they meet that often, so that the next lane finds the rows in a near cache.
+constexpr int AHEAD = ROW_TILES > 8 ? 4 : ROW_TILES;
 
 // The sum of a segment for row `first` + m of x; the last one's finishes the output.
 __device__ __forceinline__ void store_piece(const QuantGemmArgs& args, int first, int m, int row, float sum) {
@@ -121,6 +124,15 @@ __device__ __forceinline__ void stage_x(const QuantGemmArgs& args, int token, in
   }
 }
 
+// Asks for AHEAD rows of tiles.
+__device__ __forceinline__ void prefetch_rows(const QuantGemmArgs& args, int first, int slice, int tiles) {
+#pragma unroll
+  for (int i = 0; i < AHEAD; ++i) {
+    if (first + i >= args.weight.row_tiles) continue;
+    prefetch_lines<32 * WARPS>(codes_of<Format>(args.weight, first + i, slice), tiles * Format::TILE_BYTES);
+  }
+}
+
 __device__ __forceinline__ void multiply(const QuantGemmArgs& args, int token) {
   CA_DYN_SMEM(float, staged);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -130,11 +142,7 @@ __device__ __forceinline__ void multiply(const QuantGemmArgs& args, int token) {
   for (int slice = 0; slice < args.weight.column_tiles; slice += MAX_SLICE_TILES) {
     // 1. stage x while the weights are on their way
     const int tiles = min(MAX_SLICE_TILES, args.weight.column_tiles - slice);
-#pragma unroll
-    for (int i = 0; i < ROW_TILES; ++i) {
-      if (first_row_tile + i >= args.weight.row_tiles) continue;
-      prefetch_lines<32 * WARPS>(codes_of<Format>(args.weight, first_row_tile + i, slice), tiles * Format::TILE_BYTES);
-    }
+    prefetch_rows(args, first_row_tile, slice, tiles);
     if (slice > 0) __syncthreads();
     stage_x(args, token, slice, tiles, staged);
     __syncthreads();
@@ -142,6 +150,10 @@ __device__ __forceinline__ void multiply(const QuantGemmArgs& args, int token) {
     // 2. products
 #pragma unroll
     for (int i = 0; i < ROW_TILES; ++i) {
+      if (i % AHEAD == 0) {
+        if (i > 0) __syncwarp();
+        if (i + AHEAD < ROW_TILES) prefetch_rows(args, first_row_tile + i + AHEAD, slice, tiles);
+      }
       if (first_row_tile + i >= args.weight.row_tiles) continue;
       RunSum run_sums[M_TILE][2];
 #pragma unroll 2

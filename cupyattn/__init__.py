@@ -7,9 +7,12 @@ NumPy arrays in: the `.cu` source runs on the CPU. CuPy arrays in: it runs on th
 from .attention_params import AttentionParams
 from .cache_iterators import BlockIteratorParams, LinearIteratorParams, QuantPolicy, create_cache_iter_factory
 from .caches import PagedCache
+from .communicators import Communicator, InProcessCommunicator, MPICommunicator
 from .context_parallel import contiguous_shards, merge_shards, rank_result, round_robin
 from .errors import CaptureError, CompileError, KernelCheckError
 from .lora import LoRA, load_lora
+from .matmul_tuning import tune
+from .nccl import NCCLCommunicator
 from .ops.attention import attention
 from .ops.dequantize import dequantize
 from .ops.embedding import embedding
@@ -41,6 +44,9 @@ from .q_attn_functions import (
 from .quant import QExperts, QMatrix
 from .quantized_kv import BlockKV, QuantizedKV
 from .rope_params import RopeKernelParam, RopeParams
+from .tensor_parallel import TPContext, split_heads
+from .tp_attn import TPAttn, TPShard
+from .tp_attn_functions import tp_attn_forward_, tp_attn_forward_paged_
 from .turbomind import flatten_kv, invoke_attention, invoke_decoding, process_kv, reduce_split_k
 
 __all__ = [
@@ -49,9 +55,11 @@ __all__ = [
     "QExperts", "QMatrix", "QuantPolicy", "QuantizedKV", "ROPE_STYLE_GPTJ", "ROPE_STYLE_NEOX", "ROPE_STYLE_NONE",
     "RopeKernelParam", "RopeParams", "Schedule",
     "attention", "dequantize", "embedding", "kv_append", "kv_flatten", "layer_norm", "paged_decode", "quant_gemm",
-    "repack", "rms_norm", "rope", "schedule", "silu_mul", "split_reduce",
+    "repack", "rms_norm", "rope", "schedule", "silu_mul", "split_reduce", "tune",
     "free_q_attn", "make_q_attn", "q_attn_forward_1", "q_attn_forward_2", "q_attn_set_loras", "load_lora",
     "contiguous_shards", "create_cache_iter_factory", "flatten_kv", "invoke_attention", "invoke_decoding",
     "merge_shards", "process_kv", "rank_result", "reduce_split_k", "round_robin",
+    "Communicator", "InProcessCommunicator", "MPICommunicator", "NCCLCommunicator", "TPAttn", "TPContext",
+    "TPShard", "split_heads", "tp_attn_forward_", "tp_attn_forward_paged_",
 ]
 __version__ = "0.1.0"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``cupyattn``: generate | info | doctor | cache.
+"""The command ``cupyattn``: generate | tune | info | doctor | cache.
 
 Results go to stdout, progress and tables to stderr. What the user can mend is one line on stderr and exit code 2.
 """
@@ -74,6 +74,16 @@ def _one_line_errors():
 def _fail(message):
     typer.echo(f"cupyattn: error: {message}", err=True)
     raise typer.Exit(2)
+
+
+def _check_scheme(quantize):
+    from .quant.quantize import check_scheme
+
+    try:
+        if quantize is not None:
+            check_scheme(quantize)
+    except (NotImplementedError, ValueError) as error:
+        _fail(str(error).replace("quantize: scheme", "--quantize"))
 
 
 def _array_module(device):
@@ -244,17 +254,12 @@ def generate(
         from .diagnosis import device_name, model_path
         from .models import Llama
         from .models.llama import kv_formats
-        from .quant.quantize import check_scheme
 
         try:
             kv_formats(kv_dtype or dtype.value)
         except ValueError as error:
             _fail(str(error).replace("Llama: kv_dtype", "--kv-dtype"))
-        try:
-            if quantize is not None:
-                check_scheme(quantize)
-        except (NotImplementedError, ValueError) as error:
-            _fail(str(error).replace("quantize: scheme", "--quantize"))
+        _check_scheme(quantize)
         path = model or model_path()
         with _LoadProgress(console, quantize) as progress:
             llama = Llama.load(path, dtype=dtype.value, kv_dtype=kv_dtype, xp=xp, quantize=quantize, progress=progress)
@@ -273,6 +278,37 @@ def generate(
                     "prompt_ids": completion.prompt_ids, "tokens": [token._asdict() for token in completion.tokens],
                     "text": completion.text, "tokens_per_s": completion.tokens_per_s, "device": device_name(xp)}))
         _print_summary(console, completions, profile, seconds, xp)
+
+
+@app.command()
+def tune(
+    model: Annotated[Path | None, typer.Option(help=MODEL_HELP)] = None,
+    quantize: Annotated[str | None, typer.Option(metavar="SCHEME", help=QUANTIZE_HELP)] = None,
+    tokens: Annotated[list[int], typer.Option(min=1, help="Rows of a product; may be given several times.")] = (
+        1, 8, 64, 512),
+    dtype: Annotated[Dtype, typer.Option(help="Of activations.")] = Dtype.float16,
+    device: Annotated[Device, typer.Option(help="auto takes a GPU if CuPy finds one.")] = Device.auto,
+):
+    """Measure which matmul kernels are fastest here for a model's weights, and keep that in the cache folder."""
+    with _one_line_errors():
+        from rich.console import Console
+
+        from .diagnosis import model_path
+        from .matmul_tuning import tune as measure
+        from .models import Llama
+
+        _check_scheme(quantize)
+        console, xp = Console(stderr=True), _array_module(device)
+        with _LoadProgress(console, quantize) as progress:
+            llama = Llama.load(model or model_path(), dtype=dtype.value, xp=xp, quantize=quantize, progress=progress)
+        bar = _bar(console)
+        with bar:
+            task = bar.add_task("measuring", total=None)
+            found = measure(llama.matrices, tokens, dtype.value, progress=lambda done, total, what: bar.update(
+                task, completed=done, total=total, description=f"measuring {what}"))
+        for one in found:
+            typer.echo(f"{one.format:<10} {one.shape[0]:>6} x {one.shape[1]:<6} {one.tokens:>5} tokens "
+                       f"{one.default_seconds * 1e6:>9.1f} -> {one.seconds * 1e6:>9.1f} us  {one.choice}")
 
 
 @app.command()

@@ -84,13 +84,15 @@ def contiguous_shards(lengths, cp_size):
     return offsets.astype(np.int32), counts.astype(np.int32)
 
 
-def rank_result(params, /):
+def rank_result(params, /, *, out=None):
     """Attention over the tokens of one rank, from the splits it left: what ranks send each other.
 
     Parameters
     ----------
     params : AttentionParams
         With partial results in `split_cnt`, `partial_O` and `partial_ML`.
+    out : pair of ndarray, optional
+        Where to write, as returned. Default: new arrays.
 
     Returns
     -------
@@ -102,15 +104,16 @@ def rank_result(params, /):
     check_params("rank_result", params)
     if params.partial_O is None:
         raise ValueError("rank_result: partial_O must be given, got None; see AttentionParams.with_partials")
-    xp, shape = params.xp, (params.token_num, params.num_heads, params.size_per_head)
     ml = params.partial_ML
+    if out is None:
+        shape = params.token_num, params.num_heads, params.size_per_head
+        out = params.xp.empty(shape, np.float32), params.xp.empty(shape[:2], np.float32)
     return split_reduce(params.partial_O.transpose(2, 0, 1, 3), ml[..., 0].transpose(2, 0, 1),
                         partial_sum=ml[..., 1].transpose(2, 0, 1), lse_scale=params.softmax_scale,
-                        split_counts=params.split_cnt, return_lse=True,
-                        out=(xp.empty(shape, np.float32), xp.empty(shape[:2], np.float32)))
+                        split_counts=params.split_cnt, return_lse=True, out=out)
 
 
-def merge_shards(shards, /, *, out=None, return_lse=False):
+def merge_shards(shards, /, *, communicator=None, out=None, return_lse=False):
     """Attention over all tokens from the partial results that `invoke_decoding` or `invoke_attention` left per rank.
 
     Parameters
@@ -118,6 +121,10 @@ def merge_shards(shards, /, *, out=None, return_lse=False):
     shards : list of AttentionParams
         One per rank, of the same queries, with partial results in arrays of one device. The sinks of the first count,
         once. A rank without any visible key is fine.
+    communicator : Communicator, optional
+        Where the ranks are: `shards` are those of this process, one for each of ``communicator.ranks``, and every
+        process gets the result. One exchange of ``4 * (size_per_head + 1)`` bytes per rank, token and head. Default:
+        all are here.
     out : ndarray [tokens, num_heads, size_per_head], or with ``return_lse=True`` the pair ``(out, lse)``, optional
         Where to write. Default: ``shards[0].out`` or a new array; rows of no sequence stay as they are.
     return_lse : bool
@@ -155,7 +162,7 @@ def merge_shards(shards, /, *, out=None, return_lse=False):
         out = make(first.q.shape, first.q.dtype) if first.out is None else first.out
     if return_lse and lse is None:
         lse = xp.empty((first.token_num, first.num_heads), np.float32)
-    parts = [rank_result(shard) for shard in shards]
+    parts = [rank_result(shard) for shard in shards] if communicator is None else _exchanged(shards, communicator)
     while len(parts) > MAX_PARTS:
         groups = [parts[i:i + MAX_PARTS] for i in range(0, len(parts), MAX_PARTS)]
         parts = [split_reduce(*map(list, zip(*group, strict=True)), return_lse=True) for group in groups]
@@ -163,3 +170,22 @@ def merge_shards(shards, /, *, out=None, return_lse=False):
     split_reduce(*map(list, zip(*parts, strict=True)), sinks=first.sinks, out=(rows, lse) if return_lse else rows,
                  return_lse=return_lse)
     return (out, lse) if return_lse else out
+
+
+def _exchanged(shards, communicator):
+    """`rank_result` of all ranks, from the shards of this process; one message each."""
+    if len(shards) != len(communicator.ranks):
+        raise ValueError(f"merge_shards: shards must hold one for each of the ranks {list(communicator.ranks)}, got "
+                         f"{len(shards)}")
+    first = shards[0]
+    shape = first.token_num, first.num_heads, first.size_per_head
+    cut = shape[0] * shape[1] * shape[2]
+
+    def views(message):
+        return message[:cut].reshape(shape), message[cut:cut + shape[0] * shape[1]].reshape(shape[:2])
+
+    length = -(-(cut + shape[0] * shape[1]) // 4) * 4   # every rank's begins at a multiple of 16 bytes
+    messages = [first.xp.empty((1, length), np.float32) for _ in shards]
+    for shard, message in zip(shards, messages, strict=True):
+        rank_result(shard, out=views(message[0]))
+    return [views(message) for message in communicator.all_gather(messages)[0]]

@@ -80,9 +80,9 @@ def cupy_cache_dir():
 
 
 def cache_entries(folder):
-    """What cupyattn wrote into its cache folder: ``cpu/<kernel>.<digest>`` and ``cuda/<kernel>.<digest>``."""
+    """What cupyattn wrote into its cache folder: ``<kernel>.<digest>`` in ``cpu`` and ``cuda``, files in ``tuned``."""
     ours = re.compile(r"\.?\w+\.\w+(\.\d+)*")
-    return sorted(entry for kind in ("cpu", "cuda") if (folder / kind).is_dir()
+    return sorted(entry for kind in ("cpu", "cuda", "tuned") if (folder / kind).is_dir()
                   for entry in (folder / kind).iterdir() if ours.fullmatch(entry.name))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from .errors import CaptureError
 from .runtime import arch_of, cpu
+from .runtime.bound import in_order
 from .runtime.capturing import taping
 from .runtime.launch import is_watched
 from .runtime.structs import address
@@ -76,8 +77,8 @@ def capture(step, *args, xp=None, warmups=2):
     Notes
     -----
     The capture itself changes no array. With CuPy it is that of the current stream, or where that is the default one,
-    which cannot be captured, of a new one. Replays that may overlap, of one graph or of several captured on one stream
-    (NumPy: in one thread), would share a workspace: do not overlap them.
+    which cannot be captured, of a new one. Replays that may overlap, of one graph or of several captured by one thread
+    on one stream, would share a workspace: do not overlap them, nor with eager ops of that thread on that stream.
 
     Examples
     --------
@@ -120,13 +121,7 @@ def _capture_on_host(step, args, warmups):
             step(*args)
     with taping("cpu", keep=True, capturing=True) as tape:
         result = step(*args)
-    runs = tuple(launch.run for launch in tape.launches)
-
-    def replay():
-        for run in runs:
-            run()
-
-    return Graph(tuple(tape.launches), result, replay, (step, args))
+    return Graph(tuple(tape.launches), result, in_order(tape.launches), (step, args))
 
 
 def _capture_on_device(xp, step, args, warmups):
@@ -198,14 +193,16 @@ class BoundSteps:
     """Steps that were run before are launched again without their Python.
 
     What an eager step costs on the host is nearly all in checks and in filling argument structs. Where it is called
-    with the very arrays of an earlier call, only its bound launches are needed.
+    with the very arrays of earlier calls, only its bound launches are needed: the second call keeps them, and all later
+    ones do nothing else. Keep the object with what the steps share, the metadata of a batch for instance, so that it
+    does not outlive their arrays.
 
     Parameters
     ----------
     xp : module
         numpy or cupy: of the steps' arrays.
     most : int
-        Steps kept; with one more the oldest is dropped.
+        Steps remembered; with one more the oldest is dropped.
 
     Examples
     --------
@@ -215,8 +212,10 @@ class BoundSteps:
     >>> def norm(x):
     ...     return steps.run((place(x),), lambda: cupyattn.rms_norm(x, weight, eps=0.0, out=out))
     >>> x = np.ones((1, 8), np.float32)
-    >>> norm(x)
-    array([[1., 1., 1., 1., 1., 1., 1., 1.]], dtype=float32)
+    >>> for _ in range(2):
+    ...     print(norm(x))
+    [[1. 1. 1. 1. 1. 1. 1. 1.]]
+    [[1. 1. 1. 1. 1. 1. 1. 1.]]
     >>> x[:, 4:] = 7
     >>> norm(x)
     array([[0.2, 0.2, 0.2, 0.2, 1.4, 1.4, 1.4, 1.4]], dtype=float32)
@@ -224,42 +223,47 @@ class BoundSteps:
 
     def __init__(self, xp, most=256):
         self._xp, self._most = xp, most
-        self._steps = {}   # key -> (launches, result)
+        self._steps = {}   # key -> (launches, result), or None after its first call
 
     def run(self, key, step):
-        """The result of ``step()``, or when `key` is that of an earlier call, of its launches run again.
+        """The result of ``step()``, or when `key` is that of two earlier calls, of its launches run again.
 
         Parameters
         ----------
         key : tuple
             All that the launches depend on but the contents of arrays: `place` of every array that may be another one,
-            and every option. The arrays are kept alive with the launches.
+            and every option. Objects in it, and all arrays of the launches, are kept alive.
         step : callable
             Launches ops; as in `capture`, nothing else it does is done again. Its checks of contents are not: NumPy
             arrays of lengths and page ids must be right.
 
         Returns
         -------
-        What `step` returned the first time: an array that it made then is written again.
+        What `step` returned the second time: an array that it made then is written again.
         """
         if is_watched():
             return step()
         xp = self._xp
-        if xp is np:   # workspaces are those of the thread
-            key = (key, threading.get_ident(), cpu.current_settings())
-        else:          # ... and of the stream
-            key = (key, xp.cuda.runtime.getDevice(), xp.cuda.get_current_stream().ptr)
-        known = self._steps.get(key)
+        if xp is np:
+            around = cpu.current_settings()
+        else:
+            around = xp.cuda.runtime.getDevice(), xp.cuda.get_current_stream().ptr
+        key = key, around, threading.get_ident()   # workspaces are a thread's own, on a GPU a stream's
+        known = self._steps.get(key, ())
+        if known == ():
+            result = step()
+            if len(self._steps) >= self._most:
+                self._steps.pop(next(iter(self._steps)), None)
+            self._steps[key] = None
+            return result
         if known is None:
             with taping(arch_of(xp), keep=True) as tape:
                 result = step()
-            if len(self._steps) >= self._most:
-                self._steps.pop(next(iter(self._steps)), None)
-            self._steps[key] = tuple(launch.run for launch in tape.launches), result, tape.launches
+            self._steps[key] = in_order(tape.launches), result
             return result
-        for run in known[0]:
-            run()
-        return known[1]
+        run, result = known
+        run()
+        return result
 
 
 def place(array):

@@ -3,8 +3,6 @@
 
 from typing import NamedTuple
 
-import numpy as np
-
 FLOATS = ("float16", "bfloat16", "float32")
 _FP8_DTYPES = {"fp8_e4m3": ("uint8", "float8_e4m3fn"), "fp8_e5m2": ("uint8", "float8_e5m2")}
 
@@ -45,15 +43,6 @@ FORMATS = {
 }
 NO_SCALE = {"scale": None, "zero": None, "stride_page": 0, "stride_token": 0, "stride_head": 0, "stride_group": 0,
             "scale_offset": 0, "zero_offset": 0}
-
-
-def dtype_of(name):
-    """NumPy dtype by name, bfloat16 included."""
-    if isinstance(name, str) and name == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)
 
 
 def scale_shape(pages, page_size, num_kv_heads, head_dim, granularity):

@@ -10,12 +10,11 @@ from typing import NamedTuple
 import numpy as np
 
 from .devices import to_host
-from .kv_formats import dtype_of
 from .ops.quant_gemm import quant_gemm
 from .quant import QMatrix
 from .quant.safetensors_file import Safetensors
 from .runtime import layer_workspace
-from .runtime.arrays import dtype_name
+from .runtime.arrays import dtype_name, dtype_of
 from .runtime.checks import FLOATS
 
 PROJECTIONS = ("q", "k", "v", "o")

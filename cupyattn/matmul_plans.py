@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How quant_gemm's tensor-core kernels are cut and launched (``cuda_src/include/quant_gemm_mma.cuh``)."""
+"""How quant_gemm's kernels are cut and launched: those on tensor cores (``cuda_src/include/quant_gemm_mma.cuh``), and
+the tiles of those on CUDA cores (``cuda_src/quant_gemm.cu``).
+
+A tuned ``matmul_choice.Choice`` may replace tiles, warps and stages, never the `partition` of the columns.
+"""
 
 import functools
 import itertools
@@ -13,8 +17,8 @@ _ROWS_PER_BLOCK = 64               # of the streaming kernel with codes of up to
 _MIN_PIECE_TILES, _MAX_PIECES = 8, 32
 _CHUNKS = 8                        # of a piece
 _STREAM_BYTES = 4096               # of codes that a streaming warp has on their way, if they fit
-_SHARED_BYTES = 96 * 1024          # of a block, which the smallest of GPUs with tensor cores have
-_IN_FLIGHT_BYTES = 48 * 1024       # of codes and scales that streams have on their way to a multiprocessor, at least
+SHARED_BYTES = 96 * 1024           # of a block, which the smallest of GPUs with tensor cores have
+IN_FLIGHT_BYTES = 48 * 1024       # of codes and scales that streams have on their way to a multiprocessor, at least
 _MAX_STAGES = 12
 
 
@@ -85,6 +89,22 @@ def mma_spec(form, x, out, bias, m_tile, unit, row_tiles, warps, stages, experts
                           min_sm=80, expects=("HMMA", "LDGSTS"))
 
 
+def token_tile(tokens, experts=0):
+    """Rows of x per block on tensor cores: the smallest tile that holds them all, else the largest."""
+    return next((m for m in (8, 16, 32) if tokens <= m * max(1, experts)), 64)
+
+
+def core_tile(tokens, row_tiles, arch, experts=0):
+    """(rows of x, row tiles of the weight) per block on CUDA cores.
+
+    On the CPU one warp has as many rows as leave a few blocks to share among the workers.
+    """
+    m_tile = next((m for m in (1, 2, 4) if tokens <= m * max(1, experts)), 8)
+    if arch != "cpu":
+        return m_tile, 1
+    return m_tile, next((n for n in (32, 16, 8, 4, 2) if row_tiles >= 4 * n and n * m_tile <= 64), 1)
+
+
 def _spec_of(form, x, out, bias, m_tile, unit, experts=False):
     row_tiles, warps, stages, _ = shape_of(form, m_tile)
     return mma_spec(form, x, out, bias, m_tile, unit, row_tiles, warps, stages, experts)
@@ -99,10 +119,15 @@ def shape_of(form, m_tile, most=4):
     row_tiles = min(most, (4 if form.bits <= 8 else 2) if m_tile == 8 else 2 if m_tile == 64 else 1)
     while True:
         warps, stages, shared = _rings(form, m_tile, row_tiles)
-        few = m_tile == 8 and in_flight(form, row_tiles, warps, stages) < _IN_FLIGHT_BYTES
-        if row_tiles == 1 or (shared <= _SHARED_BYTES and not few):
+        few = m_tile == 8 and in_flight(form, row_tiles, warps, stages) < IN_FLIGHT_BYTES
+        if row_tiles == 1 or (shared <= SHARED_BYTES and not few):
             return row_tiles, warps, stages, shared
         row_tiles //= 2
+
+
+def shape_for(form, m_tile, others):
+    """`shape_of` of a segment that shares its tiles of out with segments of forms `others`."""
+    return shape_of(form, m_tile, min((shape_of(other, m_tile)[0] for other in others), default=4))
 
 
 def in_flight(form, row_tiles, warps, stages):
@@ -111,17 +136,24 @@ def in_flight(form, row_tiles, warps, stages):
     return 2 * warps * (stages - 1) * row_tiles * tile
 
 
-def _rings(form, m_tile, row_tiles):
-    """(Warps, stages, shared bytes) with `row_tiles` a warp."""
+@functools.lru_cache(maxsize=1024)
+def shape_as(form, choice):
+    """`shape_of` of a tuned Choice."""
+    return choice.row_tiles, *_rings(form, choice.m_tile, choice.row_tiles, choice.warps, choice.stages)
+
+
+def _rings(form, m_tile, row_tiles, warps=None, wanted=None):
+    """(Warps, stages, shared bytes) with `row_tiles` a warp; None: as many warps, stages wanted, as is usual."""
     stream = m_tile == 8
-    warps = 4 if m_tile == 64 else 8
+    warps = warps or (4 if m_tile == 64 else 8)
     sums = 512 * row_tiles * (m_tile // 8) * warps                       # of all lanes
     fixed = 0 if stream else sums + 4 * form.groups * m_tile
     weights = -(-row_tiles * (form.tile_bytes + TILE_ROWS * (form.scale_bytes + form.super_bytes)) // 128) * 128
     rings = warps if stream else 1                                       # of x
     stage = rings * 2 * TILE_COLUMNS * m_tile + warps * weights
-    wanted = 1 + -(-_STREAM_BYTES // (row_tiles * form.tile_bytes)) if stream else _MAX_STAGES
-    stages = max(2, min(wanted, (_SHARED_BYTES - fixed) // stage))
+    if wanted is None:
+        wanted = 1 + -(-_STREAM_BYTES // (row_tiles * form.tile_bytes)) if stream else _MAX_STAGES
+    stages = max(2, min(wanted, (SHARED_BYTES - fixed) // stage))
     return warps, stages, max(stages * stage + fixed, sums + 16 if stream else 0)
 
 
@@ -145,15 +177,17 @@ def mma_specs(*, core):
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_mma(tokens, rows, pieces, unit, form, x, out, bias, arch, note, experts=0, others=()):
+def plan_mma(tokens, rows, pieces, unit, form, x, out, bias, arch, note, experts=0, others=(), choice=None):
     """Plan of one segment from the number of rows of x and of the weight, its `Partition`, dtype names and arch.
 
     `experts`: how many share the rows of x, 0 for a weight for all of them. `others`: forms of segments with which this
-    one shares its tiles of out.
+    one shares its tiles of out. `choice`: a tuned matmul_choice.Choice.
     """
-    m_tile = next((m for m in (8, 16, 32) if tokens <= m * max(1, experts)), 64)
-    most = min((shape_of(other, m_tile)[0] for other in others), default=4)
-    row_tiles, warps, stages, shared = shape_of(form, m_tile, most)
+    m_tile = token_tile(tokens, experts) if choice is None else choice.m_tile
+    if choice is None:
+        row_tiles, warps, stages, shared = shape_for(form, m_tile, others)
+    else:
+        row_tiles, warps, stages, shared = shape_as(form, choice)
     block_rows = TILE_ROWS * row_tiles * (1 if m_tile == 8 else warps)
     grid = -(-rows // block_rows), tiles_of_tokens(tokens, m_tile, experts), pieces
     spec = mma_spec(form, x, out, bias, m_tile, unit, row_tiles, warps, stages, experts > 0)

@@ -4,7 +4,6 @@
 import numpy as np
 
 from .errors import CaptureError
-from .kv_formats import dtype_of
 from .lora import Adapters
 from .ops.attention import attention
 from .ops.embedding import embedding
@@ -18,6 +17,7 @@ from .q_attn_buffers import Workspace, buffers_of_rows, head_rows, row_numbers, 
 from .q_attn_repeats import Repeats
 from .q_attn_step import block_borders, steps_of
 from .q_attn_weights import check_scratch, joined, kind_of, matrix, rope_style, tables, vector
+from .runtime.arrays import dtype_of
 from .runtime.capturing import tape
 from .runtime.checks import FLOATS, check_number
 
@@ -200,8 +200,11 @@ class QAttn:
         self.loras = Adapters(dict(adapters), sizes, self._dtype_name, self.xp)
         if self.loras.max_rank and self._gain is None:
             self._gain = self.xp.asarray(np.ones(self.hidden_size, np.float32))
-        self._workspace = Workspace(self, self.loras.max_rank > 0)
+        self._lay_out()
         return self.loras.max_rank
+
+    def _lay_out(self):
+        self._workspace = Workspace(self, self.loras.max_rank > 0)
 
     # ---- the whole step --------------------------------------------------------------------------------
 

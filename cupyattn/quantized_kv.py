@@ -6,13 +6,13 @@ from typing import NamedTuple
 import numpy as np
 
 from .block_kv import BlockKV, BlockLayer
-from .kv_formats import FLOATS, FORMATS, NO_SCALE, check_format, check_head_dim, dtype_of, scale_shape
-from .runtime.arrays import alignment, array_namespace, dtype_name, strides
+from .kv_formats import FLOATS, FORMATS, NO_SCALE, check_format, check_head_dim, scale_shape
+from .runtime.arrays import alignment, array_namespace, dtype_name, dtype_of, strides
 from .runtime.checks import check_array
 from .runtime.plan import CUDA_TYPES
 
 _PLAIN_TAGS = {name: f"KvPlain<{CUDA_TYPES[name]}>" for name in FLOATS}
-__all__ = ["FLOATS", "FORMATS", "BlockKV", "BlockLayer", "KvSide", "QuantizedKV", "dtype_of", "kv_side"]
+__all__ = ["FLOATS", "FORMATS", "BlockKV", "BlockLayer", "KvSide", "QuantizedKV", "kv_side"]
 
 
 class KvSide(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 from timing import DEVICE, seconds_per_call
 
 import cupyattn
-from cupyattn.runtime import Plan, Specialisation, arch_of, launch, make_args
+from cupyattn.runtime import Plan, Specialisation, arch_of, blas, launch, make_args
 
 _UNROLL = 8
 
@@ -50,6 +50,15 @@ def _numpy_read_bandwidth(nbytes):
             list(pool.map(np.max, parts))
             times.append(time.perf_counter() - start)
     return nbytes / min(times)
+
+
+@functools.cache
+def matmul_rate():
+    """Floating-point operations per second of a large product of plain arrays: float16 on a GPU, float32 on the CPU."""
+    n, dtype = (8192, np.float16) if DEVICE.is_gpu else (2048, np.float32)
+    x = DEVICE.array(np.random.default_rng(1).standard_normal((n, n), np.float32).astype(dtype))
+    out = DEVICE.xp.empty_like(x)
+    return 2 * n**3 / seconds_per_call(blas.multiply, [(x, x, out)])
 
 
 def launch_overhead():

@@ -48,7 +48,8 @@ class Bench:
         self._op = op
         self._rows_file = rows_file
 
-    def __call__(self, shape, make, call, expected, *, tolerance, nbytes, flops=0, baseline=None, checked=None):
+    def __call__(self, shape, make, call, expected, *, tolerance, nbytes, flops=0, baseline=None, checked=None,
+                 matmul=False):
         """Check `call` against `expected`, then time it.
 
         Parameters
@@ -69,6 +70,8 @@ class Bench:
             ``baseline(*arrays)``: the same result by the array library alone.
         checked : callable, optional
             The part of `call`'s result, as a NumPy array, that `expected` gives; default all of it.
+        matmul : bool
+            The row also says what share of a large plain product's rate was reached.
         """
         host = make(np.random.default_rng(1))
         arrays = on_device(host)
@@ -87,6 +90,8 @@ class Bench:
         row = {"op": self._op, "shape": shape, "device": DEVICE.name, "nbytes": nbytes, "flops": flops,
                "calls_per_round": calls, "seconds": seconds,
                "share_of_read_bandwidth": nbytes / seconds / ceilings.read_bandwidth()}
+        if matmul:
+            row["share_of_matmul_rate"] = flops / seconds / ceilings.matmul_rate()
         try:
             if baseline is not None:
                 row["baseline_seconds"] = baseline_seconds(baseline, sets)

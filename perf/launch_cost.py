@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Python costs a decode step: every op called anew, beside its bound launches. Kernels do not run.
 
-``python perf/launch_cost.py`` prints microseconds of processor time, the best of many rounds. NumPy: what calls into the
-executor's library reaches a function that does nothing. A GPU: launches are real, of arrays so small that the device
-keeps up.
+``python perf/launch_cost.py`` prints microseconds of processor time, the best of many rounds. NumPy: what calls into
+the executor's library reaches a function that does nothing. A GPU: launches are real, of arrays so small that the
+device keeps up.
 """
 
 import contextlib

@@ -43,6 +43,43 @@ def models():
     return [MODELS[name] for name in names]
 
 
+@dataclass(frozen=True)
+class Matmul:
+    """A weight [rows, columns] of a model, and the formats and numbers of tokens it is timed with."""
+
+    name: str
+    rows: int
+    columns: int
+    formats: tuple
+    tokens: tuple
+
+
+def matmuls():
+    """The projections of a decoder; on a GPU all of two models whose figures peers publish, on the CPU a few."""
+    if not DEVICE.is_gpu:
+        small, large = MODELS["smollm2-135m"], MODELS["llama3-8b"]
+        return [Matmul(f"{small} gate-up", 2 * small.intermediate_size, small.hidden_size,
+                       ("q4_1", "int4-g128", "q4_k", "nf4"), (1, 8, 16, 64, 512)),
+                Matmul(f"{small} lm_head", small.vocab_size, small.hidden_size, ("q8_0",), (1, 8)),
+                Matmul(f"{large} qkv", *_projections(large)["qkv"], ("int4-g128", "fp8"), (1, 8, 64, 512))]
+    everything = ("int4-g128", "int8-g128", "q4_k", "q6_k", "q8_0", "fp8", "nf4", "mxfp4", "nvfp4", "float16")
+    found = []
+    for model, formats in ((MODELS["llama3-8b"], everything), (MODELS["llama3-70b"], ("int4-g128", "fp8", "q4_k"))):
+        for name, (rows, columns) in _projections(model).items():
+            some = formats if name in ("gate-up", "down") else formats[:1]
+            found.append(Matmul(f"{model} {name}", rows, columns, some, (1, 8, 16, 64, 512, 4096)))
+    square = Matmul("square", 8192, 8192, ("int4-g128",), (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096))
+    return [square, *found]
+
+
+def _projections(model):
+    """(rows, columns) of the weights of a layer."""
+    heads, kv_heads = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    return {"qkv": (heads + 2 * kv_heads, model.hidden_size), "o": (model.hidden_size, heads),
+            "gate-up": (2 * model.intermediate_size, model.hidden_size),
+            "down": (model.hidden_size, model.intermediate_size)}
+
+
 def token_counts():
     """New tokens of one step: single decode, batched decode, a prefill chunk."""
     return (1, 64, 4096) if DEVICE.is_gpu else (1, 8, 256)

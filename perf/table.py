@@ -11,9 +11,11 @@ def _cells(row):
     rate = f"{row['nbytes'] / seconds / 1e9:.1f} GB/s"
     if row["flops"] > 16 * row["nbytes"]:   # arithmetic may be the limit
         rate += f", {row['flops'] / seconds / 1e12:.2f} TFLOP/s"
-    share = row.get("share_of_read_bandwidth")
+    share = "" if row.get("share_of_read_bandwidth") is None else f"{row['share_of_read_bandwidth']:.0%}"
+    if row.get("share_of_matmul_rate") is not None:
+        share += f"; {row['share_of_matmul_rate']:.0%} of matmul"
     baseline = row.get("baseline_seconds")
-    return (row["op"], row["shape"], f"{seconds * 1e6:.1f}", rate, "" if share is None else f"{share:.0%}",
+    return (row["op"], row["shape"], f"{seconds * 1e6:.1f}", rate, share,
             "" if baseline is None else f"{baseline / seconds:.2f}x")
 
 

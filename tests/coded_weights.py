@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 
 from cupyattn.quant.coded import FLOAT8, TABLES, CodedWeight, Segment
-from cupyattn.quant.layout import dtype
+from cupyattn.runtime.arrays import dtype_of
 
 # name -> (bits, kind, centre, scale dtype, mode, super dtype, usual group)
 FORMS = {
@@ -44,21 +44,21 @@ def coded_weight(name, rows, columns, group=None, seed=0):
     groups, supers = -(-columns // group), super_scale and -(-columns // super_group)
     codes = rng.integers(0, 2**bits, (rows, columns), np.uint8)
     if kind in FLOAT8:
-        codes = rng.standard_normal((rows, columns)).astype(dtype(FLOAT8[kind])).view(np.uint8)
+        codes = rng.standard_normal((rows, columns)).astype(dtype_of(FLOAT8[kind])).view(np.uint8)
     size = {"int": 2.0 ** (1 - bits), "iq4": 2.0**-7}.get(kind, 1.0)
 
     def numbers(count):
         if scale == "int8":
             return rng.integers(-32, 64, (rows, count)).astype(np.int8)
         if scale == "float8_e8m0fnu":
-            return (2.0 ** rng.integers(-6, 6, (rows, count))).astype(dtype(scale))
-        return (size * np.exp2(rng.uniform(-3, 3, (rows, count)))).astype(dtype(scale))
+            return (2.0 ** rng.integers(-6, 6, (rows, count))).astype(dtype_of(scale))
+        return (size * np.exp2(rng.uniform(-3, 3, (rows, count)))).astype(dtype_of(scale))
 
     def above():
         return (rng.uniform(0.5, 2, (rows, supers)) * (size / 32 if scale == "int8" else 1)).astype(super_scale)
 
     zero = None if mode != "zero" else rng.integers(0, 2**bits, (rows, groups)) - float(centre)
     return CodedWeight(name, (rows, columns), (Segment(
-        codes, bits, kind, group, numbers(groups), centre, None if zero is None else zero.astype(dtype(scale)),
+        codes, bits, kind, group, numbers(groups), centre, None if zero is None else zero.astype(dtype_of(scale)),
         numbers(groups) if mode == "minimum" else None, above() if supers else None,
         above() if supers and mode == "minimum" else None, super_group),))

@@ -124,6 +124,17 @@ def ndarray_fill(self, value):
     enqueue(lambda: host(self).fill(value))
 
 
+def ndarray_iadd(self, other):
+    enqueue(lambda: np.add(host(self), host(other) if isinstance(other, cupy.ndarray) else other, out=host(self)))
+    return self
+
+
+def ndarray_astype(self, dtype, order="K", casting=None, subok=None, copy=True):
+    made = cupy.empty(self.shape, dtype)
+    enqueue(lambda: np.copyto(host(made), host(self), casting="unsafe"))
+    return made
+
+
 def ndarray_copy(self, order="C"):
     copied = cupy.empty(self.shape, self.dtype)
     enqueue(lambda: np.copyto(host(copied), host(self)))
@@ -230,7 +241,8 @@ def runtime_deviceGetAttribute(attribute, device):
 
 def runtime_getDeviceProperties(device):
     return {"name": b"stand-in", "multiProcessorCount": 132, "sharedMemPerBlockOptin": SHARED_LIMIT,
-            "major": int(state.capability[:-1]), "minor": int(state.capability[-1]), "totalGlobalMem": 2**34}
+            "major": int(state.capability[:-1]), "minor": int(state.capability[-1]), "totalGlobalMem": 2**34,
+            "l2CacheSize": 2**16}
 
 
 def runtime_deviceSynchronize():

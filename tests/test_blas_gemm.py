@@ -19,6 +19,7 @@ from cupyattn import QMatrix, diagnosis, matmul_blas, matmul_choice
 from cupyattn.quant.coded import CodedWeight
 from cupyattn.quant.layout import Form
 from cupyattn.runtime import recording
+from cupyattn.runtime.cpu import Settings, settings
 
 BOUND = {"float32": 1e-5, "float16": 3e-4, "bfloat16": 2e-3}
 GPTQ = Form(4, "int", 8, "float16", "ZERO")
@@ -45,11 +46,13 @@ def _error(got, want):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """BLAS from 65 tokens on, and 48 rows of these weights a chunk."""
+    """BLAS from 65 tokens on, on the host too, and 48 rows of these weights a chunk."""
     monkeypatch.setattr(matmul_choice, "fused_until", lambda bits: 65)
     monkeypatch.setattr(matmul_choice, "_HOST_TOKENS", 65)
     monkeypatch.setattr(matmul_blas, "_CHUNK", 48 * 200 * 2)
     monkeypatch.setattr(matmul_blas, "_WAVE", 1)
+    with settings(blas=True):
+        yield
 
 
 @pytest.fixture
@@ -162,6 +165,23 @@ def test_modes_of_the_handle_are_left_as_they_were(monkeypatch):
             cupyattn.quant_gemm(xp.array(_x(80, 200, "float16")), matrix.to(xp.module))
             assert xp.events["gemms"]
         assert (standin_blas.pointer_mode, standin_blas.math_mode) == modes
+
+
+@pytest.mark.parametrize("options, asked", [({}, True), ({"blas": False}, False), ({"check": True}, False)],
+                         ids=["asked for", "default", "checking"])
+def test_blas_of_the_host_is_asked_for(multiplied, options, asked):
+    """Its threads are slow where they share cores, and take no orders from the executor's settings."""
+    assert Settings().blas is False
+    matrix, w = _weight("int4 zero float16", 104, 200)
+    x = _x(70, 200, "float32")
+    with settings(**options):
+        got = cupyattn.quant_gemm(x, matrix)
+    assert bool(multiplied) == asked and _error(got, x.astype(np.float64) @ w.T) <= 1e-5
+    multiplied.clear()
+    with settings(**options), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUPYATTN_CHECK", "1")
+        cupyattn.quant_gemm(x, matrix)
+    assert not multiplied
 
 
 def test_recording_multiplies_nothing(multiplied):

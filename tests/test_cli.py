@@ -15,7 +15,7 @@ import pytest
 from llama_float64 import smollm2_path
 from typer.testing import CliRunner
 
-from cupyattn import diagnosis
+from cupyattn import diagnosis, matmul_tuning
 from cupyattn.cli import app
 
 COMMAND = [sys.executable, "-c", "from cupyattn.cli import main; main()"]
@@ -52,6 +52,23 @@ def test_json():
         assert "".join(token["text"] for token in found["tokens"]) == found["text"]
     assert objects[0]["prompt_ids"] == [504, 3575, 282, 4649, 314]
     assert objects[0]["text"] == " Paris.\n\nThe" and objects[1]["text"] == " 4, 5"
+
+
+def test_tune(monkeypatch):
+    asked = []
+
+    def measured(matrices, tokens, dtype, progress):
+        asked.append((len(matrices), list(tokens), dtype))
+        progress(0, 1, "q4_1 3072x576, 3 tokens")
+        return [matmul_tuning.Tuned("q4_1", (3072, 576), 3, "core m_tile=4 row_tiles=16", 1e-4, 2e-4)]
+
+    monkeypatch.setattr(matmul_tuning, "tune", measured)
+    result = run("tune", "--tokens", 3, "--device", "cpu", "--dtype", "float32")
+    assert result.exit_code == 0, result.output
+    assert asked == [(30 * 4 + 1, [3], "float32")]
+    assert result.stdout.split() == ["q4_1", "3072", "x", "576", "3", "tokens", "200.0", "->", "100.0", "us", "core",
+                                     "m_tile=4", "row_tiles=16"]
+    assert "--quantize must be" in refused("tune", "--quantize", "int5")
 
 
 def test_text_goes_to_stdout_and_the_table_to_stderr():

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from compare import assert_close, assert_same_bits
 from conftest import NumpyArrays
+from mpi_ranks import run
 from turbomind_float64 import ATTENDED, Layer
 
 import cupyattn
-from cupyattn import BlockIteratorParams, LinearIteratorParams, RopeParams
+from cupyattn import BlockIteratorParams, InProcessCommunicator, LinearIteratorParams, RopeParams
 
 NUMPY = NumpyArrays()
 PAIRS = RopeParams(rotary_dim=32, style="interleaved")
@@ -184,6 +185,29 @@ def test_finished_sequences():
     assert changed[0] == 0 and changed[1] > 0   # token 29 is rank 1's
 
 
+def decoded_by(communicator, xp=NUMPY):
+    """(output, lse) of a layer whose tokens are dealt out to the ranks of a communicator."""
+    layer = Layer((1, 300, 77), **SMALL, dtype="float32", sinks=True)
+    shards = Shards(layer, xp, communicator.size)
+    shards.append(layer.k_lens - 1, layer.k_lens - 1)
+    mine = [params for r, params in enumerate(shards.params((1, 1, 1))) if r in communicator.ranks]
+    for params in mine:
+        cupyattn.invoke_decoding(params)
+    return cupyattn.merge_shards(mine, communicator=communicator, return_lse=True)
+
+
+def test_merged_over_a_communicator(tmp_path, xp):
+    layer = Layer((1, 300, 77), **SMALL, dtype="float32", sinks=True)
+    pool, _ = whole(layer, (1, 1, 1))
+    one = InProcessCommunicator(3, device=None if xp.name == "numpy" else 0)
+    out, lse = map(xp.numpy, decoded_by(one, xp))
+    assert_close(out, layer.attended(pool, (1, 1, 1)), *ATTENDED["float32"])
+    if xp.name == "numpy":
+        for result in run("context_parallel", 3, tmp_path):
+            assert_same_bits(result["out"], out)
+            assert_same_bits(result["lse"], lse)
+
+
 def test_given_output_and_errors():
     layer = Layer((20,), **SMALL, dtype="float32")
     shards = Shards(layer, NUMPY, 2)
@@ -202,6 +226,8 @@ def test_given_output_and_errors():
             cupyattn.merge_shards(wrong)
     with pytest.raises(ValueError, match=r"merge_shards: shards\[1\] must have the softmax_scale of the first"):
         cupyattn.merge_shards([ranks[0], ranks[1].replace(inv_sqrt_dh=1.0)])
+    with pytest.raises(ValueError, match=r"merge_shards: shards must hold one for each of the ranks \[0, 1, 2\]"):
+        cupyattn.merge_shards(ranks, communicator=InProcessCommunicator(3))
     with pytest.raises(ValueError, match="reduce_split_k: cp_size must be 1"):
         cupyattn.reduce_split_k(ranks[0])
     bare = ranks[0].replace(split_cnt=None, partial_O=None, partial_ML=None)

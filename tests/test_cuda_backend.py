@@ -97,13 +97,13 @@ def test_cublas_reads_and_writes_rows_of_wider_arrays(xp):
     if not blas.available(xp.module):
         pytest.skip("cuBLAS is not installed")
     handle = xp.module.cuda.device.get_cublas_handle()
-    mode = blas.cublas().getPointerMode(handle)
+    modes = blas.cublas().getPointerMode(handle), blas.cublas().getMathMode(handle)
     x, w = np.arange(48, dtype=np.float16).reshape(3, 16), np.eye(8, dtype=np.float16)
     out = xp.array(np.ones((3, 16), np.float16))
     for _ in range(2):
         blas.multiply(xp.array(x)[:, 8:], xp.array(w), out[:, :8], add=True)
     np.testing.assert_array_equal(out.get(), np.hstack([1 + 2 * x[:, 8:], np.ones((3, 8))]))
-    assert blas.cublas().getPointerMode(handle) == mode
+    assert (blas.cublas().getPointerMode(handle), blas.cublas().getMathMode(handle)) == modes
 
 
 def test_a_zero_grid_launches_one_block(xp):

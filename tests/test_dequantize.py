@@ -104,7 +104,7 @@ def test_errors():
     matrix = QMatrix.from_coded(coded_weight("int4 zero float16", 40, 96))
     with pytest.raises(TypeError, match="qmatrix must be a QMatrix, got ndarray"):
         cupyattn.dequantize(np.zeros((40, 96)))
-    with pytest.raises(TypeError, match="out must be float16 or bfloat16 or float32, got float64"):
+    with pytest.raises(TypeError, match="out_dtype must be float16 or bfloat16 or float32, got float64"):
         cupyattn.dequantize(matrix, out_dtype=np.float64)
     with pytest.raises(ValueError, match=r"out must be \[rows, in_features\] = \[40, 96\], got \[40, 95\]"):
         cupyattn.dequantize(matrix, out=np.zeros((40, 95), np.float32))

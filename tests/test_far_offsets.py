@@ -8,7 +8,8 @@ import pytest
 from compare import assert_same_bits, dtype_of, poison, sparse_array
 
 import cupyattn
-from cupyattn import attention_plans
+from cupyattn import QMatrix, attention_plans
+from cupyattn.quant.layout import PackedSegment
 from cupyattn.reference.kv_codec import quantize
 from cupyattn.runtime.cpu import settings
 
@@ -200,6 +201,19 @@ def test_kv_flatten(check):
             cupyattn.kv_flatten(*far, block_table=pages[table], cu_seqlens_k=starts, out=tuple(out))
         for found, right in zip(out, want, strict=True):
             assert_same_bits(found, right)
+
+
+def test_the_last_rows_of_a_large_weight():
+    """131072 x 16640, more than 2**31 weights and bytes of codes: all 0, but for the last rows."""
+    rows, columns = 131072, 16640
+    tail = QMatrix.quantize(np.random.default_rng(9).standard_normal((16, columns), np.float32), "int8-g128")
+    (segment,) = tail.segments
+    codes, scales = (sparse_array((rows // 16, *part.shape[1:]), "uint8") for part in (segment.codes, segment.scales))
+    codes[-1], scales[-1] = segment.codes[0], segment.scales[0]
+    assert codes.nbytes > 2**31
+    large = QMatrix(tail.format, (rows, columns), (PackedSegment(codes, scales, None, segment.form, columns),))
+    assert_same_bits(cupyattn.dequantize(large, rows=(rows - 5, rows)), tail.reconstruct()[-5:])
+    assert_same_bits(cupyattn.embedding(np.array([rows - 1]), large), tail.reconstruct()[-1:])
 
 
 def test_sparse_arrays_and_their_shadow_take_no_memory():

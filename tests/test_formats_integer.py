@@ -415,6 +415,9 @@ def test_every_format_says_the_same():
                awq.read(matrix.awq()), compressed_tensors.read(matrix.compressed())]
     for weight in weights:
         assert np.array_equal(dequantized(weight), matrix.weight()), weight.format
+        (segment,) = weight.segments                    # not only their product
+        assert np.array_equal(segment.codes, matrix.codes.T) and np.array_equal(segment.scale, matrix.scales.T)
+        assert np.array_equal(segment.zero + np.float16(8), matrix.zeros.T)
 
 
 def test_every_format_says_the_same_of_a_symmetric_weight():

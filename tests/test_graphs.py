@@ -2,16 +2,23 @@
 """Bound launches, and steps that are captured once and replayed: a whole decode step, and what a capture refuses."""
 
 import contextlib
+import importlib
 import itertools
+from types import SimpleNamespace
 
 import launch_cost
 import numpy as np
 import pytest
+from coded_weights import coded_weight
+from conftest import NumpyArrays
 
 import cupyattn
 from cupyattn.errors import CaptureError
 from cupyattn.graphs import BoundSteps, capture, place
+from cupyattn.quant.coded import CodedWeight
 from cupyattn.runtime import Bound, Plan, Specialisation, arch_of, cpu, cuda, make_args, recording
+from cupyattn.runtime.bound import LibraryCall, in_order
+from cupyattn.runtime.capturing import taping
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 64, 4, 2, 64
 BATCH, MAX_PAGES, PAGE_SIZE = 3, 12, 16
@@ -193,15 +200,17 @@ def test_products_by_blas_are_replayed(xp):
     rng = np.random.default_rng(0)
     weight = cupyattn.QMatrix.from_dense(rng.standard_normal((32, 64)).astype(np.float32)).to(xp.module)
     x, bias = xp.array(np.zeros((400, 64), np.float32)), xp.array(rng.standard_normal(32).astype(np.float32))
-    graph = capture(lambda x: cupyattn.quant_gemm(x, weight, bias=bias), x)
-    assert {launch.name for launch in graph.launches if not isinstance(launch, Bound)} <= {"blas", "cublas", "copy"}
-    steps = BoundSteps(xp.module)
-    for _ in range(2):
-        put(x, rng.standard_normal((400, 64)).astype(np.float32))
-        want = xp.numpy(cupyattn.quant_gemm(x, weight, bias=bias))
-        np.testing.assert_array_equal(xp.numpy(graph.replay()), want)
-        again = steps.run((), lambda: cupyattn.quant_gemm(x, weight, bias=bias))
-        np.testing.assert_array_equal(xp.numpy(again), want)
+    with cpu.settings(blas=True):
+        graph = capture(lambda x: cupyattn.quant_gemm(x, weight, bias=bias), x)
+        names = {launch.name for launch in graph.launches if not isinstance(launch, Bound)}
+        assert names <= {"blas", "cublas", "copy"} and (xp.name != "numpy" or "blas" in names)
+        steps = BoundSteps(xp.module)
+        for _ in range(3):
+            put(x, rng.standard_normal((400, 64)).astype(np.float32))
+            want = xp.numpy(cupyattn.quant_gemm(x, weight, bias=bias))
+            np.testing.assert_array_equal(xp.numpy(graph.replay()), want)
+            again = steps.run((), lambda: cupyattn.quant_gemm(x, weight, bias=bias))
+            np.testing.assert_array_equal(xp.numpy(again), want)
 
 
 def test_a_current_stream_is_the_one_that_captures(xp):
@@ -226,19 +235,19 @@ def test_steps_run_before_are_only_launched(xp):
         key = *map(place, (again.x, again.lengths, again.table, again.positions)), *extra
         return steps.run(key, lambda: calls.append(extra) or again.step())
 
-    for seed in (1, 2, 3):
+    for seed in (1, 2, 3, 4):
         for decode in (eager, again):
             decode.change(seed)
         want, found = xp.numpy(eager.step()), step()
-        assert found.size and len(calls) == 1
+        assert found.size and len(calls) == min(seed, 2)
         np.testing.assert_array_equal(xp.numpy(found), want)
         for held, expected in zip(again.state(), eager.state(), strict=True):
             np.testing.assert_array_equal(held, expected)
     step(("another option",))
-    assert len(calls) == 2
+    assert len(calls) == 3
     again.x = xp.array(np.zeros((BATCH, HIDDEN), np.float16))
     step()
-    assert len(calls) == 3
+    assert len(calls) == 4
 
 
 def test_steps_with_other_surroundings(xp):
@@ -250,16 +259,18 @@ def test_steps_with_other_surroundings(xp):
         return steps.run((place(x), place(None), option), lambda: calls.append(option) or cupyattn.rms_norm(
             x, weight, out=out))
 
-    assert step() is step() is out and calls == [0]
+    assert step() is step() is step() is out and calls == [0, 0]
     with recording() as wanted:
         step()
-    assert [spec.kernel for spec in wanted] == ["rms_norm"] and calls == [0, 0]
-    assert len(capture(step, xp=xp.module).launches) == 1 and calls == [0] * 5
+    assert [spec.kernel for spec in wanted] == ["rms_norm"] and calls == [0] * 3
+    assert len(capture(step, xp=xp.module).launches) == 1 and calls == [0] * 6
     with cpu.settings(workers=1) if xp.name == "numpy" else xp.module.cuda.Stream(non_blocking=True):
-        assert step() is step()
-    assert calls == [0] * 6
-    step(1), step(), step(1)   # the oldest went when a third one came
-    assert calls == [0] * 6 + [1, 0]
+        assert step() is step() is step()
+    assert calls == [0] * 8
+    step(1), step(), step(1), step()   # the oldest went when a third one came
+    assert calls == [0] * 8 + [1, 0, 1, 0]
+    step(), step(1)
+    assert calls == [0] * 8 + [1, 0, 1, 0]
 
 
 def test_a_step_that_fails_is_not_kept(xp):
@@ -327,7 +338,7 @@ def _captures(xp, x, weight):
 DEVICE_ONLY = {"allocates more": (_growing, "an allocation of 3600 bytes where that had 3200 bytes"),
                "allocates once": (_once, "got 0 of 1 allocations; give more warmups"),
                "reads": (_reads, "without reading arrays on the host.*(ndarray.get|cudaError)"),
-               "writes": (_writes, "without reading arrays on the host.*(ndarray.set|cudaError)"),
+               "writes": (_writes, "without reading arrays on the host.*ndarray.set"),
                "waits": (_waits, "or waiting for the device.*(deviceSynchronize|cudaError)"),
                "waits for the stream": (_waits_for_the_stream, "waiting for the device.*(Stream.synchronize|cudaErr)")}
 ANYWHERE = {"compiles": (_compiles, r"must not compile.*rms_norm\[.*U=float32"),
@@ -340,6 +351,8 @@ ANYWHERE = {"compiles": (_compiles, r"must not compile.*rms_norm\[.*U=float32"),
 def test_refused(xp, name, monkeypatch):
     if xp.name == "numpy" and name in DEVICE_ONLY:
         pytest.skip("costs a NumPy step nothing and is replayed with the arrays it made")
+    if (xp.name, name) == ("cupy", "writes"):
+        pytest.skip("CUDA may capture a copy from the host, with what the host held then")
     monkeypatch.setattr(cpu, "_kernels", {})   # so that every kernel has to be loaded
     monkeypatch.setattr(cuda, "_kernels", {})
     make, message = (DEVICE_ONLY | ANYWHERE)[name]
@@ -452,6 +465,53 @@ def test_bound_launches_keep_the_settings_of_the_executor():
         bound()
         bound()
     assert [c.counts["blocks"] for c in counters] == [2, 2]
+
+
+def test_aborted_bound_launches_can_be_launched_again(monkeypatch):
+    """What counts arrivals is zero again."""
+    decode = Decode(NumpyArrays(), True)
+    decode.change(1)
+    decode.step()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    real = cpu._kernel
+    monkeypatch.setattr(cpu, "_kernel", lambda *key: real(*key)._replace(
+        executor=SimpleNamespace(ca_launch=interrupted, ca_abandon=lambda: None)))
+    with taping("cpu", keep=True, capturing=True) as tape:
+        decode.step()
+    bound = next(launch for launch in tape.launches if launch.plan.spec.kernel == "paged_decode")
+    decode.made.decode.counters[...] = 3
+    with pytest.raises(KeyboardInterrupt):
+        bound()
+    assert decode.made.decode.counters.size and not decode.made.decode.counters.any()
+
+
+def test_launches_cut_short_between_two_can_be_run_again(xp, monkeypatch):
+    """The segments of a weight count arrivals together."""
+    op = importlib.import_module("cupyattn.ops.quant_gemm")
+    monkeypatch.setattr(op, "_version", lambda *of: ("mma", "chosen by the test"))
+    parts = [coded_weight(f"int{bits} plain float16", 24, k, 32).segments[0] for bits, k in ((6, 96), (4, 320))]
+    coded = CodedWeight("mixed", (24, 416), tuple(parts), None)
+    weight = cupyattn.QMatrix.from_coded(coded).to(xp.module)
+    x, out = xp.array(np.ones((3, 416), np.float16)), xp.array(np.zeros((3, 24), np.float32))
+    with taping(arch_of(xp.module), keep=True) as tape:
+        cupyattn.quant_gemm(x, weight, out=out)
+    *first, second = tape.launches   # columns in order, and a segment each
+    assert len(first) == 2
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        in_order([*first, LibraryCall("interrupt", interrupt), second])()
+    run = in_order(tape.launches)
+    for seed in range(3):
+        rows = np.random.default_rng(seed).standard_normal((3, 416)).astype(np.float16)
+        put(x, rows)
+        run()
+        np.testing.assert_allclose(xp.numpy(out), rows.astype(np.float64) @ coded.dequantize().T, atol=1e-3)
 
 
 def test_bound_launches_stay_on_their_device():

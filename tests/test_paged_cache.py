@@ -7,7 +7,7 @@ from compare import assert_same_bits
 
 from cupyattn import PagedCache, QuantizedKV, kv_append
 from cupyattn.caches.paged import FORMATS
-from cupyattn.kv_formats import dtype_of
+from cupyattn.runtime.arrays import dtype_of
 
 
 @pytest.mark.parametrize("k_format", FORMATS)

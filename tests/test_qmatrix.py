@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import time
 from dataclasses import replace
 
 import ml_dtypes
@@ -13,8 +12,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from cupyattn import QMatrix
-from cupyattn.quant import layout
 from cupyattn.quant.coded import FLOAT8
+from cupyattn.runtime.arrays import dtype_of
 
 BITS = {"Q4_0": 4.5, "Q4_1": 5, "Q8_0": 8.5}
 rng = np.random.default_rng(3)
@@ -135,7 +134,7 @@ def test_errors():
         QMatrix.from_gguf(np.zeros((16, 8), np.float16).view(np.uint8), "F16", (8, 16))
     with pytest.raises(ValueError, match="in_features a multiple of 32 for Q4_0"):
         QMatrix.from_gguf(raw, "Q4_0", (16, 40))
-    with pytest.raises(TypeError, match="data must be uint8, got float32"):
+    with pytest.raises(TypeError, match="data must be uint8 or bytes, got float32"):
         QMatrix.from_gguf(raw.view(np.float32), "Q4_0", (16, 64))
     with pytest.raises(ValueError, match="in_features a multiple of 8"):
         QMatrix.from_dense(np.zeros((16, 12), np.float16))
@@ -143,6 +142,8 @@ def test_errors():
         QMatrix.from_dense(np.zeros((16, 16)))
     with pytest.raises(ValueError, match=r"w must be \[out_features, in_features\]"):
         QMatrix.from_dense(np.zeros(16, np.float16))
+    assert_same_bits(QMatrix.from_gguf(raw.tobytes(), 2, (16, 64)).reconstruct(),
+                     QMatrix.from_gguf(raw, "Q4_0", (16, 64)).reconstruct())
     with pytest.raises(ValueError, match="both at least 1"):
         QMatrix.from_gguf(raw[:0], "Q4_0", (0, 64))
 
@@ -152,24 +153,12 @@ def test_errors():
     ("e5m2", (0x7C, 0xFC, 0x7D, 0xFF), "4 codes of 512 that are NaN or infinity$")])
 def test_fp8_that_is_not_finite_is_refused(kind, bad, message):
     codes = np.full((16, 32), {"e4m3": 0xFE, "e5m2": 0xFB}[kind], np.uint8)   # the least number of all
-    weight = codes.view(layout.dtype(FLOAT8[kind]))
+    weight = codes.view(dtype_of(FLOAT8[kind]))
     tensors = {"weight": weight, "weight_scale": np.float32(1)}
     np.testing.assert_array_equal(QMatrix.from_fp8(tensors).reconstruct(), weight.astype(np.float32))
     codes.reshape(-1)[5:5 + len(bad)] = bad
     with pytest.raises(ValueError, match="QMatrix: weight must hold finite numbers only, got " + message):
         QMatrix.from_fp8(tensors)
-
-
-@pytest.mark.parametrize("name", BITS)
-def test_packing_is_fast(name):
-    raw, _ = _quantized(name, 64, 576)
-    raw = np.tile(raw, (384, 1))
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        QMatrix.from_gguf(raw, name, (64 * 384, 576))
-        seconds.append(time.perf_counter() - start)
-    assert raw.nbytes / min(seconds) > 200e6, f"{raw.nbytes / min(seconds) / 1e6:.0f} MB/s"
 
 
 @hypothesis_settings(max_examples=40, deadline=None, derandomize=True)

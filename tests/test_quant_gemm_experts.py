@@ -7,15 +7,16 @@ import importlib
 import numpy as np
 import pytest
 from coded_weights import coded_weight
-from compare import assert_same_bits, dtype_of, poison
+from compare import assert_close, assert_same_bits, dtype_of, poison
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from standin import install
 
 import cupyattn
-from cupyattn import QMatrix
+from cupyattn import QExperts, QMatrix
 from cupyattn.quant.coded import CodedWeight
+from cupyattn.reference.quant_gemm import quant_gemm as expected_gemm
 from cupyattn.runtime import arrival_counters
 from cupyattn.runtime.cpu import counters, settings
 
@@ -242,3 +243,39 @@ def test_errors():
         QMatrix.stack([])
     assert repr(stacked) == f"QExperts(int4 zero float16, 5 of 40x328, {stacked.nbytes} bytes)" and len(stacked) == 5
     assert stacked.nbytes == sum(matrix.nbytes for matrix in matrices)
+
+
+def test_the_reference():
+    _, stacked, _ = _experts("int4 zero float16", 5, 24, 96)
+    x, bias, held = _x(40, 96, "float32"), _x(5, 24, "float32"), _x(40, 24, "float32")
+    for options in ({}, {"bias": bias}, {"bias": bias, "accumulate": True}):
+        want = expected_gemm(x, stacked, expert_offsets=RAGGED, out=held, **options)
+        out = cupyattn.quant_gemm(x, stacked, expert_offsets=np.int32(RAGGED), out=held.copy(), **options)
+        assert_close(out, want, 1e-4, 1e-5)
+        assert_same_bits(out[37:], held[37:])
+    nowhere = expected_gemm(x, stacked, expert_offsets=RAGGED)
+    assert np.isnan(nowhere[37:]).all() and not np.isnan(nowhere[:37]).any()
+
+
+@pytest.mark.parametrize("form", ["int4 zero float16", "int6 plain int8 float16", "nf4 plain float32"])
+def test_saved_and_loaded(form, tmp_path, xp):
+    _, stacked, w = _experts(form, 3, 24, 96)
+    stacked.to(xp.module).save(tmp_path / "experts.safetensors")
+    loaded = QExperts.load(tmp_path / "experts.safetensors", xp=xp.module)
+    assert loaded.xp is xp.module and (loaded.shape, loaded.format) == (stacked.shape, stacked.format)
+    for e in range(3):
+        assert_same_bits(xp.numpy(loaded.expert(e).reconstruct()), w[e].astype(np.float32))
+    with pytest.raises(ValueError, match="QMatrix: path must be a file of QMatrix.save"):
+        QMatrix.load(tmp_path / "experts.safetensors")
+
+
+def test_experts_of_one_tensor():
+    """Blocks as gpt-oss keeps them: [experts, out, in / 32, 16]."""
+    blocks = rng.integers(0, 256, (3, 32, 4, 16), np.uint8)
+    scales = rng.integers(120, 130, (3, 32, 4), np.uint8)
+    whole = QMatrix.from_mxfp4({"blocks": blocks, "scales": scales})
+    stacked = QMatrix.stack([whole.row_shard(e, 3) for e in range(3)])
+    assert stacked.shape == (3, 32, 128)
+    for e in range(3):
+        alone = QMatrix.from_mxfp4({"blocks": blocks[e], "scales": scales[e]})
+        assert_same_bits(stacked.expert(e).reconstruct(), alone.reconstruct())

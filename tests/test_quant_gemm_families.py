@@ -9,7 +9,7 @@ import families
 import numpy as np
 import pytest
 from coded_weights import FORMS, SOME, coded_weight
-from compare import assert_same_bits, dtype_of
+from compare import assert_same_bits, dtype_of, sparse_array
 from families import FAMILIES, assert_right, assert_rows_alone, error
 from test_formats_integer import Matrix
 
@@ -108,7 +108,7 @@ def test_every_form_and_type_by_cublas(form):
 def test_tokens_and_columns(family, k):
     matrix, w = weight_of(INT4, 24, k, 128)
     most = {128: 1024, 4096: 257, 28672: 65}[k]
-    for m in (m for m in family.tokens if m <= most and (k < 28672 or m in (1, 8, 9, 65))):
+    for m in (m for m in family.tokens if m <= most and (k < 28672 or m in (1, 8, 9, 17, 65))):
         x = x_of(m, k, "float16")
         assert_right(family, matrix, w, x)
         assert_right(family, matrix, w, x, "float16")
@@ -371,3 +371,30 @@ def test_a_captured_call_follows_its_input_a_thousand_times(xp, m):
             graph.launch(stream)
             stream.synchronize()
             assert error(xp.numpy(out), wanted[run % 8]) <= 1e-5
+
+
+# ---- sizes past 32 bits
+
+@pytest.mark.parametrize("family", [pytest.param(name, marks=pytest.mark.full if name == "pipeline" else [])
+                                    for name in FAMILIES], indirect=True)
+def test_more_weights_than_32_bits_count(family):
+    """131072 x 16640 codes of 8 bits, all 0 but for the first and the last 16 rows: those are what they should be."""
+    rows, k = 131072, 16640
+    coded = coded_weight("int8 plain float16", 32, k)
+    small, w = QMatrix.from_coded(coded), coded.dequantize()
+    (segment,) = small.segments
+
+    def spread(array):
+        if array is None:
+            return None
+        large = sparse_array((rows // 16, *array.shape[1:]), array.dtype.name)
+        large[[0, -1]] = array
+        return large
+
+    matrix = QMatrix(small.format, (rows, k), [segment.with_arrays(spread)])
+    assert matrix.segments[0].codes.nbytes > 2**31
+    m = family.some_tokens[0]
+    x = x_of(m, k, "float16")
+    got = family.product(x, matrix)
+    assert not got[:, 16:-16].any()
+    assert error(np.concatenate([got[:, :16], got[:, -16:]], axis=1), x.astype(np.float64) @ w.T) <= 1e-5

@@ -3,6 +3,7 @@
 
 import functools
 import importlib
+import itertools
 import threading
 
 import numpy as np
@@ -141,3 +142,57 @@ def test_the_first_call_in_a_capture_is_refused_and_its_cure_works(xp):
             graph.launch(stream)
             stream.synchronize()
             assert _error(xp.numpy(out), _x(3, 416, seed=seed).astype(np.float64) @ w.T) <= 1e-5
+
+
+def _cases():
+    """What takes scratch: several pieces, several segments, experts. (matrix, weight or weights of experts)."""
+    one = coded_weight("int4 zero float16", 40, 1088)
+    parts = [coded_weight(f"int{bits} plain float16", 40, k, 32).segments[0] for bits, k in ((6, 96), (4, 1184))]
+    mixed = CodedWeight("mixed", (40, 1280), tuple(parts), np.random.default_rng(6).permutation(1280).astype(np.int32))
+    experts = [coded_weight("int4 zero float16", 40, 1088, seed=e) for e in range(3)]
+    return {"pieces": (QMatrix.from_coded(one), one.dequantize()),
+            "segments": (QMatrix.from_coded(mixed), mixed.dequantize()),
+            "experts": (QMatrix.stack([QMatrix.from_coded(e) for e in experts]),
+                        np.stack([e.dequantize() for e in experts]))}
+
+
+@ON_GPU
+@pytest.mark.parametrize("m", [3, 20])
+@pytest.mark.parametrize("case", ["pieces", "segments", "experts"])
+def test_a_captured_call_follows_its_inputs(xp, case, m):
+    """Also after calls that took other scratch on the same stream; in the capture nothing but launches."""
+    matrix, w = _cases()[case]
+    there, stream, columns = matrix.to(xp.module), xp.module.cuda.Stream(non_blocking=True), w.shape[-1]
+    x, out = xp.array(_x(m, columns)), xp.array(np.full((m, 40), np.nan, np.float32))
+    offsets = xp.array(np.int32([0, 0, 1, m])) if case == "experts" else None
+
+    def want(rows, bounds):
+        rows = rows.astype(np.float64)
+        if case != "experts":
+            return rows @ w.T
+        return np.concatenate([rows[a:b] @ w[e].T for e, (a, b) in enumerate(itertools.pairwise(bounds))])
+
+    with stream:
+        cupyattn.quant_gemm(x, there, expert_offsets=offsets, out=out)
+        stream.synchronize()
+        if xp.name == "standin":
+            xp.events.clear()
+        stream.begin_capture()
+        cupyattn.quant_gemm(x, there, expert_offsets=offsets, out=out)
+        graph = stream.end_capture()
+        if xp.name == "standin":
+            assert set(xp.events) == {"launches"}
+        for seed in range(12):
+            rows, bounds = _x(m, columns, seed=seed), [0, *sorted(np.random.default_rng(seed).integers(0, m, 2)), m]
+            x.set(rows)
+            if offsets is not None:
+                offsets.set(np.int32(bounds))
+            if seed in (3, 6):   # an eager call, of more tokens each time
+                more, limits = _x(30 * seed, columns, seed=seed), [0, 1, 40, 30 * seed]
+                others = None if offsets is None else xp.array(np.int32(limits))
+                other = cupyattn.quant_gemm(xp.array(more), there, invariant=True, expert_offsets=others)
+                assert _error(xp.numpy(other), want(more, limits)) <= 3e-4
+            out.fill(np.nan)
+            graph.launch(stream)
+            stream.synchronize()
+            assert _error(xp.numpy(out), want(rows, bounds)) <= 1e-5

@@ -201,6 +201,16 @@ def test_layers_by_prefix(tmp_path):
     assert QMatrix.from_safetensors(folder, at + "experts.up").shape == (16, 128)
 
 
+def test_fp8_that_is_not_finite_names_its_layer(tmp_path):
+    codes = np.zeros((16, 64), np.uint8)
+    codes[3, [1, 5]] = 0x7F, 0xFF
+    model(tmp_path, {"mlp.up_proj": {"weight": codes.view(ml_dtypes.float8_e4m3fn),
+                                     "weight_scale": np.ones(1, np.float32)}})
+    with pytest.raises(ValueError, match="weight must hold finite numbers only, got 2 codes of 1024 that are NaN "
+                                         ".layer model.layers.0.mlp.up_proj of "):
+        QMatrix.from_safetensors(tmp_path, "model.layers.0.mlp.up_proj")
+
+
 def test_prefixes_that_are_none(tmp_path):
     tensors, _ = gptq(16, 64)
     model(tmp_path, {"self_attn.q_proj": tensors, "norm": {"weight": np.ones(8, np.float16)},

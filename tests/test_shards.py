@@ -143,3 +143,25 @@ def test_arrays_of_every_kind(xp):
     np.testing.assert_allclose(xp.numpy(matrix.reconstruct()), weight, rtol=1e-6)
     assert matrix.column_shard(1, 2).xp is xp.module
     assert QMatrix.from_gptq(tensors, xp=xp.module).xp is xp.module
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_ranges_with_borders_of_heads(name):
+    """Heads of 8 and of 24 rows or columns: borders that are no sixteens."""
+    matrix = MATRICES[name]()
+    whole = weights(matrix)
+    rows, columns = matrix.shape
+    for first, last in ((0, 16), (8, rows), (16, 24), (24, rows)):
+        assert_same_bits(weights(matrix.row_range(first, last)), whole[first:last])
+    for first, last in ((0, 48), (24, 72), (48, columns - 8)):
+        assert_same_bits(weights(matrix.column_range(first, last)), whole[:, first:last])
+    aligned = matrix.row_range(16, rows)
+    assert np.shares_memory(aligned.segments[0].codes, matrix.segments[0].codes)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 8), (8, 8), (16, 8), (0, 41)])
+def test_ranges_that_are_none(start, stop):
+    with pytest.raises(ValueError, match=f"start and stop must hold some of the 40 out_features, got {start} to"):
+        MATRICES["int4"]().row_range(start, stop)
+    with pytest.raises(ValueError, match="some of the 272 in_features"):
+        MATRICES["int4"]().column_range(0, 280)

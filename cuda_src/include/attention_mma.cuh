@@ -247,17 +247,30 @@ struct ItemKeys {
 };
 
 // Starts the block's copies of a tile whose rows are all in pages and HEAD_DIM long: few instructions, since nearly
-// every tile is such.
+// every tile is such. A copy after a load from shared memory costs three more of them, so the loads come first.
 template <typename Tile>
 __device__ __forceinline__ void copy_whole(char* tile, const char* const* rows) {
   constexpr int PIECES = Tile::PIECES, EACH = THREADS / PIECES;  // of a row; rows at once
   constexpr bool REGULAR = THREADS % PIECES == 0 && EACH % 8 == 0;  // only the row changes from copy to copy
+  constexpr int ALL = KEYS * PIECES, COPIES = ceil_div(ALL, THREADS), BATCH = COPIES < 8 ? COPIES : 8;
 #pragma unroll
-  for (int first = 0; first < KEYS * PIECES; first += THREADS) {
-    const int index = REGULAR ? threadIdx.x : first + threadIdx.x, rows_down = REGULAR ? first / PIECES : 0;
-    if (KEYS * PIECES % THREADS != 0 && first + threadIdx.x >= KEYS * PIECES) break;
-    const int row = index / PIECES, piece = index % PIECES;
-    cp_async16(tile + Tile::offset(row, piece) + rows_down * Tile::ROW_BYTES, rows[row + rows_down] + piece * 16);
+  for (int start = 0; start < COPIES; start += BATCH) {
+    const char* from[BATCH];
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) {
+      const int index = (start + i) * THREADS + threadIdx.x;
+      if (ALL % THREADS != 0 && index >= ALL) break;
+      from[i] = rows[REGULAR ? threadIdx.x / PIECES + (start + i) * EACH : index / PIECES];
+    }
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) {
+      const int index = (start + i) * THREADS + threadIdx.x;
+      if (ALL % THREADS != 0 && index >= ALL) break;
+      const int piece = (REGULAR ? threadIdx.x : index) % PIECES;
+      const int place = REGULAR ? Tile::offset(threadIdx.x / PIECES, piece) + (start + i) * EACH * Tile::ROW_BYTES
+                                : Tile::offset(index / PIECES, piece);
+      cp_async16(tile + place, from[i] + piece * 16);
+    }
   }
 }
 

@@ -2,7 +2,8 @@
 // quant_gemm_mma.cuh - the tensor-core kernels of quant_gemm.cu, which includes it after its constants.
 //
 //   The weights are the 16-row operand of mma.m16n8k16, tokens its 8 columns. Weights enter as their codes' numbers
-//   (weight_fragments.cuh); a group's float32 products are scaled once, so that no weight is ever rounded:
+//   (weight_fragments.cuh); a group's float32 products are scaled once, so that no weight is ever rounded, but NF4
+//   where out is no wider than x:
 //
 //     sum += scale * (products - zero * sum(x))     or     sum += scale * products,  sum += minimum * sum(x)
 //
@@ -16,7 +17,8 @@
 //
 //   1. Codes, scales and x go through rings of STAGES tiles filled by cp.async, 16 bytes a lane: while a tile is worked
 //      on, the next STAGES - 1 are on their way. x is zero past its last row and column, and so are tiles past the end.
-//   2. Products of a tile, step by step; a group's are scaled and added to the chunk's sums.
+//   2. Products of a tile, step by step; a group's are scaled and added to the chunk's sums. Records of several groups
+//      are made float32 first where streaming, each by one lane, in place of the tile's x (EXPANDS).
 //   3. Sums of the eight chunks in order are the piece's. The last block to bring a piece of a tile of out adds the
 //      pieces in order; bias and store.
 //
@@ -67,7 +69,7 @@ struct TokenSums {
 };
 
 // Adds the scaled products of one group of rows r and r + 8 of a row of tiles.
-template <typename S = Records>
+template <typename S = Read>
 __device__ __forceinline__ void add_scaled(const uint8_t* record, const uint8_t* above, int group,
                                            const TokenSums& x_sums, const float (&products)[TOKEN_TILES][4],
                                            float (&sums)[TOKEN_TILES][4]) {
@@ -76,6 +78,7 @@ __device__ __forceinline__ void add_scaled(const uint8_t* record, const uint8_t*
   for (int half = 0; half < 2; ++half) {
     scale[half] = S::scale(record, above, half, group);
     if constexpr (SUMS_OF_X) second[half] = S::second(record, above, half, group);
+    if constexpr (S::MODE == ZERO && Fragments::OFFSET != 0.0f) second[half] += Fragments::OFFSET;
   }
 #pragma unroll
   for (int j = 0; j < TOKEN_TILES; ++j) {
@@ -101,16 +104,16 @@ struct Unit {
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int i = 0; i < SUMS; ++i) products[i / (TOKEN_TILES * 4)][i / 4 % TOKEN_TILES][i % 4] = 0.0f;
+    for (int i = 0; i < ROW_TILES; ++i) clear(products[i]);
 #pragma unroll
     for (int i = 0; i < SHARE * GROUPS * 4; ++i) x_sums[i / (GROUPS * 4)][i / 4 % GROUPS][i % 4] = 0.0f;
   }
 
   // The next tile, at the unit's end with its scales. x_sums_at: shared by the block, where pipelined.
-  __device__ __forceinline__ void multiply(const LanePlaces& own, const char* stage, bool at_end, char* x_sums_at,
-                                           Accumulators& sums) {
+  __device__ __forceinline__ void multiply(const LanePlaces& own, const Fragments& fragments, char* stage, bool at_end,
+                                           char* x_sums_at, Accumulators& sums) {
     const char* x = stage + own.x;
-    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(stage);
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(stage);
     if constexpr (SUMS_OF_X && !STREAM) {
       const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
@@ -130,44 +133,51 @@ struct Unit {
         }
       }
     }
-    LaneCodes<Format::Codes::BITS> codes[ROW_TILES];
+    uint32_t b[4][TOKEN_TILES][2];
+    if constexpr (STREAM) {
 #pragma unroll
-    for (int i = 0; i < ROW_TILES; ++i)
-      codes[i].load(bytes + own.weights + i * TILE_BYTES, own.lane);
-#pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      const int group = t * GROUPS / 4;
-      if (GROUPS > 1 && t % (4 / GROUPS) == 0) clear_products();
-      uint32_t b[TOKEN_TILES][2];
-#pragma unroll
-      for (int j = 0; j < TOKEN_TILES; ++j) load_x(x, t, j, b[j]);
-      if constexpr (SUMS_OF_X && STREAM) add_sums_of_x(b[0], x_sums[0][group]);
-#pragma unroll
-      for (int i = 0; i < ROW_TILES; ++i) {
-        uint32_t a[Fragments::PARTS][4];
-        Fragments::make(codes[i].words, t, a);
-#pragma unroll
-        for (int part = 0; part < Fragments::PARTS; ++part)
-#pragma unroll
-          for (int j = 0; j < TOKEN_TILES; ++j) mma_m16n8k16<T>(SCALED ? products[i][j] : sums[i][j], a[part], b[j]);
+      for (int t = 0; t < 4; ++t) {
+        load_x(x, t, 0, b[t][0]);
+        if constexpr (SUMS_OF_X) add_sums_of_x(b[t][0], x_sums[0][t * GROUPS / 4]);
       }
+    }
+    if constexpr (EXPANDS) {
+      __syncwarp();  // all have read x
+      expand<Records, GROUPS>(bytes + own.record(), bytes + own.record_above(), bytes + own.floats());
+      __syncwarp();
+    }
+    LaneCodes<Format::Codes::BITS> codes[ROW_TILES];
+    // rows of tiles side by side, but one after another where their scales are expanded: fewer registers
+#pragma unroll
+    for (int n = 0; n < 4 * ROW_TILES; ++n) {
+      const int t = EXPANDS ? n % 4 : n / ROW_TILES, i = EXPANDS ? n / 4 : n % ROW_TILES;
+      const int group = t * GROUPS / 4;
+      if (t == 0) codes[i].load(bytes + own.weights + i * TILE_BYTES, own.lane);
+      if constexpr (!STREAM) {
+#pragma unroll
+        for (int j = 0; j < TOKEN_TILES; ++j)
+          if (i == 0) load_x(x, t, j, b[t][j]);
+      }
+      if (GROUPS > 1 && t % (4 / GROUPS) == 0) clear(products[i]);
+      uint32_t a[Fragments::PARTS][4];
+      fragments.make(codes[i].words, t, a);
+#pragma unroll
+      for (int part = 0; part < Fragments::PARTS; ++part)
+#pragma unroll
+        for (int j = 0; j < TOKEN_TILES; ++j) mma_m16n8k16<T>(SCALED ? products[i][j] : sums[i][j], a[part], b[t][j]);
       if constexpr (SCALED) {
         if (!at_end || (t + 1) % (4 / GROUPS) != 0) continue;
-        if (SUMS_OF_X && !STREAM && group == 0) __syncthreads();  // x_sums_at
-        const TokenSums of_x = {x_sums[0][group], x_sums_at};
-#pragma unroll
-        for (int i = 0; i < ROW_TILES; ++i) {
-          add_scaled(bytes + own.record + i * 8 * Records::BYTES, bytes + own.above + i * 8 * Records::SUPER_BYTES,
-                     group, of_x, products[i], sums[i]);
-        }
+        if (SUMS_OF_X && !STREAM && group == 0 && i == 0) __syncthreads();  // x_sums_at
+        add_scaled(bytes + own.read + i * 8 * Read::BYTES, bytes + own.above + i * 8 * Read::SUPER_BYTES, group,
+                   TokenSums{x_sums[0][group], x_sums_at}, products[i], sums[i]);
       }
     }
   }
 
  private:
-  __device__ __forceinline__ void clear_products() {
+  static __device__ __forceinline__ void clear(float (&row)[TOKEN_TILES][4]) {
 #pragma unroll
-    for (int i = 0; i < SUMS; ++i) products[i / (TOKEN_TILES * 4)][i / 4 % TOKEN_TILES][i % 4] = 0.0f;
+    for (int i = 0; i < TOKEN_TILES * 4; ++i) row[i / 4][i % 4] = 0.0f;
   }
 };
 
@@ -194,7 +204,7 @@ __device__ __forceinline__ void close_chunk(Accumulators& sums, float* total) {
 #pragma unroll
   for (int i = 0; i < SUMS; ++i) {
     float& own = total[i * 32 + threadIdx.x % 32];
-    own = plus(own, sum_of(sums, i));
+    own = plus(own, sum_of(sums, i) * Fragments::FACTOR);
     sum_of(sums, i) = 0.0f;
   }
 }
@@ -261,6 +271,7 @@ __device__ __forceinline__ void multiply_on_tensor_cores(const QuantGemmArgs& ar
   const LanePlaces own(STREAM ? warp * STAGES * STAGE_BYTES : 0);
 #pragma unroll
   for (int s = 0; s < STAGES - 1; ++s) ahead.copy(own, smem + s * STAGE_BYTES, s % UNIT == UNIT - 1);
+  const Fragments fragments;
   Accumulators sums;
 #pragma unroll
   for (int i = 0; i < SUMS; ++i) {
@@ -270,17 +281,18 @@ __device__ __forceinline__ void multiply_on_tensor_cores(const QuantGemmArgs& ar
 
   // 2. a unit per step
   int stage = 0, free_stage = (STAGES - 1) * STAGE_BYTES, units_left = args.units_per_chunk;
-  for (int tile = range.begin; tile < last; tile += UNIT) {
+  constexpr int TRIP = STREAM && GROUPS == 1 ? 2 : UNIT;  // tiles; those past the end are zeros
+  for (int tile = range.begin; tile < last; tile += TRIP) {
     Unit unit;
-    unit.clear();
 #pragma unroll
-    for (int u = 0; u < UNIT; ++u) {
+    for (int u = 0; u < TRIP; ++u) {
+      if (u % UNIT == 0) unit.clear();
       cp_async_wait<STAGES - 2>();
       // the tile is there for all that read it, and nobody still reads the one before
       if constexpr (STREAM) __syncwarp();
       else __syncthreads();
       ahead.copy(own, smem + free_stage, (u + STAGES - 1) % UNIT == UNIT - 1);
-      unit.multiply(own, smem + stage, u == UNIT - 1, smem + X_SUMS_AT, sums);
+      unit.multiply(own, fragments, smem + stage, u % UNIT == UNIT - 1, smem + X_SUMS_AT, sums);
       free_stage = stage;
       stage = stage == (STAGES - 1) * STAGE_BYTES ? 0 : stage + STAGE_BYTES;
     }
@@ -296,7 +308,7 @@ __device__ __forceinline__ void multiply_on_tensor_cores(const QuantGemmArgs& ar
   if constexpr (STREAM) {
     __syncthreads();  // no ring is read any more
 #pragma unroll
-    for (int i = 0; i < SUMS; ++i) total[i * 32 + threadIdx.x % 32] = sum_of(sums, i);
+    for (int i = 0; i < SUMS; ++i) total[i * 32 + threadIdx.x % 32] = sum_of(sums, i) * Fragments::FACTOR;
   } else {
     close_chunk(sums, total);
   }

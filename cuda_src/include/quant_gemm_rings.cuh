@@ -18,12 +18,37 @@ constexpr int CHUNKS = 8;                 // of a piece
 constexpr int TOKEN_TILES = M_TILE / 8;  // columns of mma tiles
 constexpr int THREADS = 32 * WARPS;
 
-using Fragments = WeightFragments<typename Format::Codes, T>;
+// out is no wider than x: more digits of a weight than x has would not show
+constexpr bool ROUNDED = sizeof(U) == 2 && (is_half(static_cast<T*>(nullptr)) || !is_half(static_cast<U*>(nullptr)));
+template <typename Codes, typename X, Mode MODE>
+struct ChosenFragments {
+  using Type = WeightFragments<Codes, X, ROUNDED>;
+};
+template <int CENTRE>
+struct ChosenFragments<Ints<4, CENTRE>, __nv_bfloat16, ZERO> {
+  using Type = OffsetFours<CENTRE>;
+};
 using Records = StagedScales<typename Format::Scales>;
+using Fragments = ChosenFragments<typename Format::Codes, T, Records::MODE>::Type;
 constexpr int GROUPS = Format::Scales::GROUPS;  // of a tile, each with scales of its own
 constexpr bool SCALED = Records::BYTES > 0, SUMS_OF_X = Records::MODE != PLAIN;
+
+// Four lanes of a stream would make the same float32 numbers of a record of several groups: one lane makes all of a
+// record, in place of the tile's x, which is in registers by then.
+template <bool EXPANDED, typename Kind>
+struct ReadRecords {
+  using Type = StagedScales<typename Expanded<Kind>::Type>;
+};
+template <typename Kind>
+struct ReadRecords<false, Kind> {
+  using Type = StagedScales<Kind>;
+};
+constexpr int FLOAT_BYTES = ReadRecords<true, typename Format::Scales>::Type::BYTES;
+constexpr bool EXPANDS = STREAM && GROUPS > 1 && FLOAT_BYTES > 0 && ROW_TILES * 8 * FLOAT_BYTES <= M_TILE * 128;
+using Read = ReadRecords<EXPANDS, typename Format::Scales>::Type;
 static_assert(sizeof(T) == 2 && M_TILE % 8 == 0 && (GROUPS == 1 || UNIT == 1), "quant_gemm_mma: shape of a tile");
 static_assert(!STREAM || WARPS == CHUNKS, "quant_gemm_mma: a warp streams a chunk");
+static_assert(!EXPANDS || ROW_TILES == 4, "quant_gemm_mma: a lane expands a record");
 
 // Shared memory: [STAGES] of x, then [WARPS] weights; where streaming, a ring for each warp, [WARPS][STAGES] of x and
 // weights. A warp's weights are the codes of its rows of tiles, their scales, their supers. Then, where pipelined, the
@@ -108,20 +133,21 @@ struct XCopies {
   static constexpr int LANES = STREAM ? 32 : THREADS, ROWS = LANES / 8;  // rows of a copy by all
   static constexpr int COPIES = ceil_div(M_TILE, ROWS);
   const T* from[COPIES];
-  int limit[COPIES];  // columns of the row, none past the last one
+  int limit[COPIES];  // columns of the row up to the range's end, none past the last row
   int column;
 
   static __device__ __forceinline__ int row() { return threadIdx.x % LANES / 32 * 4 + threadIdx.x % 8 / 2; }
   static __device__ __forceinline__ int chunk() { return threadIdx.x % 32 / 8 * 2 + threadIdx.x % 2; }  // of 8 columns
   static __device__ __forceinline__ int to() { return chunk() / 2 * M_TILE * 32 + row() * 32 + chunk() % 2 * 16; }
 
-  __device__ __forceinline__ XCopies(const QuantGemmArgs& args, int token, int tile) {
-    column = tile * TILE_COLUMNS + chunk() * 8;
+  __device__ __forceinline__ XCopies(const QuantGemmArgs& args, int token, TileRange range) {
+    const int columns = min(args.columns, range.end * TILE_COLUMNS);
+    column = range.begin * TILE_COLUMNS + chunk() * 8;
 #pragma unroll
     for (int n = 0; n < COPIES; ++n) {
       const int m = row() + n * ROWS;
       from[n] = static_cast<const T*>(args.x.data) + (token + m) * args.x.stride_row + column;
-      limit[n] = kept(m < M_TILE && token + m < args.tokens ? args.columns : 0);
+      limit[n] = kept(m < M_TILE && token + m < args.tokens ? columns : 0);
     }
   }
   __device__ __forceinline__ void copy(char* to) const {
@@ -139,19 +165,23 @@ struct XCopies {
 };
 
 // Where a thread reads and writes in its first stage, `ring` bytes from the start of shared memory; kept, so that it is
-// not computed again for every tile.
+// not computed again for every tile, but for what is used once a tile.
 struct LanePlaces {
-  int lane, x, weights, record, above, x_to, weights_to;
+  int lane, x, weights, read, above, x_to, weights_to;
   __device__ __forceinline__ explicit LanePlaces(int ring) {
     const int l = threadIdx.x % 32, first = ring + X_BYTES + (STREAM ? 0 : threadIdx.x / 32 * WEIGHT_BYTES);
     lane = kept(l);
     x = kept(ring + l / 4 * 32 + l % 4 * 8);
     weights = kept(first);
-    record = kept(first + SCALES_AT + l / 4 * Records::BYTES);
-    above = kept(first + SUPERS_AT + l / 4 * Records::SUPER_BYTES);
+    read = kept((EXPANDS ? ring : first + SCALES_AT) + l / 4 * Read::BYTES);
+    above = EXPANDS ? 0 : kept(first + SUPERS_AT + l / 4 * Read::SUPER_BYTES);
     x_to = kept(ring + XCopies::to());
     weights_to = kept(first + l * 16);
   }
+  // Of the record this lane expands, what is above it, and where to.
+  __device__ __forceinline__ int record() const { return weights + SCALES_AT + lane * Records::BYTES; }
+  __device__ __forceinline__ int record_above() const { return weights + SUPERS_AT + lane * Records::SUPER_BYTES; }
+  __device__ __forceinline__ int floats() const { return weights - X_BYTES + lane * FLOAT_BYTES; }
 };
 
 // The next tile to be copied.
@@ -167,7 +197,7 @@ struct TileAhead {
               row_tile, args.weight.row_tiles),
         scales(args.weight.scales, args.weight, row_tile, range.begin, GROUPS > 1 ? 1 : args.weight.tiles_per_scale),
         supers(args.weight.supers, args.weight, row_tile, range.begin, args.weight.tiles_per_super),
-        x(args, token, range.begin), left(range.end - range.begin) {}
+        x(args, token, range), left(range.end - range.begin) {}
 
   // Starts its copies, past the end those of zeros; `last`: of its unit.
   __device__ __forceinline__ void copy(const LanePlaces& own, char* stage, bool last) {

@@ -56,4 +56,39 @@ struct StagedScales<SuperScales<S, Super, MODE_, GROUPS>> : StagedScales<Scales<
   }
 };
 
+// The kind of scales that `expand` makes of a kind: float32, with supers multiplied in.
+template <typename Kind>
+struct Expanded {
+  using Type = NoScales;
+};
+template <typename S, Mode MODE, int GROUPS>
+struct Expanded<Scales<S, MODE, GROUPS>> {
+  using Type = Scales<float, MODE, GROUPS>;
+};
+template <typename S, typename Super, Mode MODE, int GROUPS>
+struct Expanded<SuperScales<S, Super, MODE, GROUPS>> {
+  using Type = Scales<float, MODE, GROUPS>;
+};
+template <Mode MODE, int GROUPS>
+struct Expanded<Scales<float, MODE, GROUPS>> {
+  using Type = NoScales;  // they are it already
+};
+
+// One record and what is above it as an expanded record.
+template <typename Kind, int GROUPS>
+__device__ __forceinline__ void expand(const uint8_t* record, const uint8_t* above, uint8_t* to) {
+  constexpr int COUNT = (Kind::MODE == PLAIN ? 2 : 4) * GROUPS;
+#pragma unroll
+  for (int i = 0; i < COUNT; i += 4) {
+    Vec<float, 4> four;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int half = (i + j) / GROUPS % 2, group = (i + j) % GROUPS;
+      four.v[j] = i + j < 2 * GROUPS ? Kind::scale(record, above, half, group)
+                                     : Kind::second(record, above, half, group);
+    }
+    store_vec(reinterpret_cast<float*>(to) + i, four);
+  }
+}
+
 #endif  // CUPYATTN_STAGED_SCALES_CUH

@@ -39,7 +39,7 @@ template <>
 struct ScaleType<E8M0> {
   using Bits = uint8_t;
   static __device__ __forceinline__ float number(uint8_t x) {
-    return __uint_as_float(x == 0 ? 0x00400000u : x == 255 ? 0x7fc00000u : static_cast<uint32_t>(x) << 23);
+    return __uint_as_float(x == 255 ? 0x7fc00000u : max(static_cast<uint32_t>(x) << 23, 0x00400000u));
   }
 };
 

@@ -3,10 +3,11 @@
 
 import numpy as np
 
-from ..kv_formats import FLOATS, check_head_dim, dtype_of
+from ..kv_formats import FLOATS, check_head_dim
 from ..kv_formats import FORMATS as QUANTIZED
 from ..pages import PageManager
 from ..quantized_kv import QuantizedKV
+from ..runtime.arrays import dtype_of
 from ..runtime.checks import check_number
 
 FORMATS = (*FLOATS, *QUANTIZED)

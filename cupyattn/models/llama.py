@@ -16,6 +16,7 @@ import numpy as np
 
 from .. import PagedCache, PagedParams, QAttn, embedding, quant_gemm, rms_norm, runtime, silu_mul
 from ..kv_formats import FLOATS, FORMATS
+from ..runtime.arrays import dtype_of
 from .config import config_from, config_from_hugging_face
 from .gguf import GGUF, ModelError
 from .weights import Weights, random_tensors
@@ -171,6 +172,14 @@ class Llama:
         config = read_config(path)
         tensors = HuggingFaceTensors(path, config)
         return cls(config_from_hugging_face(config), tensors, Tokenizer.from_folder(path), **options)
+
+    @property
+    def matrices(self):
+        """Every QMatrix that multiplies activations, for `cupyattn.tune`."""
+        found = []
+        for attn, _, gate_up, ffn_down in self._layers:
+            found += [*(linear.matrix for linear in (*attn.qkv, *gate_up, ffn_down)), attn.o_proj]
+        return [*found, self._head]
 
     @property
     def arch(self):
@@ -338,13 +347,9 @@ def to_host(array):
 
 
 def _dtype(name):
-    if name == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
-    if name not in ("float16", "float32"):
+    if name not in FLOATS:
         raise ValueError(f"Llama: dtype must be float16, bfloat16 or float32, got {name!r}")
-    return np.dtype(name)
+    return dtype_of(name)
 
 
 def random_llama(config, seed, *, dtype="float16", kv_dtype=None, xp=np):

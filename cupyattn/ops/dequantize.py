@@ -3,11 +3,13 @@
 
 import functools
 
+import numpy as np
+
 from ..quant import QMatrix
 from ..quant.layout import TRAITS
 from ..runtime import Plan, Specialisation, arch_of, launch, make_args
 from ..runtime.arrays import alignment, array_namespace, as_rows, row_view
-from ..runtime.checks import FLOATS, check_dtype, check_shape, check_writeable
+from ..runtime.checks import FLOATS, check_dtype, check_shape, check_writeable, out_dtype_or
 
 
 def _spec(out, trait, warps, vec):
@@ -88,13 +90,10 @@ def dequantize(qmatrix, /, *, rows=None, out_dtype=None, out=None):
     if not isinstance(qmatrix, QMatrix):
         raise TypeError(f"dequantize: qmatrix must be a QMatrix, got {type(qmatrix).__name__}")
     xp = array_namespace("dequantize", qmatrix=qmatrix.segments[0].codes, out=out)
-    first, last = (0, qmatrix.shape[0]) if rows is None else rows
-    if not 0 <= first <= last <= qmatrix.shape[0]:
-        raise ValueError(f"dequantize: rows must be (first, last) with 0 <= first <= last <= {qmatrix.shape[0]}, "
-                         f"got {tuple(rows)}")
+    first, last = _rows(rows, qmatrix.shape[0])
     shape = (last - first, qmatrix.shape[1])
     if out is None:
-        out = xp.empty(shape, out_dtype or "float32")
+        out = xp.empty(shape, out_dtype_or("dequantize", out_dtype, "float32"))
     dtype = check_dtype("dequantize", "out", out, FLOATS)
     check_shape("dequantize", "out", out, shape, "[rows, in_features]")
     check_writeable("dequantize", "out", out)
@@ -109,3 +108,15 @@ def dequantize(qmatrix, /, *, rows=None, out_dtype=None, out=None):
                                rows=last - first, columns=segment.columns, reserved=0))
         start += segment.columns
     return out
+
+
+def _rows(rows, count):
+    """(first row, the one after the last) of a matrix of `count` rows."""
+    if rows is None:
+        return 0, count
+    if not isinstance(rows, tuple | list) or len(rows) != 2 or not all(isinstance(n, int | np.integer) for n in rows):
+        raise TypeError(f"dequantize: rows must be (first, last), two integers, got {rows!r}")
+    if not 0 <= rows[0] <= rows[1] <= count:
+        raise ValueError(f"dequantize: rows must be (first, last) with 0 <= first <= last <= {count}, "
+                         f"got {tuple(rows)}")
+    return int(rows[0]), int(rows[1])

@@ -10,7 +10,15 @@ from ..quant import QMatrix
 from ..quant.layout import TRAITS
 from ..runtime import Plan, Specialisation, arch_of, env, launch, make_args
 from ..runtime.arrays import alignment, array_namespace, as_rows, dtype_name, row_view
-from ..runtime.checks import FLOATS, check_dtype, check_element_strides, check_last_axis, check_shape, check_writeable
+from ..runtime.checks import (
+    FLOATS,
+    check_dtype,
+    check_element_strides,
+    check_last_axis,
+    check_shape,
+    check_writeable,
+    out_dtype_or,
+)
 
 
 def _spec(table, out, ids, trait, vec):
@@ -104,7 +112,8 @@ def embedding(ids, table, /, *, out_dtype=None, out=None):
         check_element_strides("embedding", "table", table)
     rows, columns = table.shape
     if out is None:
-        out = xp.empty((*ids.shape, columns), out_dtype or ("float32" if packed else table.dtype))
+        default = "float32" if packed else table.dtype
+        out = xp.empty((*ids.shape, columns), out_dtype_or("embedding", out_dtype, default))
     dtype = check_dtype("embedding", "out", out, FLOATS)
     check_shape("embedding", "out", out, (*ids.shape, columns), "[..., columns]")
     check_writeable("embedding", "out", out)

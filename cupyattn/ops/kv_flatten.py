@@ -8,9 +8,9 @@ import numpy as np
 
 from ..devices import to_host
 from ..page_table import PageTable
-from ..quantized_kv import FLOATS, FORMATS, BlockKV, dtype_of, kv_side
+from ..quantized_kv import FLOATS, FORMATS, BlockKV, kv_side
 from ..runtime import Plan, Specialisation, arch_of, env, launch, make_args
-from ..runtime.arrays import alignment, array_namespace, dtype_name, head_view, strides
+from ..runtime.arrays import alignment, array_namespace, dtype_name, dtype_of, head_view, strides
 from ..runtime.checks import (
     check_dtype,
     check_element_strides,

@@ -4,12 +4,22 @@
 import dataclasses
 import functools
 import itertools
+from typing import NamedTuple
 
 import numpy as np
 
 from ..matmul_blas import multiply_on_gpu, multiply_on_host
 from ..matmul_choice import INVARIANT_TOKENS, Product, by_blas
-from ..matmul_plans import Partition, mma_specs, partition, plan_mma, tile_of_out, tiles_of_tokens
+from ..matmul_plans import (
+    Partition,
+    core_tile,
+    mma_specs,
+    partition,
+    plan_mma,
+    tile_of_out,
+    tiles_of_tokens,
+)
+from ..matmul_tuning import tuned_choice
 from ..quant import QExperts, QMatrix
 from ..quant.layout import TRAITS
 from ..runtime import (
@@ -25,7 +35,15 @@ from ..runtime import (
     workspace,
 )
 from ..runtime.arrays import alignment, array_namespace, as_rows, dtype_name, row_view
-from ..runtime.checks import FLOATS, check_dtype, check_element_strides, check_last_axis, check_shape, check_writeable
+from ..runtime.checks import (
+    FLOATS,
+    check_dtype,
+    check_element_strides,
+    check_flag,
+    check_last_axis,
+    check_shape,
+    check_writeable,
+)
 from ..runtime.launch import on_host
 
 _MAX_TOKENS = 2**18        # rows of x per launch: grid.y ends at 65535 tiles
@@ -106,18 +124,22 @@ def _version(kinds, x, arch):
     return "mma", "tensor cores"
 
 
+def version_of(geometry, x, arch):
+    """"mma" or "core", whichever multiplies a weight of this QMatrix.geometry."""
+    return _version(tuple(dict.fromkeys(form.kind for form, *_ in geometry)), x, arch)[0]
+
+
 @functools.lru_cache(maxsize=4096)
-def _plan_quant_gemm(tokens, row_tiles, trait, x, out, bias, align, arch, why, experts=0):
+def _plan_quant_gemm(tokens, row_tiles, trait, x, out, bias, align, arch, why, experts=0, choice=None):
     """Plan from the rows of x, the weight's row tiles and format, dtype names, x's alignment, arch, why this version.
 
-    `experts`: how many share the rows of x, 0 for a weight for all of them.
+    `experts`: how many share the rows of x, 0 for a weight for all of them. `choice`: a tuned matmul_choice.Choice.
     """
-    m_tile = next((m for m in (1, 2, 4) if tokens <= m * max(1, experts)), 8)
     vec = 16 // (4 if x == "float32" else 2) if align == 16 else 1
-    warps, tiles_per_block = _WARPS, 1
-    if arch == "cpu":
-        # threads are dear here: one warp with as many rows as leave a few blocks to share among the workers
-        warps, tiles_per_block = 1, next((n for n in (32, 16, 8, 4, 2) if row_tiles >= 4 * n and n * m_tile <= 64), 1)
+    m_tile, tiles_per_block = core_tile(tokens, row_tiles, arch, experts)
+    if choice is not None:
+        m_tile, tiles_per_block = choice.m_tile, choice.row_tiles
+    warps = 1 if arch == "cpu" else _WARPS   # a GPU's threads are many, the CPU's dear
     spec = _spec(x, out, bias, trait, m_tile, tiles_per_block, warps, vec, experts > 0)
     grid = -(-row_tiles // tiles_per_block), tiles_of_tokens(tokens, m_tile, experts)
     return Plan(spec, arch, grid, (32 * warps,),
@@ -150,7 +172,8 @@ def quant_gemm(x, qmatrix, /, *, expert_offsets=None, bias=None, accumulate=Fals
     accumulate : bool
         Add to what `out` holds instead of replacing it. Needs `out`.
     invariant : bool
-        A row of `out` has the same bits whatever the number of rows. False: only for up to 64 rows, or with QExperts.
+        A row of `out` has the same bits whatever the number of rows. False: only for up to 64 rows, with QExperts, or
+        where BLAS is not used.
     out : ndarray [..., N], float16, bfloat16 or float32, optional
         Default: a new array of x.dtype. Must overlap no input.
 
@@ -174,11 +197,11 @@ def quant_gemm(x, qmatrix, /, *, expert_offsets=None, bias=None, accumulate=Fals
     -----
     Products and sums are float32, weights are never rounded; the store is the only rounding. float16 and bfloat16 `x`
     run on tensor cores from sm_80 on (numbers of NF4 and FP4 are then within 2^-17 of the largest), all else on CUDA
-    cores. With many rows (NumPy: 128; CuPy with cuBLAS: about 250, ``cupyattn/matmul_choice.py`` says when)
-    the weight is dequantized by chunks for BLAS to multiply, its sums float32 too. On a GPU that rounds weights to the
-    type of `x`, and `bias` to that of `out`: done only where `out` keeps within 3e-4 of the truth for float16, 2e-3 for
-    bfloat16 and 1e-5 for float32. On CuPy arrays asynchronous on the current stream. Kernel:
-    ``cuda_src/quant_gemm.cu``.
+    cores. With many rows (CuPy with cuBLAS: about 250, ``cupyattn/matmul_choice.py`` says when; NumPy: 128, and only
+    under ``runtime.cpu.settings(blas=True)``) the weight is dequantized by chunks for BLAS to multiply, its sums
+    float32 too. On a GPU that rounds weights to the type of `x`, and `bias` to that of `out`: done only where `out`
+    keeps within 3e-4 of the truth for float16, 2e-3 for bfloat16 and 1e-5 for float32. On CuPy arrays asynchronous on
+    the current stream. Kernel: ``cuda_src/quant_gemm.cu``.
 
     Examples
     --------
@@ -196,6 +219,7 @@ def quant_gemm(x, qmatrix, /, *, expert_offsets=None, bias=None, accumulate=Fals
     *experts, rows, columns = qmatrix.shape
     if x.ndim == 0 or x.shape[-1] != columns:
         raise ValueError(f"quant_gemm: x must be [..., in_features={columns}], got {list(x.shape)}")
+    check_flag("quant_gemm", "accumulate", accumulate)
     if bias is not None:
         bias_dtype = check_dtype("quant_gemm", "bias", bias, tuple(dict.fromkeys(("float32", dtype))))
         check_shape("quant_gemm", "bias", bias, (*experts, rows), f"[{'experts, ' if experts else ''}out_features]")
@@ -207,28 +231,58 @@ def quant_gemm(x, qmatrix, /, *, expert_offsets=None, bias=None, accumulate=Fals
     out_dtype = check_dtype("quant_gemm", "out", out, FLOATS)
     check_shape("quant_gemm", "out", out, (*x.shape[:-1], rows), "[..., out_features]")
     check_writeable("quant_gemm", "out", out)
-    _check_offsets(x, qmatrix, expert_offsets)
+    if expert_offsets is not None or experts:
+        _check_offsets(x, qmatrix, expert_offsets)
     if out.size == 0:
         return out
     x_rows = as_rows("quant_gemm", "x", x if x.ndim > 1 else x[None])
     out_rows = as_rows("quant_gemm", "out", out if out.ndim > 1 else out[None])
-    arch = arch_of(xp)
-    version = _version(qmatrix.kinds, dtype, arch)
-    if len(x_rows) > INVARIANT_TOKENS and not invariant and not experts:
-        product = Product(tuple(segment.form for segment in qmatrix.segments), len(x_rows), dtype, out_dtype,
-                          bias is not None, accumulate, _blas_alignment(x_rows), _blas_alignment(out_rows))
-        fits, why = by_blas(product, version[0], arch, blas.available(xp))
+    tuned = None if experts else tuned_choice(xp, qmatrix, len(x_rows), dtype)
+    _multiply(xp, x_rows, qmatrix, expert_offsets, bias, accumulate, invariant, out_rows,
+              (dtype, out_dtype, bias_dtype), tuned)
+    return out
+
+
+def multiply_as(choice, x, qmatrix, out):
+    """quant_gemm of x [M, K] into out [M, N] by one of ``matmul_choice.candidates``, whatever is tuned."""
+    _multiply(array_namespace("quant_gemm", x=x), x, qmatrix, None, None, False, False, out,
+              (dtype_name(x), dtype_name(out), "float32"), choice)
+
+
+def _multiply(xp, x, qmatrix, offsets, bias, accumulate, invariant, out, dtypes, choice):
+    """By BLAS or a kernel; `choice` is a matmul_choice.Choice or None."""
+    arch, geometry = arch_of(xp), qmatrix.geometry
+    version, why = _version(qmatrix.kinds, dtypes[0], arch)
+    if len(x) > INVARIANT_TOKENS and not invariant and offsets is None:
+        product = Product(tuple(form for form, *_ in geometry), len(x), dtypes[0], dtypes[1], bias is not None,
+                          bool(accumulate), _blas_alignment(x), _blas_alignment(out))
+        fits, why_blas = by_blas(product, version, arch, blas.available(xp), choice)
         if fits:
             if arch == "cpu":
-                on_host("blas", lambda: multiply_on_host(x_rows, qmatrix, bias, accumulate, out_rows))
+                on_host("blas", lambda: multiply_on_host(x, qmatrix, bias, accumulate, out))
             else:
-                multiply_on_gpu(xp, x_rows, qmatrix, bias, accumulate, out_rows)
-            return out
-        version = version[0], f"{version[1]}; {why}"
+                multiply_on_gpu(xp, x, qmatrix, bias, accumulate, out)
+            return
+        why = f"{why}; {why_blas}"
+    if choice is not None:
+        choice = choice if choice.kernel == version else None
+        why = why if choice is None else f"{why}; tuned"
+    rows = qmatrix.shape[-2]
     fields = {"bias": bias, "stride_bias": 0 if bias is None else bias.strides[-1] // bias.itemsize, "rows": rows,
-              "accumulate": int(accumulate)}
-    _launch_all(xp, x_rows, qmatrix, expert_offsets, out_rows, version, arch, (dtype, out_dtype, bias_dtype), fields)
-    return out
+              "accumulate": int(accumulate), "order": None, "experts": None}
+    # the tensor-core kernels read 16 bytes at a time, and columns in the order of the weight's
+    align = alignment(x)
+    copied = qmatrix.order is not None or (version == "mma" and align < 16)
+    options = dtypes, 16 if copied else align, arch, version, why, 0 if offsets is None else len(qmatrix), choice
+    tokens = len(x)
+    step = tokens if offsets is not None else _tokens_per_launch(geometry, rows, version, copied)
+    if tokens <= step:
+        _launch(xp, x, copied, qmatrix, offsets, out, _launches(geometry, tokens, rows, *options), arch, fields)
+        return
+    for start in range(0, tokens, step):
+        some = x[start:start + step]
+        _launch(xp, some, copied, qmatrix, offsets, out[start:start + step],
+                _launches(geometry, len(some), rows, *options), arch, fields)
 
 
 def _check_offsets(x, qmatrix, offsets):
@@ -256,75 +310,89 @@ def _blas_alignment(rows):
     return alignment(rows) if rows.shape[1] * rows.itemsize <= rows.strides[0] < 2**31 * rows.itemsize else 0
 
 
-def _launch_all(xp, x, qmatrix, offsets, out, version, arch, dtypes, fields):
-    """As many tokens per launch as a grid and the scratch for them allow; experts' are cut by tiles, in `_launch`."""
-    rows, step = fields["rows"], _MAX_TOKENS
-    # the tensor-core kernels read 16 bytes at a time, and columns in the order of the weight's
-    copied = qmatrix.order is not None or (version[0] == "mma" and alignment(x) < 16)
-    if version[0] == "core":
-        cuts = [_WHOLE] * len(qmatrix.segments)
-    else:
-        cuts = [partition(rows, segment.codes.shape[-2], segment.form) for segment in qmatrix.segments]
-    pieces = sum(cut.pieces for cut in cuts)
+@functools.lru_cache(maxsize=1024)
+def _tokens_per_launch(geometry, rows, version, copied):
+    """As many rows of x as a grid and the scratch for them allow."""
+    step = _WORKSPACE_TOKENS if copied else _MAX_TOKENS
+    pieces = sum(cut.pieces for cut in _cuts(geometry, rows, version))
     if pieces > 1:
-        step = max(128, _WORKSPACE_BYTES // (4 * rows * pieces) // 64 * 64)
-    step = len(x) if offsets is not None else min(step, _WORKSPACE_TOKENS) if copied else step
-    for start in range(0, len(x), step):
-        _launch(xp, x[start:start + step], copied, qmatrix, offsets, out[start:start + step], version, cuts, arch,
-                dtypes, fields)
+        step = min(step, max(128, _WORKSPACE_BYTES // (4 * rows * pieces) // 64 * 64))
+    return step
 
 
-def _launch(xp, x, copied, qmatrix, offsets, out, version, cuts, arch, dtypes, fields):
-    """One launch per segment, behind one that puts the columns of `x` in order if the weight has an order.
+def _cuts(geometry, rows, version):
+    """Partition of each segment."""
+    if version == "core":
+        return [_WHOLE] * len(geometry)
+    return [partition(rows, column_tiles, form) for form, _, column_tiles, _ in geometry]
 
-    Tiles of experts' rows whose sums take too much scratch are left to further such launches.
-    """
-    tokens, rows, pieces = len(x), fields["rows"], sum(cut.pieces for cut in cuts)
-    experts = 0 if offsets is None else len(qmatrix)
-    if version[0] == "mma":
-        others = tuple(segment.form for segment in qmatrix.segments) if len(cuts) > 1 else ()
-        plans = [plan_mma(tokens, rows, cut.pieces, cut.unit, segment.form, *dtypes, arch, version[1], experts, others)
-                 for cut, segment in zip(cuts, qmatrix.segments, strict=True)]
+
+class _Launches(NamedTuple):
+    """What multiplies some rows of x by all segments of a weight, made once; no arrays."""
+
+    plans: tuple    # one a segment
+    columns: tuple  # slices of the columns of x
+    fields: tuple   # dict of those fields of the struct that are known without arrays
+    first_tiles: range   # of rows of x, of each round: tiles of experts whose sums take too much scratch need several
+    counted: int    # tiles of out of a round whose pieces are counted
+    sums: int       # bytes of partial sums
+
+
+@functools.lru_cache(maxsize=4096)
+def _launches(geometry, tokens, rows, dtypes, align, arch, version, why, experts, choice):
+    """The _Launches for `tokens` rows of x, from a QMatrix.geometry, dtype names, x's alignment, arch and so on."""
+    cuts = _cuts(geometry, rows, version)
+    pieces = sum(cut.pieces for cut in cuts)
+    if version == "mma":
+        others = tuple(form for form, *_ in geometry) if len(cuts) > 1 else ()
+        plans = [plan_mma(tokens, rows, cut.pieces, cut.unit, form, *dtypes, arch, why, experts, others, choice)
+                 for cut, (form, *_) in zip(cuts, geometry, strict=True)]
     else:
-        align = 16 if copied else alignment(x)
-        plans = [_plan_quant_gemm(tokens, segment.codes.shape[-3], segment.form.trait, *dtypes, align, arch, version[1],
-                                  experts) for segment in qmatrix.segments]
+        plans = [_plan_quant_gemm(tokens, row_tiles, form.trait, *dtypes, align, arch, why, experts, choice)
+                 for form, row_tiles, _, _ in geometry]
     tiles_x, tiles, _ = plans[0].grid
     m_tile, block_rows = tile_of_out(plans[0])
     # of a tile of rows of x: tensor cores keep all pieces, by tiles of out, CUDA cores all but the last
-    sums = 0 if pieces == 1 else 4 * m_tile * (tiles_x * block_rows * pieces if version[0] == "mma" else
+    sums = 0 if pieces == 1 else 4 * m_tile * (tiles_x * block_rows * pieces if version == "mma" else
                                                rows * (pieces - 1))
+    at_once = tiles
     if experts and tiles * sums > _WORKSPACE_BYTES:
         rounds = -(-tiles // max(1, _WORKSPACE_BYTES // sums))
         at_once = -(-tiles // rounds)   # those of the last round that there are not do nothing
         plans = [dataclasses.replace(plan, grid=(plan.grid[0], at_once, plan.grid[2])) for plan in plans]
-    else:
-        at_once = tiles
+    columns, fields, column, piece = [], [], 0, 0
+    for cut, (*_, width) in zip(cuts, geometry, strict=True):
+        columns.append(slice(column, column + width))
+        fields.append({"tokens": tokens, "columns": width, "pieces": pieces, "first_piece": piece,
+                       "tiles_per_piece": cut.tiles_per_piece, "units_per_chunk": cut.units_per_chunk})
+        column, piece = column + width, piece + cut.pieces
+    counted = tiles_x * at_once if sums and version == "mma" else 0
+    return _Launches(tuple(plans), tuple(columns), tuple(fields), range(0, tiles, at_once), counted, at_once * sums)
+
+
+def _launch(xp, x, copied, qmatrix, offsets, out, launches, arch, fields):
+    """One launch per segment, behind one that puts the columns of `x` in order if the weight has an order."""
+    plans = launches.plans
     if len(plans) > 1:
         compile_first(plans)
-    x, partials = _scratch(xp, x, copied, qmatrix.order, at_once * sums, arch)
-    arrived = arrival_counters(xp, tiles_x * at_once) if sums and version[0] == "mma" else None
+    partials = arrived = None
+    if copied or launches.sums:
+        x, partials = _scratch(xp, x, copied, qmatrix.order, launches.sums, arch)
+    if launches.counted:
+        arrived = arrival_counters(xp, launches.counted)
+    to = row_view(out)
     try:
-        for first_tile, (plan, cut, segment, column, piece) in itertools.product(
-                range(0, tiles, at_once), _segments(plans, cuts, qmatrix.segments)):
-            some = x if len(plans) == 1 else x[:, column:column + segment.columns]
-            launch(plan, make_args(
-                plan, x=row_view(some), out=row_view(out), weight=segment.view,
-                experts=None if offsets is None else _experts(segment, offsets, fields["bias"], first_tile), order=None,
-                partials=partials, counters=arrived, tokens=tokens, columns=segment.columns, pieces=pieces,
-                first_piece=piece, tiles_per_piece=cut.tiles_per_piece, units_per_chunk=cut.units_per_chunk, **fields))
+        for first_tile in launches.first_tiles:
+            for plan, columns, known, segment in zip(plans, launches.columns, launches.fields, qmatrix.segments,
+                                                     strict=True):
+                if offsets is not None:
+                    fields["experts"] = _experts(segment, offsets, fields["bias"], first_tile)
+                launch(plan, make_args(plan, x=row_view(x if len(plans) == 1 else x[:, columns]), out=to,
+                                       weight=segment.view, partials=partials, counters=arrived, **known, **fields))
     except BaseException:
         if arrived is not None:
             arrived.fill(0)   # those launched have counted arrivals of pieces whose last will never come
         raise
-
-
-def _segments(plans, cuts, segments):
-    """(Plan, Partition, segment, its first column, its first piece) of each segment."""
-    column = piece = 0
-    for plan, cut, segment in zip(plans, cuts, segments, strict=True):
-        yield plan, cut, segment, column, piece
-        column, piece = column + segment.columns, piece + cut.pieces
 
 
 def _experts(segment, offsets, bias, first_tile):

@@ -6,7 +6,15 @@ import itertools
 
 from ..runtime import Plan, Specialisation, arch_of, launch, make_args
 from ..runtime.arrays import alignment, array_namespace, as_rows, row_view
-from ..runtime.checks import FLOATS, check_dtype, check_last_axis, check_number, check_shape, check_writeable
+from ..runtime.checks import (
+    FLOATS,
+    check_dtype,
+    check_last_axis,
+    check_number,
+    check_shape,
+    check_writeable,
+    out_dtype_or,
+)
 
 
 def _spec(x, weight, residual, out, vec):
@@ -94,7 +102,7 @@ def rms_norm(x, weight, /, *, eps=1e-6, residual=None, out_dtype=None, out=None)
     check_shape("rms_norm", "weight", weight, (hidden,), "[hidden]")
     weight_type = check_dtype("rms_norm", "weight", weight, ("float32", x_type))
     if out is None:
-        out = xp.empty(x.shape, x.dtype if out_dtype is None else out_dtype)
+        out = xp.empty(x.shape, out_dtype_or("rms_norm", out_dtype, x.dtype))
     out_type = check_dtype("rms_norm", "out", out, FLOATS)
     rows, residual_type = {"x": x, "out": out}, None
     if residual is not None:

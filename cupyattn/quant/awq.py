@@ -77,6 +77,8 @@ def _columns(words, bits):
 
 def _check_layout(tensors, version):
     """NotImplementedError for the layouts other than gemm, told by name or by the shape of their tensors."""
+    if not isinstance(version, str):
+        raise TypeError(f"QMatrix: version must be a str, got {version!r}")
     version = version.lower()
     if {"qweight", "scales"} <= tensors.keys():
         qweight, scales = tensors["qweight"], tensors["scales"]

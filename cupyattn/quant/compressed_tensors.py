@@ -52,7 +52,7 @@ def read(tensors, bits=None, group_size=None, *, shape=None):
         Another number of bits.
     """
     if bits is not None and bits not in BITS:
-        raise NotImplementedError(f"QMatrix: bits must be one of {BITS} for compressed-tensors, got {bits}")
+        raise NotImplementedError(f"QMatrix: bits must be one of {BITS} for compressed-tensors, got {bits!r}")
     if "weight_packed" in tensors:
         bits, columns = _packing(tensors, bits, shape)
         whole = _whole_codes(tensors, bits, columns)

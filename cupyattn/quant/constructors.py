@@ -1,20 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QMatrix from every checkpoint format: a reader makes a CodedWeight, `from_coded` packs it."""
+"""QMatrix from every checkpoint format and from numbers: a reader makes a CodedWeight, `from_coded` packs it."""
 
-import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from ..runtime.arrays import dtype_of
+from . import gguf, layout
 from .checkpoint import quantization_config, read_layer, reader
+from .coded import FLOAT8
+from .packed import check_module, cupy_of, on_host
 from .safetensors_file import Safetensors
+from .shards import SEGMENT_ARRAYS
+from .tensors import check_matrix
+
+_CHUNK_BYTES = 1 << 19   # of codes read at a time, so that reader and packer meet in the cache
 
 
 class Constructors:
     """The part of QMatrix that makes one.
 
     Common to all: tensors are arrays by the names the format gives them, the layer's prefix removed, NumPy or CuPy;
-    they are read on the host and left as they are. out_features and in_features must be multiples of 8.
+    they are read on the host and left as they are. out_features and in_features must be multiples of 8, of an array of
+    numbers only in_features.
     ValueError for a missing tensor or a wrong shape, TypeError for a wrong dtype, NotImplementedError for a variant
     of the format that is not read: the message names the tensor. `xp` is where the matrix lives, numpy or cupy;
     default where the tensors are. FP8 weights that are NaN or infinite are refused, with their number; scales, zero
@@ -23,8 +33,10 @@ class Constructors:
 
     @classmethod
     def _read(cls, format, tensors, xp, *arguments, **options):
-        host, xp = _host(tensors, xp)
-        return cls.from_coded(reader(format)(host, *arguments, **options), xp=xp)
+        if not isinstance(tensors, Mapping):
+            raise TypeError(f"QMatrix: tensors must be a dict of arrays, got {type(tensors).__name__}")
+        host = {name: on_host(array) for name, array in tensors.items()}
+        return cls.from_coded(reader(format)(host, *arguments, **options), xp=_module(xp, *tensors.values()))
 
     @classmethod
     def from_gptq(cls, tensors, bits=None, group_size=None, *, checkpoint_format=None, sym=None, zero_wrap=True,
@@ -229,6 +241,76 @@ class Constructors:
         return cls._read("nvfp4", tensors, xp)
 
     @classmethod
+    def from_gguf(cls, data, type, shape, *, xp=None):
+        """From the raw bytes of a GGUF tensor.
+
+        Parameters
+        ----------
+        data : ndarray, uint8, or bytes
+            Blocks of N rows, any shape in that order: of one axis, or with the rows in front. Not changed. (F16, BF16
+            and F32: the values' bytes.)
+        type : GGMLQuantizationType, int or str
+            Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4, NVFP4, F16, BF16 or F32.
+        shape : (int, int)
+            (out_features, in_features): GGUF's ``ne`` reversed.
+        xp : module, optional
+            numpy or cupy; default the kind of `data`.
+
+        Raises
+        ------
+        NotImplementedError
+            Another type.
+        ValueError
+            `data` and `shape` disagree, in bytes or rows (a `shape` that is ``ne`` not reversed), or in_features is no
+            multiple of the block's numbers (8 for F16, BF16, F32).
+        """
+        shape, name, xp = check_matrix("shape", shape), gguf.type_name(type), _module(xp, data)
+        host = np.frombuffer(data, np.uint8) if isinstance(data, bytes | bytearray | memoryview) else on_host(data)
+        if host.dtype not in (np.uint8, np.int8):
+            raise TypeError(f"QMatrix: data must be uint8 or bytes, got {host.dtype.name}")
+        host = host.view(np.uint8)
+        gguf.check_rows(host, shape)
+        if name in gguf.DENSE:
+            dtype = dtype_of(gguf.DENSE[name])
+            if host.size != shape[0] * shape[1] * dtype.itemsize:
+                raise ValueError(f"QMatrix: data must hold {shape[0] * shape[1] * dtype.itemsize} bytes, "
+                                 f"got {host.size}")
+            return cls.from_dense(np.ascontiguousarray(host).reshape(-1).view(dtype).reshape(shape), xp=xp)
+        blocks = gguf.blocks(host, name, shape)
+        step = max(1, _CHUNK_BYTES // (16 * shape[1])) * 16
+        some = (blocks[start:start + step] for start in range(0, shape[0], step))
+        parts = (layout.pack(gguf.read(rows, name, (len(rows), shape[1])))[0][0] for rows in some)
+        return cls(name, shape, (layout.pack_by_rows(shape[0], parts),)).to(xp)
+
+    @classmethod
+    def from_dense(cls, w, *, xp=None):
+        """From an array [out_features, in_features], float16, bfloat16 or float32, kept in that type.
+
+        in_features must be a multiple of 8. `xp` as in `from_gguf`.
+        """
+        xp = _module(xp, w)
+        w = w if cupy_of(w) else np.asarray(w)
+        if w.dtype.name not in layout.DENSE:
+            raise TypeError(f"QMatrix: w must be {' or '.join(layout.DENSE)}, got {w.dtype.name}")
+        shape = check_matrix("w", w.shape)
+        segment = layout.pack_dense(np.ascontiguousarray(on_host(w))) if xp is np else _repack(xp.asarray(w))
+        return cls(w.dtype.name, shape, (segment,))
+
+    @classmethod
+    def from_coded(cls, weight, *, xp=None):
+        """From a ``cupyattn.quant.coded.CodedWeight`` of NumPy arrays, whose in_features must be a multiple of 8.
+
+        `xp` is numpy or cupy, default numpy; with cupy the packing is done on the device. ValueError for FP8 codes
+        that are no finite numbers.
+        """
+        shape, xp = check_matrix("weight", weight.shape), _module(xp)
+        _check_finite(weight)
+        if xp is np:
+            return cls(weight.format, shape, *layout.pack(weight))
+        segments, order = layout.pack(weight, lambda segment: _repacked(segment, xp))
+        return cls(weight.format, shape, segments, None if order is None else xp.asarray(order))
+
+    @classmethod
     def quantize(cls, w, scheme, *, xp=None):
         """From an array, rounded to nearest.
 
@@ -250,8 +332,9 @@ class Constructors:
         """
         from .quantize import quantize
 
-        host, xp = _host({"w": w}, xp)
-        return cls.from_coded(quantize(host["w"], scheme), xp=xp)
+        if not isinstance(w, np.ndarray) and cupy_of(w) is None:
+            raise TypeError(f"QMatrix: w must be a NumPy or CuPy array, got {type(w).__name__}")
+        return cls.from_coded(quantize(on_host(w), scheme), xp=_module(xp, w))
 
     @classmethod
     def from_safetensors(cls, path, prefix, *, config=None, shape=None, xp=None):
@@ -290,20 +373,40 @@ class Constructors:
         tensors = files.layer(prefix)
         try:
             weight = read_layer(tensors, quantization_config(files.folder) if config is None else config, shape)
+            return cls.from_dense(weight, xp=xp) if isinstance(weight, np.ndarray) else cls.from_coded(weight, xp=xp)
         except (TypeError, ValueError, NotImplementedError) as error:
             raise type(error)(f"{error} (layer {prefix} of {files.path})") from None
-        if isinstance(weight, np.ndarray):
-            return cls.from_dense(weight, xp=xp)
-        return cls.from_coded(weight, xp=xp)
 
 
-def _host(tensors, xp):
-    """The arrays on the host, and the module the matrix shall live in: `xp`, or cupy if it has one of the arrays."""
-    cupy = sys.modules.get("cupy")
-    found = {}
-    for name, array in tensors.items():
-        if cupy is not None and isinstance(array, cupy.ndarray):
-            found[name], xp = cupy.asnumpy(array), xp or cupy
-        else:
-            found[name] = np.asarray(array)
-    return found, xp or np
+def _module(xp, *arrays):
+    """Where the matrix shall live: `xp`, or else cupy if it has one of the arrays."""
+    if xp is not None:
+        return check_module(xp)
+    return next(filter(None, map(cupy_of, arrays)), np)
+
+
+def _repack(weights, **keywords):
+    from ..ops.repack import repack
+
+    return repack(weights, **keywords)
+
+
+def _repacked(segment, cupy):
+    """A Segment of NumPy arrays as a PackedSegment on the device: moved as it is and packed there."""
+    segment = layout.with_whole_supers(segment)
+    arrays = {name: getattr(segment, name) for name in SEGMENT_ARRAYS if getattr(segment, name) is not None}
+    scale_dtype = segment.scale.dtype.name if segment.scale.dtype.name.startswith("float8") else None
+    if scale_dtype is not None:   # CuPy has no such dtype
+        arrays["scale"] = segment.scale.view(np.uint8)
+    moved = {name: cupy.asarray(array) for name, array in arrays.items()}
+    return _repack(replace(segment, **moved), scale_dtype=scale_dtype)
+
+
+def _check_finite(weight):
+    """Kernels on tensor cores read FP8 codes as if all were finite."""
+    for segment in weight.segments:
+        if segment.kind in FLOAT8:
+            codes, least = segment.codes & np.uint8(127), {"e4m3": 127, "e5m2": 124}[segment.kind]
+            if codes.max(initial=0) >= least:
+                raise ValueError(f"QMatrix: weight must hold finite numbers only, got {(codes >= least).sum()} codes "
+                                 f"of {codes.size} that are NaN{' or infinity' if least == 124 else ''}")

@@ -42,6 +42,8 @@ def read(tensors, out_features=None):
     ValueError, TypeError
         A tensor is missing, or of another shape or dtype; named in the message.
     """
+    if "trellis" in tensors:
+        raise NotImplementedError("QMatrix: tensors must be of EXL2, got 'trellis', which is EXL3's; EXL3 is not read")
     q_weight = take(tensors, "q_weight", WORDS, (None, None))
     padded = q_weight.shape[1]
     rows = padded if out_features is None else out_features

@@ -25,8 +25,8 @@ next run's worth of numbers, and so on.
 
 import numpy as np
 
+from ..runtime.arrays import dtype_of
 from .coded import CodedWeight, Segment
-from .layout import dtype
 
 DENSE = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 _NUMBERS = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 10: "q2_k", 11: "q3_k",
@@ -41,6 +41,8 @@ def type_name(kind):
     NotImplementedError
         The type has no reader; lists those that have.
     """
+    if not isinstance(kind, str | int):
+        raise TypeError(f"QMatrix: type must be a GGMLQuantizationType, its number or name, got {kind!r}")
     name = kind.lower() if isinstance(kind, str) else _NUMBERS.get(int(kind), getattr(kind, "name", str(kind)))
     if name not in BLOCKS and name not in DENSE:
         raise NotImplementedError(_one_of((*BLOCKS, *DENSE), kind))
@@ -167,14 +169,14 @@ def _iq4_nl(blocks):
 
 def _mxfp4(blocks):
     return {"codes": _planes(blocks[..., 1:], 16, 4), "bits": 4, "kind": "e2m1", "group": 32,
-            "scale": blocks[..., :1].copy().view(dtype("float8_e8m0fnu"))}
+            "scale": blocks[..., :1].copy().view(dtype_of("float8_e8m0fnu"))}
 
 
 def _nvfp4(blocks):
     scale = blocks[..., :4] & 127            # unsigned; a NaN stands for 0 here
     scale[scale == 127] = 0
     return {"codes": _planes(blocks[..., 4:], 8, 4), "bits": 4, "kind": "e2m1", "group": 16,
-            "scale": scale.view(dtype("float8_e4m3fn"))}
+            "scale": scale.view(dtype_of("float8_e4m3fn"))}
 
 
 def _minima(scale, minimum, d):

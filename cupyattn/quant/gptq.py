@@ -87,7 +87,7 @@ def read(tensors, bits=None, group_size=None, *, checkpoint_format=None, sym=Non
 def _bits(bits, qweight, qzeros, in_features):
     """The number of bits that gives both tensors their shape; if several do, one that fills the words of a row."""
     if bits is not None and bits not in BITS:
-        raise NotImplementedError(f"QMatrix: bits must be one of {BITS} for gptq, got {bits}")
+        raise NotImplementedError(f"QMatrix: bits must be one of {BITS} for gptq, got {bits!r}")
     rows, width = qweight.shape[1], qzeros.shape[1]
     fit = [b for b in BITS if bits in (None, b) and width == -(-rows * b // 32)
            and (in_features is None or len(qweight) == -(-in_features * b // 32))]

@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..runtime.arrays import dtype_of
 from .coded import FLOAT8, TABLES, CodedWeight, Segment
 
 LAYOUT_VERSION = 1   # of the files QMatrix.save writes; raise it with every change of the layout
@@ -80,6 +81,14 @@ class Form:
     tiles_per_scale: int = 1
     tiles_per_super: int = 1
     group: int = 0
+
+    @functools.cached_property
+    def _hash(self):
+        return hash((self.bits, self.kind, self.centre, self.scale, self.mode, self.groups, self.tiles_per_scale,
+                     self.tiles_per_super))
+
+    def __hash__(self):   # plans are looked up by forms in every call
+        return self._hash
 
     @functools.cached_property
     def trait(self):
@@ -133,7 +142,7 @@ def _traits():
     kinds = [*((bits, "int", centre) for bits, centre in integers), *((4, name, 0) for name in TABLES),
              *((8, name, 0) for name in FLOAT8)]
     for bits, kind, centre in kinds:
-        modes = ("PLAIN",) if kind != "int" else ("PLAIN", "ZERO") if centre else ("MINIMUM",)
+        modes = ("PLAIN",) if kind != "int" else ("PLAIN", "ZERO") if centre else ("MINIMUM", "ZERO")
         for mode, groups, scale in itertools.product(modes, (1, 2, 4), ("float16", "bfloat16", "float32")):
             yield Form(bits, kind, centre, scale, mode, groups)
         if kind != "e2m1":
@@ -173,6 +182,11 @@ class PackedSegment:
                 "column_tiles": column_tiles, "tiles_per_scale": self.form.tiles_per_scale,
                 "tiles_per_super": self.form.tiles_per_super}
 
+    @functools.cached_property
+    def geometry(self):
+        """(Form, row tiles, column tiles, columns): all that plans depend on."""
+        return self.form, *self.codes.shape[-3:-1], self.columns
+
     @property
     def arrays(self):
         """(codes, scales, supers)"""
@@ -185,15 +199,6 @@ class PackedSegment:
     def of_arrays(self, codes, scales, supers):
         """This segment with other arrays."""
         return PackedSegment(codes, scales, supers, self.form, self.columns)
-
-
-def dtype(name):
-    """NumPy dtype, those of ml_dtypes included."""
-    if name in ("float16", "float32", "int8"):
-        return np.dtype(name)
-    import ml_dtypes
-
-    return np.dtype(getattr(ml_dtypes, name))
 
 
 def item_bytes(name):
@@ -303,7 +308,7 @@ def _get_dense(packed, kind):
         steps = steps.view("u4").take((0, 2, 1, 3), axis=-1)
     else:
         steps = held.reshape(row_tiles, column_tiles, 2, 2, 8, 4, 2).transpose(0, 2, 4, 1, 3, 6, 5)
-    return np.ascontiguousarray(steps).view(dtype(kind)).reshape(row_tiles, 2, 8, -1)
+    return np.ascontiguousarray(steps).view(dtype_of(kind)).reshape(row_tiles, 2, 8, -1)
 
 
 def _pack_codes(codes, form):
@@ -362,7 +367,7 @@ def _put_rows(arrays, row_tiles, groups, inner):
 def _get_rows(packed, name, count, groups, inner):
     """The inverse of `_put_rows`: [count, 16 Nt, spans * groups]."""
     row_tiles, spans = packed.shape[:2]
-    held = np.ascontiguousarray(packed).view(dtype(name))
+    held = np.ascontiguousarray(packed).view(dtype_of(name))
     if inner:
         held = held.reshape(row_tiles, spans, 8, 2, count, groups).transpose(4, 0, 3, 2, 1, 5)
     else:

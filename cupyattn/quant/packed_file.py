@@ -4,32 +4,31 @@
 import json
 from dataclasses import asdict
 
-from .layout import LAYOUT_VERSION, Form, PackedSegment, dtype, tiles
+from .layout import LAYOUT_VERSION, Form, PackedSegment, item_bytes, tiles
 from .safetensors_file import Safetensors, write
 
-_KIND = "cupyattn QMatrix"
 _ARRAYS = ("codes", "scales", "supers")
 
 
-def save(path, format, shape, segments, order):
-    """Write NumPy segments; see `QMatrix.save`."""
+def save(path, kind, format, shape, segments, order):
+    """Write the NumPy segments of a class named `kind`; see `QMatrix.save`."""
     arrays = {f"{name}.{i}": getattr(segment, name) for name in _ARRAYS for i, segment in enumerate(segments)
               if getattr(segment, name) is not None}
     if order is not None:
         arrays["order"] = order
     about = {"format": format, "shape": shape,
              "segments": [{"form": asdict(segment.form), "columns": segment.columns} for segment in segments]}
-    write(path, arrays, {"kind": _KIND, "version": str(LAYOUT_VERSION), "matrix": json.dumps(about)})
+    write(path, arrays, {"kind": f"cupyattn {kind}", "version": str(LAYOUT_VERSION), "matrix": json.dumps(about)})
 
 
-def load(path):
-    """(format, shape, segments, order) of a file, arrays mapped."""
+def load(path, kind):
+    """(format, shape, segments, order) of a file of the class named `kind`, arrays mapped."""
     file = Safetensors(path)
     about = file.metadata
-    if about.get("kind") != _KIND:
-        raise ValueError(f"QMatrix: path must be a file of QMatrix.save, got {path}")
+    if about.get("kind") != f"cupyattn {kind}":
+        raise ValueError(f"{kind}: path must be a file of {kind}.save, got {path}")
     if about.get("version") != str(LAYOUT_VERSION):
-        raise ValueError(f"QMatrix: path must hold layout version {LAYOUT_VERSION}, got {about.get('version')} in "
+        raise ValueError(f"{kind}: path must hold layout version {LAYOUT_VERSION}, got {about.get('version')} in "
                          f"{path}; save it again from the checkpoint")
     try:
         matrix = json.loads(about["matrix"])
@@ -37,12 +36,12 @@ def load(path):
         segments = [PackedSegment(*(file.get(f"{name}.{i}") for name in _ARRAYS), Form(**segment["form"]),
                                   segment["columns"]) for i, segment in enumerate(matrix["segments"])]
         order = file.get("order")
-        consistent = (segments and all(_consistent(segment, shape[0]) for segment in segments)
-                      and _order_fits(order, segments, shape[1]))
+        consistent = (segments and all(_consistent(segment, *shape[:-1]) for segment in segments)
+                      and _order_fits(order, segments, shape[-1]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"QMatrix: path must be a file of QMatrix.save, got {path}, damaged: {error}") from None
+        raise ValueError(f"{kind}: path must be a file of {kind}.save, got {path}, damaged: {error}") from None
     if not consistent:
-        raise ValueError(f"QMatrix: path must be a file of QMatrix.save, got {path}, whose arrays "
+        raise ValueError(f"{kind}: path must be a file of {kind}.save, got {path}, whose arrays "
                          "do not fit each other")
     return matrix["format"], shape, segments, order
 
@@ -54,17 +53,17 @@ def _order_fits(order, segments, in_features):
             and -1 <= order.min() and order.max() < in_features)
 
 
-def _consistent(segment, rows):
+def _consistent(segment, *experts_rows):
     """Whether kernels may read the arrays of a segment: as large as its form says."""
-    form = segment.form
+    form, (*experts, rows) = segment.form, experts_rows
     row_tiles, column_tiles = tiles((rows, segment.columns))
 
     def fits(array, name, numbers, per_record):
         if name is None:
             return array is None
-        return array.shape == (row_tiles, -(-column_tiles // per_record), 16 * numbers * dtype(name).itemsize)
+        return array.shape == (*experts, row_tiles, -(-column_tiles // per_record), 16 * numbers * item_bytes(name))
 
-    return (segment.codes.shape == (row_tiles, column_tiles, form.tile_bytes)
+    return (segment.codes.shape == (*experts, row_tiles, column_tiles, form.tile_bytes)
             and fits(segment.scales, form.scale, form.parameters * form.groups, form.tiles_per_scale)
             and fits(segment.supers, form.super_scale, form.supers, form.tiles_per_super)
             and all(array is None or array.dtype == "uint8"

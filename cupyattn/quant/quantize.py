@@ -24,7 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from .coded import NF4, TABLES, CodedWeight, Segment
-from .tensors import SCALES, check_shape, zero_points
+from .tensors import SCALES, check_matrix, zero_points
 
 SCHEMES = ("int4", "int8", "int4-g<N>", "int8-g<N>", "any int with -asym", "fp8", "fp8-block128", "nf4", "nf4-g<N>",
            "mxfp4", "nvfp4")
@@ -63,7 +63,7 @@ def quantize(w, scheme):
     check_scheme(scheme)
     if not isinstance(w, np.ndarray) or w.dtype.name not in SCALES:
         raise TypeError(f"quantize: w must be an array of {', '.join(SCALES)}, got {getattr(w, 'dtype', type(w))}")
-    shape = check_shape(w.shape)
+    shape = check_matrix("w", w.shape)
     kind, *options = scheme.split("-")
     sizes = [int(option[1:]) for option in options if option[0] == "g"]
     group = 128 if "block128" in options else (*sizes, _GROUPS.get(kind, shape[1]))[0]
@@ -79,6 +79,8 @@ def quantize(w, scheme):
 
 def check_scheme(scheme):
     """Raise what `quantize` raises for a scheme it does not know."""
+    if not isinstance(scheme, str):
+        raise TypeError(f"quantize: scheme must be a str, got {scheme!r}")
     found = _SCHEME.fullmatch(scheme)
     if not found:
         raise NotImplementedError(f"quantize: scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..runtime.arrays import dtype_of
+
 INDEX = "model.safetensors.index.json"
 DTYPES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
@@ -112,6 +114,8 @@ class Safetensors(Mapping):
         ValueError
             No tensor begins so; names close prefixes.
         """
+        if not isinstance(prefix, str):
+            raise TypeError(f"QMatrix: prefix must be a str, got {prefix!r}")
         if prefix not in self.layers:
             raise ValueError(f"QMatrix: prefix must be that of a layer in {self.path}, got {prefix!r}"
                              f"{_close(prefix, self.layers)}")
@@ -157,7 +161,7 @@ class _File:
         if wrong:
             raise ValueError(f"{self.path}: header of tensor {name} must have dtype, shape and data_offsets, got "
                              f"{str(record)[:120]}")
-        if dtype in DTYPES and (size := math.prod(shape) * _dtype(dtype).itemsize) != end - begin:
+        if dtype in DTYPES and (size := math.prod(shape) * dtype_of(DTYPES[dtype]).itemsize) != end - begin:
             raise ValueError(f"{self.path}: tensor {name}, {dtype} {list(shape)}, must have {size} bytes, "
                              f"got {end - begin}")
         if start + end > len(self._map):
@@ -172,7 +176,7 @@ class _File:
         dtype, shape, begin = self.records[name]
         if dtype not in DTYPES:
             raise NotImplementedError(f"{self.path}: tensor {name} must be one of {', '.join(DTYPES)}, got {dtype}")
-        array = np.frombuffer(self._map, _dtype(dtype), math.prod(shape), begin).reshape(shape)
+        array = np.frombuffer(self._map, dtype_of(DTYPES[dtype]), math.prod(shape), begin).reshape(shape)
         return array if array.flags.aligned else array.copy()
 
 
@@ -196,16 +200,6 @@ def write(path, tensors, metadata=None):
         file.write(len(text).to_bytes(8, "little") + text)
         for array in tensors.values():
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-
-
-def _dtype(name):
-    """NumPy's dtype of a file's."""
-    try:
-        return np.dtype(DTYPES[name])
-    except TypeError:
-        import ml_dtypes
-
-        return np.dtype(getattr(ml_dtypes, DTYPES[name]))
 
 
 def _json(text, path):

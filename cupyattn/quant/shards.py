@@ -5,13 +5,18 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..runtime.checks import check_number
 from . import layout
 from .coded import CodedWeight
 from .groups import group_columns
 
+SEGMENT_ARRAYS = ("codes", "scale", "zero", "minimum", "super_scale", "super_minimum")
+
 
 def shard_range(features, rank, size):
     """The features of a rank: whole sixteens, as evenly as they go; (first, one after the last)."""
+    check_number("QMatrix", "rank", rank, integer=True)
+    check_number("QMatrix", "size", size, integer=True)
     tiles = -(-features // layout.TILE_ROWS)
     if not 1 <= size <= tiles:
         raise ValueError(f"QMatrix: size must be from 1 to {tiles}, the sixteens of {features} features, got {size}")
@@ -21,10 +26,23 @@ def shard_range(features, rank, size):
     return start, min(stop, features)
 
 
+def check_range(features, start, stop, of):
+    """[start, stop) are some of the features."""
+    if not 0 <= start < stop <= features:
+        raise ValueError(f"QMatrix: start and stop must hold some of the {features} {of}, got {start} to {stop}")
+
+
 def slice_rows(segments, start, stop):
     """Rows of packed segments, views of them; `start` is a multiple of 16."""
     tiles = slice(start // layout.TILE_ROWS, -(-stop // layout.TILE_ROWS))
     return [segment.with_arrays(lambda array: array[tiles]) for segment in segments]
+
+
+def slice_coded_rows(weight, start, stop):
+    """Rows of a CodedWeight, wherever they begin."""
+    parts = [replace(segment, **{name: array[start:stop] for name in SEGMENT_ARRAYS
+                                 if (array := getattr(segment, name)) is not None}) for segment in weight.segments]
+    return CodedWeight(weight.format, (stop - start, weight.shape[1]), tuple(parts), weight.order)
 
 
 def slice_columns(weight, start, stop):

@@ -36,8 +36,20 @@ def take(tensors, name, dtypes, shape):
     return array
 
 
+def check_matrix(name, shape):
+    """`shape` of the matrix `name` as two ints: any out_features, and in_features a multiple of 8."""
+    sizes = tuple(shape) if isinstance(shape, tuple | list | np.ndarray) else ()
+    if not all(isinstance(size, int | np.integer) for size in sizes) or not sizes:
+        raise TypeError(f"QMatrix: {name} must be (out_features, in_features), got {shape!r}")
+    sizes = tuple(int(size) for size in sizes)
+    if len(sizes) != 2 or sizes[0] < 1 or sizes[1] < 8 or sizes[1] % 8:
+        raise ValueError(f"QMatrix: {name} must be [out_features, in_features], both at least 1 and in_features a "
+                         f"multiple of 8, got {list(sizes)}")
+    return sizes
+
+
 def check_shape(shape):
-    """`shape` as two ints; both must be multiples of 8."""
+    """`shape` of a checkpoint's layer as two ints; both must be multiples of 8."""
     shape = tuple(int(size) for size in shape)
     if len(shape) != 2 or any(size < 8 or size % 8 for size in shape):
         raise ValueError(f"QMatrix: shape must be (out_features, in_features), multiples of 8, got {shape}")

@@ -22,6 +22,19 @@ def dtype_name(array):
     return name
 
 
+def dtype_of(dtype):
+    """NumPy's dtype of a dtype or its name, the names of ml_dtypes included; TypeError for any other."""
+    try:
+        return np.dtype(dtype)
+    except TypeError:
+        import ml_dtypes
+
+        found = getattr(ml_dtypes, dtype, None) if isinstance(dtype, str) else None
+        if found is None:
+            raise
+        return np.dtype(found)
+
+
 def _kind(array):
     if isinstance(array, np.ndarray):
         return "numpy"

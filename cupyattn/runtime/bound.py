@@ -53,3 +53,23 @@ class LibraryCall:
 
     def __repr__(self):
         return f"LibraryCall({self.name})"
+
+
+def in_order(launches):
+    """A function without arguments that runs `launches`, of both kinds above, one after the other.
+
+    When that ends early, by an error or Ctrl-C, what they have counted is zero again, as each of them needs it.
+    """
+    runs = tuple(launch.run for launch in launches)
+
+    def run():
+        try:
+            for one in runs:
+                one()
+        except BaseException:
+            for launch in launches:
+                if isinstance(launch, Bound):
+                    cpu.reset_counters(launch.args)
+            raise
+
+    return run

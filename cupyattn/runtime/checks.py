@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .arrays import dtype_name
+from .arrays import dtype_name, dtype_of
 
 FLOATS = ("float16", "bfloat16", "float32")
 _FLOAT_MAX, _INT_MAX = (2 - 2**-23) * 2.0**127, 2**31 - 1   # of the float and int32_t fields of a kernel's arguments
@@ -28,6 +28,19 @@ def check_dtype(op, name, array, allowed):
         allowed = (allowed,) if isinstance(allowed, str) else allowed
         raise TypeError(f"{op}: {name} must be {' or '.join(allowed)}, got {found}")
     return found
+
+
+def out_dtype_or(op, out_dtype, default):
+    """`out_dtype`, a dtype or its name, or else `default`."""
+    if out_dtype is None:
+        return default
+    try:
+        dtype = dtype_of(out_dtype)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in FLOATS:
+        raise TypeError(f"{op}: out_dtype must be {' or '.join(FLOATS)}, got {out_dtype if dtype is None else dtype}")
+    return dtype
 
 
 def check_shape(op, name, array, expected, axes):

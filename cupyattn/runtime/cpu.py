@@ -36,6 +36,7 @@ class Settings:
     check: bool | None = None
     sanitize: str | None = None
     cxx: str | None = None
+    blas: bool = False
 
     def checking(self):
         return env.check() if self.check is None else self.check
@@ -68,6 +69,10 @@ def settings(**changes):
         Build with UBSan, or with ASan: Python must then run with ``LD_PRELOAD=libasan.so``. Either ends the process.
     cxx : str, optional
         Compiler command; default ``CUPYATTN_CXX``, else the first one found.
+    blas : bool
+        `quant_gemm` leaves 128 tokens and more to NumPy's BLAS, on as many threads as that has, whatever `workers` is.
+        Up to 1.7 times as fast where those have cores to themselves, several times slower where they have not. Not in
+        the checking mode. Default False.
     """
     new = replace(_settings.get(), **changes)
     if new.schedule not in _SCHEDULES:
@@ -85,6 +90,12 @@ def current_settings():
     """What a launch depends on beside its arguments."""
     options = _settings.get()
     return options, options.checking()
+
+
+def blas():
+    """Whether the settings leave products of plain matrices to NumPy's BLAS."""
+    options = _settings.get()
+    return options.blas and not options.checking()
 
 
 # ---- the C structs of cuda_src/cpu/api.h -----------------------------------------------------------------
@@ -294,12 +305,12 @@ def bind(plan, args, buffers=(), const_buffers=()):
     if checking:
         known = _known_arrays(args, buffers, const_buffers)
         request.num_buffers, request.buffers = len(known), _ranges(known)
-        return functools.partial(_launch_checked, plan, kernel, request, [name for name, _, _ in known])
+        return functools.partial(_launch_checked, plan, args, kernel, request, [name for name, _, _ in known])
     ca_launch, by_reference = kernel.executor.ca_launch, ctypes.byref(request)
 
     def run():
         error = _Error()
-        _drive(plan, (), kernel, ca_launch, by_reference, error)
+        _drive(plan, args, (), kernel, ca_launch, by_reference, error)
 
     return run
 
@@ -308,7 +319,7 @@ def _launch_nothing():
     """A launch of no blocks."""
 
 
-def _launch_checked(plan, kernel, request, names):
+def _launch_checked(plan, args, kernel, request, names):
     """Launch in the checking mode; `names` are those of the memory it may touch."""
     collected = _counters.get()
     if collected is None:
@@ -317,13 +328,13 @@ def _launch_checked(plan, kernel, request, names):
         counts = _Counters(per_buffer=(_BufferCounters * (len(names) + 1))(),
                            shared=(_SharedCounters * _MAX_INSTRUCTIONS)(), num_shared=_MAX_INSTRUCTIONS)
         request.counters = ctypes.pointer(counts)
-    _drive(plan, names, kernel, kernel.executor.ca_launch, request, _Error())
+    _drive(plan, args, names, kernel, kernel.executor.ca_launch, request, _Error())
     if collected is not None:
         instructions = counts.shared[:min(counts.num_shared, _MAX_INSTRUCTIONS)]
         collected.append(report.collect(plan, names, kernel.path, counts, instructions))
 
 
-def _drive(plan, names, kernel, ca_launch, request, error):
+def _drive(plan, args, names, kernel, ca_launch, request, error):
     """Run `request` to its end; `names` are those of the arrays the executor may name in `error`."""
     try:
         code = ca_launch(request, error)
@@ -331,9 +342,18 @@ def _drive(plan, names, kernel, ca_launch, request, error):
             code = kernel.executor.ca_resume(error)
     except BaseException:   # KeyboardInterrupt between two time slices
         kernel.executor.ca_abandon()
+        reset_counters(args)
         raise
     if code == 1:
+        reset_counters(args)
         raise report.explain(plan, names, kernel.path, error)
+
+
+def reset_counters(args):
+    """What an aborted launch has counted: only one that gets to its end leaves zeros, which the next one needs."""
+    for leaf, array in args.arrays:
+        if leaf.path.endswith("counters"):
+            array[...] = 0
 
 
 def _known_arrays(args, buffers, const_buffers):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The five environment variables, read each time they are asked for, and the cache folder."""
+"""The six environment variables, read each time they are asked for, and the cache folder."""
 
 import atexit
 import logging
@@ -51,6 +51,11 @@ def cxx():
 def forbid_compile():
     """``CUPYATTN_FORBID_COMPILE=1``: a kernel that is not in the cache is an error, not a compilation."""
     return _flag("CUPYATTN_FORBID_COMPILE")
+
+
+def tuned():
+    """``CUPYATTN_TUNED=0``: what `cupyattn.tune` has measured is not looked at."""
+    return os.environ.get("CUPYATTN_TUNED", "1") not in ("", "0")
 
 
 def cache_dir():

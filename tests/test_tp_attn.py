@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An attention layer spread over ranks gives what one rank gives: in one process, over MPI, on the device."""
+
+import contextlib
+import sys
+
+import numpy as np
+import pytest
+import standin_nccl
+from attention_layers import Layer
+from compare import assert_same_bits
+from conftest import NumpyArrays
+from mpi_ranks import run
+from standin import install
+
+import cupyattn
+from cupyattn import InProcessCommunicator, LoRA, NCCLCommunicator, PagedCache, PagedParams, Params, TPAttn, TPContext
+from cupyattn.graphs import capture
+
+CLOSE = {"float32": 1e-5, "float16": 1e-3}   # of the largest number
+NUMPY = NumpyArrays()
+LAYERS = {
+    "fp16": dict(dtype="float16", formats="float16", heads=8, kv_heads=4),
+    "fp32": dict(dtype="float32", heads=6, kv_heads=3, dim=16, hidden=48, biases=True),
+    "seven heads": dict(dtype="float32", heads=7, kv_heads=7, dim=24, hidden=56, head_norm="heads"),
+    "int4 and everything": dict(dtype="float16", formats="int4-g32", heads=8, kv_heads=4, biases=True, post=True,
+                                head_norm="heads", rotary_dim=16, rope_style="gptj"),
+    "layer norms, float32 residual": dict(dtype="float16", formats=("int8", "int8", "int8", "float16"), norm="layer",
+                                          heads=6, kv_heads=3, post=True, residual_fp32=True, head_norm="shared"),
+    "no residual": dict(dtype="float32", heads=3, kv_heads=3, has_residual=False),
+    "post-norm, no residual": dict(dtype="float32", heads=3, kv_heads=3, post=True, has_residual=False),
+}
+STEPS = (5, 1, 3)   # new tokens of each step
+PAGES = np.int32([[3, 1, 0, 7], [2, 6, 5, 4]])   # of 4 tokens
+
+
+def whole_layer(name, xp=NUMPY):
+    layer = Layer(xp, **LAYERS[name])
+    arguments = {f"q_{n}_proj": m for n, m in layer.matrices.items()} | layer.vectors | layer.options
+    return layer, arguments | {"dtype": layer.dtype, "sincos_size": layer.rotary_dim, "norm_epsilon": 1e-6,
+                               "rope_style": {"neox": 2, "interleaved": 1, None: 0}[layer.style]}
+
+
+def params_of(paged, past, q_len):
+    if paged:
+        return PagedParams(2, PAGES, np.int32([past, past + 2]), past + 2, page_size=4, q_len=q_len)
+    return Params(2, q_len, past, position_offsets=[0, -1])
+
+
+def steps(name, paged, forward):
+    """x of each step; ``forward(x, params)`` with x NumPy. A paged sequence is two tokens ahead, from a step of two."""
+    layer, past, found = whole_layer(name)[0], 0, []
+    if paged:
+        forward(layer.inputs(2, 2), PagedParams(2, PAGES, np.int32([14, 0]), 14, page_size=4, q_len=2))
+    for q_len in STEPS:
+        found.append(forward(layer.inputs(2, q_len), params_of(paged, past, q_len)))
+        past += q_len
+    return found
+
+
+OPTIONS = {"softcap": 4.0, "window_size": 6}
+
+
+def options_of(layer):
+    return OPTIONS | {"sinks": np.linspace(-1, 1, layer.heads, dtype=np.float32)}
+
+
+def caches_of(layer, paged, kv_heads, xp=NUMPY):
+    make = (lambda heads: PagedCache(1, 8, 4, heads, layer.dim, dtype=layer.dtype, xp=xp.module)) if paged else \
+        (lambda heads: PagedCache.contiguous(1, 2, 16, heads, layer.dim, dtype=layer.dtype, xp=xp.module))
+    return [make(heads) for heads in kv_heads]
+
+
+def single(name, paged):
+    """One rank, without any of this."""
+    layer, _ = whole_layer(name)
+    (cache,) = caches_of(layer, paged, [layer.kv_heads])
+    return steps(name, paged, lambda x, params: layer.attn.forward(x, params, cache, **layer.tables,
+                                                                   **options_of(layer)))
+
+
+def each(communicator, make):
+    """``make(n)`` for the n-th rank of this process, on its GPU."""
+    made = []
+    for n, device in enumerate(communicator.devices):
+        with contextlib.nullcontext() if device == "cpu" else sys.modules["cupy"].cuda.Device(device):
+            made.append(make(n))
+    return made
+
+
+def spread(name, paged, communicator, xp=NUMPY):
+    """The ranks of this process: for each of them x of each step."""
+    layer, arguments = whole_layer(name)
+    context = TPContext(communicator, num_heads=layer.heads, num_kv_heads=layer.kv_heads, head_dim=layer.dim,
+                        hidden_size=layer.hidden)
+    attn = TPAttn.from_layer(context, **arguments)
+    caches = each(communicator, lambda n: caches_of(layer, paged, [attn.shards[n].num_kv_heads], xp)[0])
+    tables = {n: each(communicator, lambda _, t=t: xp.array(t)) for n, t in layer.tables.items()}
+    options = options_of(layer)
+    sinks = options.pop("sinks")
+    options["sinks"] = each(communicator, lambda _: xp.array(sinks))
+
+    def forward(x, params):
+        out = attn.forward(each(communicator, lambda _: xp.array(x)), params, caches, **tables, **options)
+        return [xp.numpy(array) for array in out]
+
+    return list(zip(*steps(name, paged, forward), strict=True))
+
+
+def assert_equal_runs(found, expected, dtype):
+    """Every rank has the same bits, close to the single run's."""
+    for rank in found:
+        for mine, first, want in zip(rank, found[0], expected, strict=True):
+            assert_same_bits(mine, first)
+            want = want.astype(np.float64)
+            error = np.abs(mine.astype(np.float64) - want).max() / np.abs(want).max()
+            assert error <= CLOSE[dtype], f"{error:.2e}"
+
+
+@pytest.mark.parametrize("paged", [True, False], ids=["paged", "contiguous"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_ranks_in_one_process(name, paged):
+    expected = single(name, paged)
+    for size in (1, 2, 3):
+        assert_equal_runs(spread(name, paged, InProcessCommunicator(size)), expected, LAYERS[name]["dtype"])
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_over_mpi(size, tmp_path):
+    """The bits of ranks in one process, so close to the single run's."""
+    found = run("layers", size, tmp_path)
+    for name in ("fp16", "fp32", "int4 and everything"):
+        for paged in (True, False):
+            here = spread(name, paged, InProcessCommunicator(size))
+            there = [[rank[f"{name} {paged} {n}"] for n in range(len(STEPS))] for rank in found]
+            assert_equal_runs(there, single(name, paged), LAYERS[name]["dtype"])
+            for mine, other in zip(here, there, strict=True):
+                for a, b in zip(mine, other, strict=True):
+                    assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("paged", [True, False], ids=["paged", "contiguous"])
+def test_on_the_device(xp, paged):
+    communicator = InProcessCommunicator(2, device=None if xp.name == "numpy" else 0)
+    assert_equal_runs(spread("fp16", paged, communicator, xp), single("fp16", paged), "float16")
+
+
+def test_two_gpus_of_one_process():
+    """Each rank on a GPU of its own, over NCCL; weights come from the host."""
+    with install(devices=2) as xp, standin_nccl.install() as log:
+        found = spread("int4 and everything", True, NCCLCommunicator.local([0, 1]), xp)
+        assert {entry[1:4] for entry in log} == {("allReduce", 2 * n * 64, "float32") for n in (2, *STEPS)}
+    assert_equal_runs(found, single("int4 and everything", True), "float16")
+
+
+def adapters_of(layer, seed=11):
+    """Two adapters of different ranks, one without some projections."""
+    rng = np.random.default_rng(seed)
+
+    def lora(projection, rank):
+        out, width = layer.matrices[projection].shape
+        return LoRA((rng.standard_normal((rank, width)) / np.sqrt(width)).astype(np.float32),
+                    (rng.standard_normal((out, rank)) / np.sqrt(rank)).astype(np.float32), 0.5)
+
+    return {"all": {p: lora(p, 4) for p in "qkvo"}, "some": {p: lora(p, 9) for p in "ko"}}
+
+
+@pytest.mark.parametrize("name", ["fp32", "seven heads", "post-norm, no residual", "int4 and everything"])
+def test_adapters(name):
+    layer, arguments = whole_layer(name)
+    adapters = adapters_of(layer)
+    context = TPContext(InProcessCommunicator(3), num_heads=layer.heads, num_kv_heads=layer.kv_heads,
+                        head_dim=layer.dim, hidden_size=layer.hidden)
+    attn = TPAttn.from_layer(context, **arguments)
+    assert attn.set_loras(adapters) == layer.attn.set_loras(adapters) == 9
+    x, without = layer.inputs(2, 3), None
+    for options in ({}, {"loras": ["some", "all"]}, {"sequence_loras": ["some", None]},
+                    {"loras": ["all"], "sequence_loras": [None, "some"]}):
+        (cache,) = caches_of(layer, False, [layer.kv_heads])
+        want = layer.attn.forward(x.copy(), Params(2, 3, 0), cache, **layer.tables, **options)
+        caches = caches_of(layer, False, context.kv_heads)
+        found = attn.forward([x.copy() for _ in range(3)], Params(2, 3, 0), caches, **layer.tables, **options)
+        assert_equal_runs([[array] for array in found], [want], layer.dtype)
+        without = want if without is None else without
+        assert bool(options) == (np.abs(want.astype(float) - without).max() > 0.01)
+    assert attn.set_loras({}) == 0
+    with pytest.raises(ValueError, match="QAttn: loras must be among none, got 'all'"):
+        attn.forward([x.copy() for _ in range(3)], Params(2, 3, 0), caches, loras=["all"], **layer.tables)
+    with pytest.raises(ValueError, match=r"TPContext: adapters must have a \[rank, .* for 'q', got"):
+        attn.set_loras({"one": {"q": LoRA(np.ones((2, 3)), np.ones((3, 2)))}})
+    with pytest.raises(ValueError, match="TPContext: adapters must hold a LoRA for q, k, v, o, got NoneType"):
+        attn.set_loras({"one": {"q": None}})
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_against_float64(name):
+    layer, arguments = whole_layer(name)
+    context = TPContext(InProcessCommunicator(3), num_heads=layer.heads, num_kv_heads=layer.kv_heads,
+                        head_dim=layer.dim, hidden_size=layer.hidden)
+    x, caches = layer.inputs(2, 5), caches_of(layer, False, context.kv_heads)
+    found = TPAttn.from_layer(context, **arguments).forward([x.copy() for _ in range(3)], Params(2, 5, 0), caches,
+                                                            **layer.tables)
+    want, _, _ = layer.expected(x, layer.no_past(2), layer.no_past(2))
+    layer.check(found[2], want)
+
+
+def test_masks_and_lists_of_caches():
+    """What Params can say, and heads dealt out by weight."""
+    layer, arguments = whole_layer("fp32")
+    context = TPContext(InProcessCommunicator(2), num_heads=6, num_kv_heads=3, head_dim=16, hidden_size=48,
+                        weights=[24, 8])
+    assert context.q_heads == [4, 2]
+    attn, x = TPAttn.from_layer(context, **arguments), layer.inputs(2, 3)
+    mask = np.zeros((2, 3), np.float32)
+    mask[1, 0] = -np.inf   # left padding
+    for params in (Params(2, 3, 0, input_mask=mask, position_offsets=[0, -1]), Params(2, 3, [0, 0]),
+                   Params(2, 3, 0, non_causal_attn=True)):
+        batch, count = (1, 2) if params.multi_cache else (2, 1)
+        whole, *parts = ([PagedCache.contiguous(1, batch, 16, heads, 16, dtype="float32") for _ in range(count)]
+                         for heads in (3, *context.kv_heads))
+        if not params.multi_cache:
+            (whole,), parts = whole, [cache for (cache,) in parts]
+        want = layer.attn.forward(x.copy(), params, whole, **layer.tables)
+        found = attn.forward([x.copy(), x.copy()], params, parts, **layer.tables)
+        assert_equal_runs([[array] for array in found], [want], "float32")
+
+
+def test_the_residual_is_added_once():
+    """A layer whose output projection is zero leaves x as it is."""
+    layer, arguments = whole_layer("fp32")
+    context = TPContext(InProcessCommunicator(3), num_heads=6, num_kv_heads=3, head_dim=16, hidden_size=48)
+    arguments |= {"q_o_proj": np.zeros((48, 96), np.float32), "o_bias": None}
+    attn = TPAttn.from_layer(context, **arguments)
+    x = layer.inputs(2, 3)
+    caches = caches_of(layer, False, context.kv_heads)
+    for array in attn.forward([x.copy() for _ in range(3)], Params(2, 3, 0), caches, **layer.tables):
+        assert_same_bits(array, x)
+    bias = np.arange(48, dtype=np.float32)
+    attn = TPAttn.from_layer(context, **arguments | {"o_bias": bias})
+    for array in attn.forward([x.copy() for _ in range(3)], Params(2, 3, 0), caches, **layer.tables):
+        assert_same_bits(array, x + bias)
+
+
+def test_refused():
+    layer, arguments = whole_layer("fp32")
+    context = TPContext(InProcessCommunicator(3), num_heads=6, num_kv_heads=3, head_dim=16, hidden_size=48)
+    attn = TPAttn.from_layer(context, **arguments)
+    x, caches = [layer.inputs(1, 1) for _ in range(3)], caches_of(layer, False, context.kv_heads)
+    with pytest.raises(ValueError, match=r"TPAttn: x must be a list of one for each of the ranks \[0, 1, 2\], got 2"):
+        attn.forward(x[:2], Params(1, 1, 0), caches, **layer.tables)
+    with pytest.raises(ValueError, match="TPAttn: caches must be a list of one for .*, got PagedCache"):
+        attn.forward(x, Params(1, 1, 0), caches[0], **layer.tables)
+    with pytest.raises(ValueError, match="TPContext: array must be"):
+        attn.forward(x, Params(1, 1, 0), caches, sinks=np.zeros(4, np.float32), **layer.tables)
+    with pytest.raises(ValueError, match="TPAttn: shards must be a TPShard for each of the ranks"):
+        TPAttn(attn.shards[:2], context)
+    with pytest.raises(ValueError, match=r"TPAttn: shards must have .* = \(0, 2, 1, 16, 48\), got \(2, 2, 1, 16, 48\)"):
+        TPAttn(attn.shards[::-1], context)
+    with pytest.raises(TypeError, match="TPAttn: context must be a TPContext, got InProcessCommunicator"):
+        TPAttn(attn.shards, context.communicator)
+    with pytest.raises(TypeError, match="TPAttn: q_k_proj must be a QMatrix or an array, got none"):
+        TPAttn.from_layer(context, **arguments | {"q_k_proj": None})
+    with pytest.raises(ValueError, match="TPAttn: num_heads must be 6 like the context's, got 8"):
+        TPAttn.from_layer(context, **arguments | {"num_heads": 8})
+    with pytest.raises(ValueError, match="TPAttn: post_layernorm_bias must come with a post_layernorm that is"):
+        TPAttn.from_layer(context, **arguments | {"post_layernorm_bias": np.zeros(48, np.float32)})
+    with pytest.raises(ValueError, match="QAttn: it must not be used after close"), attn:
+        attn.close()
+        attn.forward(x, Params(1, 1, 0), caches, **layer.tables)
+
+
+def test_a_captured_step(xp):
+    """Replays see new inputs and lengths, and exchange anew."""
+    communicator = InProcessCommunicator(2, device=None if xp.name == "numpy" else 0)
+    layer, arguments = whole_layer("fp16")
+    context = TPContext(communicator, num_heads=8, num_kv_heads=4, head_dim=32, hidden_size=64)
+    attn = TPAttn.from_layer(context, **arguments)
+    caches = each(communicator, lambda n: caches_of(layer, True, [2], xp)[0])
+    for cache in caches:
+        cache.k[0].fill(0.25)
+        cache.v[0].fill(0.5)
+    tables = {n: each(communicator, lambda _, t=t: xp.array(t)) for n, t in layer.tables.items()}
+    params = params_of(True, 3, 1)
+    x = each(communicator, lambda _: xp.array(np.zeros((2, 1, 64), np.float16)))
+    devices = [None if device == "cpu" else device for device in communicator.devices]
+    lengths = [params.get_cache_seqlens_after(device) for device in devices]
+    plans = each(communicator, lambda n: cupyattn.schedule(
+        lengths[n], num_heads=4, num_kv_heads=2, head_dim=32, max_k_len=16, q_len=1))
+
+    def step():
+        each(communicator, lambda n: cupyattn.schedule(lengths[n], num_heads=4, num_kv_heads=2, head_dim=32,
+                                                       max_k_len=16, q_len=1, out=plans[n]))
+        attn.forward(x, params, caches, schedules=plans, **tables)
+
+    graph = capture(step, xp=xp.module)
+    for past in (5, 2):
+        new = layer.inputs(2, 1)
+        fresh = params_of(True, past, 1)
+        for n, device in enumerate(devices):
+            _fill(x[n], new)
+            _fill(params.get_cache_seqlens(device), fresh.cache_seqlens)
+            _fill(lengths[n], fresh.cache_seqlens_after)
+            caches[n].k[0].fill(0.25)
+            caches[n].v[0].fill(0.5)
+        graph.replay()
+        found = [xp.numpy(array) for array in x]
+        for cache in caches:
+            cache.k[0].fill(0.25)
+            cache.v[0].fill(0.5)
+        eager = attn.forward(each(communicator, lambda _, new=new: xp.array(new)), fresh, caches, **tables)
+        for mine, want in zip(found, eager, strict=True):
+            assert_same_bits(mine, xp.numpy(want))
+
+
+def _fill(array, values):
+    if isinstance(array, np.ndarray):
+        array[...] = values
+    else:
+        array.set(values)
+
+
+def test_the_same_call_again_and_again():
+    """Objects of an earlier call, whose contents have changed: the parts are summed every time."""
+    layer, arguments = whole_layer("fp32")
+    context = TPContext(InProcessCommunicator(3), num_heads=6, num_kv_heads=3, head_dim=16, hidden_size=48)
+    spread = TPAttn.from_layer(context, **arguments)
+    caches = [PagedCache.contiguous(1, 2, 16, heads, 16, dtype="float32") for heads in context.kv_heads]
+    x, params, first = [np.empty((2, 1, 48), np.float32) for _ in range(3)], Params(2, 1, 0), layer.inputs(2, 1)
+    for _ in range(5):
+        for part in x:
+            part[...] = first
+        found = spread.forward(x, params, caches, sin=layer.sin, cos=layer.cos)[0].copy()
+        want, _, _ = layer.expected(first, layer.no_past(2), layer.no_past(2))
+        layer.check(found, want)

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ExLlamaV2's tensor-parallel functions give what one QAttn gives; Params.prep_tp supplies their lists."""
+
+import numpy as np
+import pytest
+import standin_nccl
+from attention_layers import Layer
+from compare import assert_same_bits, dtype_of
+from conftest import NumpyArrays
+from mpi_ranks import run
+from standin import install
+from test_tp_attn import PAGES, adapters_of, assert_equal_runs, each
+
+from cupyattn import (
+    InProcessCommunicator,
+    NCCLCommunicator,
+    PagedCache,
+    PagedParams,
+    Params,
+    TPContext,
+    tp_attn_forward_,
+    tp_attn_forward_paged_,
+)
+
+NUMPY = NumpyArrays()
+LAYERS = {
+    "fp16": dict(dtype="float16", formats="float16", heads=8, kv_heads=4, norm=None),
+    "fp32, uneven": dict(dtype="float32", heads=14, kv_heads=7, dim=8, hidden=80, biases=True),
+    "int4 and everything": dict(dtype="float16", formats="int4-g32", heads=8, kv_heads=4, head_norm="heads", post=True,
+                                rotary_dim=16, rope_style="gptj", biases=True),
+    "no rope": dict(dtype="float32", heads=3, kv_heads=3, head_norm="shared", rope_style="none"),
+}
+OPTIONS = {"softcap": 4.0, "window_size": 6}
+STEPS = (9, 1, 3)
+SCALE = 0.2
+
+
+def params_of(paged, past, q_len):
+    if paged:
+        return PagedParams(2, PAGES, np.int32([past, past]), past, page_size=4, q_len=q_len)
+    return Params(2, q_len, past, position_offsets=[[-2], [0]])
+
+
+def single(name, paged):
+    layer, past, found = Layer(NUMPY, **LAYERS[name]), 0, []
+    cache = PagedCache(1, 8, 4, layer.kv_heads, layer.dim, dtype=layer.dtype) if paged else \
+        PagedCache.contiguous(1, 2, 16, layer.kv_heads, layer.dim, dtype=layer.dtype)
+    for q_len in STEPS:
+        x = layer.inputs(2, q_len)
+        found.append(layer.attn.forward(x, params_of(paged, past, q_len), cache, softmax_scale=SCALE, **layer.tables,
+                                        **OPTIONS))
+        past += q_len
+    return found
+
+
+class Lists:
+    """A layer's lists for the ranks of this process."""
+
+    def __init__(self, name, paged, communicator, xp=NUMPY):
+        self.layer, self.paged, self.communicator, self.xp = Layer(NUMPY, **LAYERS[name]), paged, communicator, xp
+        layer = self.layer
+        self.context = context = TPContext(communicator, num_heads=layer.heads, num_kv_heads=layer.kv_heads,
+                                           head_dim=layer.dim, hidden_size=layer.hidden)
+        vectors, ranks = layer.vectors, communicator.ranks
+
+        def weights(shard, key):
+            return each(communicator, lambda n: shard(layer.matrices[key], ranks[n]).to(xp.module))
+
+        def per_rank(key, shard=lambda array, rank: array):
+            if key not in vectors:
+                return None
+            return each(communicator, lambda n: xp.array(np.ascontiguousarray(shard(vectors[key], ranks[n]))))
+
+        def heads(kind):
+            return lambda array, rank: array if array.shape == (layer.dim,) else context.shard_heads(array, rank, kind)
+
+        def rows(kind):
+            return lambda weight, rank: context.shard_rows(weight, rank, kind)
+
+        def features(array, rank):
+            return array[slice(*context.hidden_range(rank))]
+
+        self.positional = {
+            "pre_layernorm": per_rank("layernorm") or [], "norm_epsilon": 1e-6, "q_proj": weights(rows("q"), "q"),
+            "k_proj": weights(rows("kv"), "k"), "v_proj": weights(rows("kv"), "v"),
+            "o_proj": weights(context.shard_output_rows, "o"), "head_dim": layer.dim,
+            "rope_style": {"neox": 2, "interleaved": 1, None: 0}[layer.style]}
+        self.keywords = {
+            "q_norm": per_rank("q_norm", heads("q")), "k_norm": per_rank("k_norm", heads("kv")),
+            "post_layernorm": per_rank("post_layernorm"), "rotary_dim": layer.rotary_dim,
+            "q_bias": per_rank("q_bias", heads("q")), "k_bias": per_rank("k_bias", heads("kv")),
+            "v_bias": per_rank("v_bias", heads("kv")), "o_bias": per_rank("o_bias", features), **OPTIONS}
+        self.tables = {n: each(communicator, lambda _, t=t: xp.array(t)) for n, t in layer.tables.items()}
+        pages, size = (8, 4) if paged else (2, 16)
+        self.caches = [each(communicator, lambda n: xp.array(np.full(
+            (pages, size, context.kv_heads[ranks[n]], layer.dim), np.nan, dtype_of(layer.dtype)))) for _ in "kv"]
+        self.temps = {}
+        most = 2 * max(STEPS) + 3
+        for name, width in (("bc0", layer.hidden), ("bc1", layer.hidden), ("bc2", layer.heads * layer.dim)):
+            self.temps[name] = self.empty(most, [width] * context.communicator.size)
+        self.temps["q"] = self.empty(most, [layer.dim * n for n in context.q_heads])
+        self.temps["k"] = self.temps["v"] = self.empty(most, [layer.dim * n for n in context.kv_heads])
+        spans = [context.hidden_range(rank) for rank in range(communicator.size)]
+        self.temps["o"] = self.empty(most, [stop - start for start, stop in spans])
+
+    def empty(self, rows, widths):
+        return each(self.communicator, lambda n: self.xp.array(
+            np.full((rows, widths[self.communicator.ranks[n]]), np.nan, dtype_of(self.layer.dtype))))
+
+    def call(self, hidden, params, **changes):
+        """One step by position, in the seed's order."""
+        params.prep_tp(self.context)
+        lengths = (params.cache_seqlens_tp, params.block_index_tp) if self.paged else (params.past_len_tp,)
+        keywords = self.keywords | ({} if self.paged else {"position_offsets": params.position_offsets_tp}) | changes
+        t = self.temps
+        function = tp_attn_forward_paged_ if self.paged else tp_attn_forward_
+        return function(self.context, hidden, t["bc0"], t["bc1"], t["bc2"], t["q"], t["k"], t["v"], t["o"],
+                        *self.caches, *self.positional.values(), params.batch_size, params.seq_len,
+                        self.tables.get("sin"), self.tables.get("cos"), *lengths, SCALE, **keywords)
+
+
+def spread(name, paged, communicator, xp=NUMPY, device_hidden=False):
+    """(what each call returned, temp_o_ of each rank of this process) of each step."""
+    lists, past, returned, columns = Lists(name, paged, communicator, xp), 0, [], []
+    for q_len in STEPS:
+        hidden = lists.layer.inputs(2, q_len)
+        given = xp.array(hidden) if device_hidden else hidden
+        out = lists.call(given, params_of(paged, past, q_len))
+        assert type(out) is type(given) and out.shape == hidden.shape
+        on_host = xp.numpy if device_hidden else np.copy
+        assert_same_bits(on_host(given), hidden)
+        returned.append(on_host(out))
+        rows = 2 * q_len
+        columns.append([xp.numpy(o)[:rows] for o in lists.temps["o"]])
+        past += q_len
+    return returned, columns
+
+
+@pytest.mark.parametrize("paged", [True, False], ids=["paged", "contiguous"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_one_rank_gives(name, paged):
+    expected = single(name, paged)
+    for size in (1, 2, 3):
+        returned, columns = spread(name, paged, InProcessCommunicator(size))
+        assert_equal_runs([returned], expected, LAYERS[name]["dtype"])
+        for whole, parts in zip(returned, columns, strict=True):
+            assert_same_bits(np.concatenate(parts, axis=1), whole.reshape(-1, whole.shape[-1]))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_over_mpi(size, tmp_path):
+    """The bits of ranks in one process."""
+    found = run("functions", size, tmp_path)
+    for paged in (True, False):
+        returned, columns = spread("fp32, uneven", paged, InProcessCommunicator(size))
+        for rank, result in enumerate(found):
+            for n in range(len(STEPS)):
+                assert_same_bits(result[f"returned {paged} {n}"], returned[n])
+                assert_same_bits(result[f"columns {paged} {n}"], columns[n][rank])
+
+
+@pytest.mark.parametrize("paged", [True, False], ids=["paged", "contiguous"])
+def test_on_the_device(xp, paged):
+    communicator = InProcessCommunicator(2, device=None if xp.name == "numpy" else 0)
+    for device_hidden in (False, True):
+        returned, _ = spread("int4 and everything", paged, communicator, xp, device_hidden)
+        assert_equal_runs([returned], single("int4 and everything", paged), "float16")
+
+
+def test_two_gpus_of_one_process():
+    with install(devices=2) as xp, standin_nccl.install() as log:
+        returned, _ = spread("fp16", True, NCCLCommunicator.local([0, 1]), xp)
+        assert {entry[1] for entry in log} == {"allGather", "broadcast"}
+    assert_equal_runs([returned], single("fp16", True), "float16")
+
+
+@pytest.mark.parametrize("name", ["fp32, uneven", "int4 and everything"])
+def test_adapters(name):
+    lists, layer = Lists(name, True, InProcessCommunicator(2)), Layer(NUMPY, **LAYERS[name])
+    adapters = adapters_of(layer)
+    layer.attn.set_loras(adapters)
+    for names in (["some", "all"], ["all"], []):
+        x = layer.inputs(2, 3)
+        cache = PagedCache(1, 8, 4, layer.kv_heads, layer.dim, dtype=layer.dtype)
+        found = lists.call(x.copy(), params_of(True, 0, 3), loras=[adapters[n] for n in names])
+        want = layer.attn.forward(x, params_of(True, 0, 3), cache, softmax_scale=SCALE, loras=names, **layer.tables,
+                                  **OPTIONS)
+        assert_equal_runs([[found]], [want], layer.dtype)
+
+
+def test_weights_are_prepared_once():
+    lists = Lists("fp32, uneven", True, InProcessCommunicator(2))
+    for past in range(3):
+        lists.call(lists.layer.inputs(2, 1), params_of(True, past, 1))
+    (kept,) = lists.context.layers.values()
+    assert kept.shards[0].qkv[0].matrix is lists.positional["q_proj"][0]   # as it was given, no copy
+    other = Lists("fp32, uneven", True, InProcessCommunicator(2))
+    other.context = lists.context
+    other.call(other.layer.inputs(2, 1), params_of(True, 0, 1))
+    assert len(lists.context.layers) == 2
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), [
+    (dict(loras=[{"x": None}]), ValueError, "adapters must hold a LoRA for q, k, v, o, got NoneType for 'x'"),
+    (dict(q_norm=[np.ones(8)]), ValueError, r"q_norm must be a list of one for each of the ranks \[0, 1\], got 1"),
+    (dict(window_size=-1), ValueError, "window_size"),
+    (dict(position_offsets=[np.int64([0, 0])] * 2), TypeError, "position_offsets must be int32, got int64"),
+    (dict(rotary_dim=7), ValueError, "sincos_size must be even"),
+])
+def test_refused_keywords(changes, error, message):
+    lists = Lists("fp32, uneven", True, InProcessCommunicator(2))
+    with pytest.raises(error, match=message):
+        lists.call(lists.layer.inputs(2, 1), params_of(True, 0, 1), **changes)
+
+
+def test_refused():
+    def lists():
+        return Lists("fp32, uneven", False, InProcessCommunicator(2))
+
+    def fails(error, message, change, hidden=None):
+        broken = lists()
+        change(broken)
+        with pytest.raises(error, match=f"tp_attn_forward_: {message}"):
+            broken.call(broken.layer.inputs(2, 1) if hidden is None else hidden, params_of(False, 0, 1))
+
+    fails(ValueError, "hidden_states must be", lambda _: None, np.zeros((2, 1, 79), np.float32))
+    fails(TypeError, "hidden_states must be float16", lambda _: None, np.zeros((2, 1, 80)))
+    fails(ValueError, "temp_bc0_ must be C-contiguous float32 .2 or more, 80., got float16",
+          lambda broken: broken.temps.update(bc0=[np.zeros((9, 80), np.float16)] * 2))
+    fails(ValueError, r"temp_q_ must be C-contiguous float32 \[2 or more, 64\], got float32 \[1, 64\]",
+          lambda broken: broken.temps.update(q=[np.zeros((1, 64), np.float32), np.zeros((1, 48), np.float32)]))
+    fails(ValueError, "temp_o_ must be a list of one for each", lambda broken: broken.temps.update(o=None))
+    fails(ValueError, "o_proj must have the rows of one rank each, 80 in all, got .48, 48.",
+          lambda broken: (broken.positional.update(o_proj=broken.positional["o_proj"][1:] * 2),
+                          broken.keywords.update(o_bias=None)))
+    fails(ValueError, "head_dim must be 8 like the context's, got 4",
+          lambda broken: broken.positional.update(head_dim=4))
+    fails(ValueError, "k_proj must be a list", lambda broken: broken.positional.update(k_proj=None))
+    with pytest.raises(TypeError, match="tp_attn_forward_: tp_context must be a TPContext, got InProcessComm"):
+        broken = lists()
+        broken.context = InProcessCommunicator(2)
+        params = Params(2, 1, 0)
+        params.prep_tp([("cpu", 0, 1), ("cpu", 1, 2)])
+        broken.call(broken.layer.inputs(2, 1), params)
