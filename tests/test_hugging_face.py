@@ -80,7 +80,7 @@ IDS = [[7, 300, 9, 11, 2, 2, 160, 45, 31, 8, 77], [5]]
 def test_every_format(tmp_path, form, formats):
     weights = write_folder(tmp_path, SMALL, small_weights(), form)
     model = load(tmp_path)
-    found = {linear.matrix.format for layer in model._layers for linear in (*layer.qkv, layer.ffn_down)}
+    found = {linear.matrix.format for layer in model._layers for linear in (*layer.attn.qkv, layer.ffn_down)}
     assert found == formats
     assert_logprobs(model, IDS, forward(IDS, weights), 3e-2)
 
@@ -296,7 +296,7 @@ def test_quantize(scheme, layers):
     progress = []
     model = gguf_model(layers, quantize=scheme, progress=lambda done, total: progress.append((done, total)))
     assert progress == [(n, layers) for n in range(layers + 1)]
-    assert {linear.matrix.format for layer in model._layers for linear in (*layer.qkv, layer.ffn_down)} == {scheme}
+    assert {linear.matrix.format for layer in model._layers for linear in (*layer.attn.qkv, layer.ffn_down)} == {scheme}
     assert model._embedding.format == "q8_0"
     prompts = prompt_ids()
     expected = llama_float64.forward(prompts, lambda name: rounded(name, scheme), layers=layers, heads=9, kv_heads=3,
