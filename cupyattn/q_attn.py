@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """QAttn: the attention part of a decoder layer, from norm to residual, with ExLlamaV2's arguments."""
 
-from typing import NamedTuple
-
 import numpy as np
 
+from .errors import CaptureError
 from .lora import Adapters
 from .ops.attention import attention
 from .ops.embedding import embedding
@@ -14,36 +13,13 @@ from .ops.paged_decode import MAX_Q_LEN, paged_decode
 from .ops.quant_gemm import quant_gemm
 from .ops.rms_norm import rms_norm
 from .params import Params
+from .q_attn_buffers import Workspace, buffers_of_rows, head_rows, row_numbers, token_rows
 from .q_attn_repeats import Repeats
 from .q_attn_step import block_borders, steps_of
 from .q_attn_weights import check_scratch, joined, kind_of, matrix, rope_style, tables, vector
-from .runtime import layer_workspace
-from .runtime.arrays import array_namespace, as_rows, dtype_name, dtype_of
+from .runtime.arrays import dtype_of
+from .runtime.capturing import tape
 from .runtime.checks import FLOATS, check_number
-from .runtime.structs import address
-
-_places = {}   # (numpy or cupy, device) -> int32 0, 1, 2, ...: places of rows in arrays of their own
-
-
-class _Buffers(NamedTuple):
-    """Views into the workspace for one number of tokens."""
-
-    tokens: int
-    block: object
-    normed: object        # [tokens, hidden_size], dtype
-    heads: object         # [tokens, rows of q, k and v], dtype
-    linears: tuple        # the columns of `heads` of each Linear of q, k and v
-    q: object             # [tokens, num_heads, head_dim] of heads
-    k: object
-    v: object
-    mixed: object         # [tokens, num_heads, head_dim]: finished queries, then attention's output in their place
-    k_out: object         # [tokens, num_kv_heads, head_dim]: finished keys, where no cache takes them
-    v_out: object
-    projected: object     # float32 [tokens, hidden_size], before a post-norm
-    added: object         # [tokens, hidden_size], x's dtype, after it
-    outs: dict            # columns of `heads` of "q", "k" and "v"
-    sorted_x: object      # bytes for rows in the order of their adapters: of an input
-    sorted_y: object      # and of an output, None without adapters
 
 
 class QAttn:
@@ -162,7 +138,7 @@ class QAttn:
             raise ValueError(f"QAttn: dtype must be {', '.join(FLOATS)}, got {name!r}")
         self.dtype = dtype_of(name)
         self._dtype_name = name
-        self._x_dtype = np.dtype(np.float32) if self.residual_fp32 else self.dtype
+        self.x_dtype = np.dtype(np.float32) if self.residual_fp32 else self.dtype
         self._x_name = "float32" if self.residual_fp32 else name
 
     def _set_rope(self, style, sincos_size):
@@ -201,52 +177,6 @@ class QAttn:
                              "[hidden_size, num_heads * head_dim]").to(self.xp)
         self.o_bias = vector("o_bias", o_bias, ((self.hidden_size,),), self.xp)
 
-    def _lay_out(self):
-        """Bytes of a token in each buffer of the workspace."""
-        size, hidden = self.dtype.itemsize, self.hidden_size
-        columns = self.q_size + 2 * self.kv_size
-        loras = self.loras.max_rank > 0
-        post = loras or self.post_layernorm is not None
-        self._row_bytes = (hidden * size, columns * size, self.q_size * size, self.kv_size * size, self.kv_size * size,
-                           hidden * 4 * post, hidden * self._x_dtype.itemsize * post,
-                           max(hidden * self._x_dtype.itemsize, self.q_size * size) * loras,
-                           max(columns * size, hidden * 4) * loras)
-        self._buffers = None
-
-    def _scratch(self, tokens):
-        """_Buffers for `tokens`: made once, as long as the number of tokens and the workspace stay."""
-        starts, end = [], 0
-        held = self._buffers
-        if held is not None and held.tokens == tokens:
-            if layer_workspace(self.xp, held.block.size) is held.block:
-                return held
-        for row in self._row_bytes:
-            starts.append(end)
-            end += -(-tokens * row // 256) * 256
-        block = layer_workspace(self.xp, max(end, 1))
-
-        def part(n, dtype, *shape):
-            nbytes = tokens * self._row_bytes[n]
-            return block[starts[n]:starts[n] + nbytes].view(dtype).reshape(tokens, *shape) if nbytes else None
-
-        kv = self.num_kv_heads, self.head_dim
-        heads = part(1, self.dtype, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
-        flat = heads.reshape(tokens, -1)
-        sorted_x, sorted_y = (block[starts[n]:starts[n] + tokens * self._row_bytes[n]] for n in (7, 8))
-        self._buffers = held = _Buffers(
-            tokens, block, part(0, self.dtype, self.hidden_size), flat,
-            tuple(flat[:, linear.start:linear.stop] for linear in self.qkv), heads[:, :self.num_heads],
-            heads[:, self.num_heads:-self.num_kv_heads], heads[:, -self.num_kv_heads:],
-            part(2, self.dtype, self.num_heads, self.head_dim), part(3, self.dtype, *kv), part(4, self.dtype, *kv),
-            part(5, np.float32, self.hidden_size), part(6, self._x_dtype, self.hidden_size), self._columns(flat),
-            sorted_x, sorted_y)
-        return held
-
-    def _columns(self, flat):
-        """Columns of q, k and v in rows of all of them."""
-        q, kv = self.q_size, self.kv_size
-        return {"q": flat[:, :q], "k": flat[:, q:q + kv], "v": flat[:, q + kv:]}
-
     def set_loras(self, adapters):
         """The adapters that calls can name, in place of those of an earlier call.
 
@@ -270,7 +200,7 @@ class QAttn:
         self.loras = Adapters(dict(adapters), sizes, self._dtype_name, self.xp)
         if self.loras.max_rank and self._gain is None:
             self._gain = self.xp.asarray(np.ones(self.hidden_size, np.float32))
-        self._lay_out()
+        self._workspace = Workspace(self, self.loras.max_rank > 0)
         return self.loras.max_rank
 
     # ---- the whole step --------------------------------------------------------------------------------
@@ -285,8 +215,8 @@ class QAttn:
             Of `dtype`, or float32 with `residual_fp32`.
         params : Params or PagedParams
             Lengths, offsets, masks and pages; made once per step and given to all layers, which keep in it what they
-            make of it (a `Schedule` too). Shapes do not change after its first use, the contents of its arrays on the
-            device may.
+            make of it (a `Schedule` too). It does not change after its first use; only the contents of its arrays on
+            the device may, where `schedule` is made of these.
         cache : PagedCache, optional
             With PagedParams, its pages; with Params, page b is sequence b (`PagedCache.contiguous`). A list of caches
             of one sequence each goes with a list as ``past_len``. None: nothing is cached, and new tokens see each
@@ -331,35 +261,45 @@ class QAttn:
         stream. Calls with the very objects of the call before, whose arrays change in place, only launch again what
         that launched, without checks of contents.
         """
+        loras = tuple(loras)
+        if sequence_loras is not None:
+            sequence_loras = tuple(sequence_loras)
         repeats = self._repeats
-        if repeats is not None and repeats.call is not None:
+        kept = None if repeats is None else repeats.kept
+        if kept is not None:
             (x_, params_, cache_, layer_, sin_, cos_, scale_, window_, softcap_, sinks_, invariant_, schedule_, loras_,
-             sequence_, adapters_) = repeats.call
-            if (x is x_ and params is params_ and cache is cache_ and layer is layer_ and sin is sin_ and cos is cos_
-                    and softmax_scale is scale_ and window_size is window_ and softcap is softcap_ and sinks is sinks_
-                    and invariant is invariant_ and schedule is schedule_ and loras is loras_
-                    and sequence_loras is sequence_ and self.loras is adapters_ and repeats.again()):
+             sequence_, adapters_) = kept[0]
+            if (x is x_ and params is params_ and cache is cache_ and layer == layer_ and sin is sin_ and cos is cos_
+                    and softmax_scale == scale_ and window_size == window_ and softcap == softcap_ and sinks is sinks_
+                    and invariant is invariant_ and schedule is schedule_ and loras == loras_
+                    and sequence_loras == sequence_ and self.loras is adapters_ and repeats.again(kept)):
                 return x
         self._check_open()
+        if not isinstance(params, Params):
+            raise TypeError(f"QAttn: params must be Params or PagedParams, got {type(params).__name__}")
         call = (x, params, cache, layer, sin, cos, softmax_scale, window_size, softcap, sinks, invariant, schedule,
-                tuple(loras), None if sequence_loras is None else tuple(sequence_loras), self.loras)
-        repeats.first(call, lambda: self._forward(*call[:-1]), lambda: self._watched(params, cache, schedule))
+                loras, sequence_loras, self.loras)
+        seen = (params.serial, *map(id, (x, cache, sin, cos, sinks, schedule, self.loras)), layer, softmax_scale,
+                window_size, softcap, invariant, loras, sequence_loras)
+        repeats.first(call, seen, lambda: self._forward(*call[:-1]), lambda: self._watched(*call[1:]))
         return x
 
-    def _watched(self, params, cache, schedule):
-        """Whether a call can be repeated, and the lengths its schedule was made from on the host, if any."""
+    def _watched(self, params, cache, layer, sin, cos, softmax_scale, window_size, softcap, sinks, invariant, schedule,
+                 *loras):
+        """Whether a call of `forward` can be repeated, and the lengths its schedule was made from, if on the host."""
         if cache is None or isinstance(cache, list | tuple) or params.block_diag_layers:
             return False, None
         (step,) = steps_of(params, cache, self.xp)
         if schedule is None and step.mask is not None:   # attention makes one every time
             return False, None
-        return True, step.after if schedule is None else None
+        if schedule is not None:
+            return True, None
+        self._schedule(step, cache, window_size, invariant)   # made now, a repeated step makes none
+        return True, step.after
 
     def _forward(self, x, params, cache, layer, sin, cos, softmax_scale, window_size, softcap, sinks, invariant,
                  schedule, loras, sequence_loras):
         """`forward`, every time anew."""
-        if not isinstance(params, Params):
-            raise TypeError(f"QAttn: params must be Params or PagedParams, got {type(params).__name__}")
         steps = steps_of(params, cache, self.xp)
         rows = self._rows("x", x, params.batch_size, steps[0].q_len, self.hidden_size, self._x_name)
         added = self._added(loras, sequence_loras, params.batch_size, steps[0].q_len)
@@ -374,7 +314,7 @@ class QAttn:
             if self.max_seq_len is not None and step.longest > self.max_seq_len:
                 raise ValueError(f"QAttn: params must have at most max_seq_len {self.max_seq_len} tokens, got "
                                  f"{step.longest}")
-            part = buffers if len(steps) == 1 else _of_rows(buffers, step.rows)
+            part = buffers if len(steps) == 1 else buffers_of_rows(buffers, step.rows)
             self._attend(part, params, step, cache[n] if isinstance(cache, list | tuple) else cache, layer, turn,
                          options, schedule)
         self._output(buffers.mixed.reshape(buffers.tokens, -1), rows, buffers, added)
@@ -397,7 +337,7 @@ class QAttn:
         if cache is None or borders is not None:
             if turn and step.rope_rows is None:
                 turn["rope_base"] = 0   # nothing is cached: positions count from 0
-            slots = self._slots(buffers.tokens)
+            slots = row_numbers(self.xp, buffers.tokens)
             kv_append(buffers.k, buffers.v, buffers.k_out[:, None], buffers.v_out[:, None], slots=slots, q=buffers.q,
                       q_out=q, q_len=q_len, **turn, **self._finish)
             if cache is not None:
@@ -411,11 +351,10 @@ class QAttn:
         k_cache, v_cache = _layer_of(cache, layer)
         kv_append(buffers.k, buffers.v, k_cache, v_cache, block_table=step.table, positions=step.before, q_len=q_len,
                   q=buffers.q, q_out=q, **turn, **self._finish)
-        decode = step.mask is None and step.causal and (q_len == 1 or q_len <= MAX_Q_LEN and not options["invariant"])
         if schedule is None and step.mask is None:
-            schedule = step.schedule((self.num_heads, self.num_kv_heads, self.head_dim, self._dtype_name,
-                                      cache.k_format, options["window_size"], options["invariant"], decode))
-        if decode:
+            self._refuse_capture()
+            schedule = self._schedule(step, cache, window_size=options["window_size"], invariant=options["invariant"])
+        if _decodes(step, options["invariant"]):
             q = q.reshape(step.batch, q_len, self.num_heads, self.head_dim)
             paged_decode(q, k_cache, v_cache, block_table=step.table, cache_seqlens=step.after, schedule=schedule,
                          out=q, **options)
@@ -423,6 +362,11 @@ class QAttn:
             attention(q, k_cache, v_cache, cu_seqlens_q=step.cu_seqlens_q, cache_seqlens=step.after,
                       block_table=step.table, causal=step.causal, mask=step.mask, max_q_len=q_len, schedule=schedule,
                       out=q, **options)
+
+    def _schedule(self, step, cache, window_size, invariant):
+        """The Schedule of this layer's attention, which `step` keeps."""
+        return step.schedule((self.num_heads, self.num_kv_heads, self.head_dim, self._dtype_name, cache.k_format,
+                              window_size, invariant, _decodes(step, invariant)))
 
     # ---- ExLlamaV2's halves ----------------------------------------------------------------------------
 
@@ -463,12 +407,11 @@ class QAttn:
             if given is None:
                 given = self.xp.empty((batch_size, q_len, heads, self.head_dim), self.dtype)
             made.append(given)
-            flat.append(self._head_rows(name, given, tokens, heads))
+            flat.append(head_rows(self.xp, name, given, tokens, heads, self.head_dim, self._dtype_name))
         check_scratch("loras_temp", loras_temp, self.loras.max_rank * tokens if loras else 0)
         buffers = self._project(rows, self._added(loras, sequence_loras, batch_size, q_len))
-        if tokens:
-            kv_append(buffers.k, buffers.v, flat[1][:, None], flat[2][:, None], slots=self._slots(tokens),
-                      q=buffers.q, q_out=flat[0], q_len=q_len, **turn, **self._finish)
+        kv_append(buffers.k, buffers.v, flat[1][:, None], flat[2][:, None], slots=row_numbers(self.xp, tokens),
+                  q=buffers.q, q_out=flat[0], q_len=q_len, **turn, **self._finish)
         return tuple(made)
 
     def forward_2(self, x, attn_output, batch_size, q_len, loras=(), loras_temp=None, sequence_loras=None):
@@ -493,7 +436,7 @@ class QAttn:
         mixed = self._rows("attn_output", attn_output, batch_size, q_len, self.q_size, self._dtype_name)
         check_scratch("loras_temp", loras_temp, self.loras.max_rank * tokens if loras else 0)
         self._check_open()
-        self._output(mixed, rows, self._scratch(tokens), self._added(loras, sequence_loras, batch_size, q_len))
+        self._output(mixed, rows, self._workspace.of(tokens), self._added(loras, sequence_loras, batch_size, q_len))
         return x
 
     def _turn_from(self, past_len, past_lens, batch_size, q_len, sin, cos):
@@ -531,9 +474,9 @@ class QAttn:
         return self.loras.numbers(loras), group if self.loras.max_rank else None
 
     def _project(self, rows, added):
-        """Norm and projections of q, k and v; the _Buffers that hold them."""
+        """Norm and projections of q, k and v; the Buffers that hold them."""
         self._check_open()
-        buffers = self._scratch(len(rows))
+        buffers = self._workspace.of(len(rows))
         normed, outs = rows, buffers.linears
         if self.layernorm is not None:
             normed = self._norm(rows, self.layernorm, self.layernorm_bias, buffers.normed)
@@ -542,7 +485,7 @@ class QAttn:
         if order is not None:
             normed = self._sorted(order, normed, buffers)
             flat = buffers.sorted_y[:buffers.heads.nbytes].view(self.dtype).reshape(buffers.heads.shape)
-            outs, columns = [flat[:, linear.start:linear.stop] for linear in self.qkv], self._columns(flat)
+            outs, columns = [flat[:, linear.start:linear.stop] for linear in self.qkv], self._workspace.columns(flat)
         for linear, out in zip(self.qkv, outs, strict=True):
             quant_gemm(normed, linear.matrix, bias=linear.bias, out=out)
         if added is not None:
@@ -588,49 +531,27 @@ class QAttn:
             return rms_norm(x, gain, eps=self.norm_epsilon, out=out)
         return layer_norm(x, gain, bias, eps=self.norm_epsilon, out=out)
 
-    def _slots(self, tokens):
-        """int32 [tokens]: 0, 1, 2, ..."""
-        key = self.xp.__name__, None if self.xp is np else self.xp.cuda.runtime.getDevice()
-        held = _places.get(key)
-        if held is None or len(held) < tokens:
-            held = _places[key] = self.xp.asarray(np.arange(1 << max(10, (tokens - 1).bit_length()), dtype=np.int32))
-        return held[:tokens]
+    def _refuse_capture(self):
+        """A captured step would go on with the Schedule of its first lengths."""
+        under_capture = tape()
+        if under_capture is not None and under_capture.capturing or (
+                self.xp is not np and self.xp.cuda.get_current_stream().is_capturing()):
+            raise CaptureError("QAttn: schedule must be given while a step is captured, got None; make it inside the "
+                               "step by cupyattn.schedule(lengths, out=...)")
 
     # ---- checks of a call ------------------------------------------------------------------------------
 
     def _tokens(self, batch_size, q_len):
-        check_number("QAttn", "batch_size", batch_size, least=0, integer=True)
+        check_number("QAttn", "batch_size", batch_size, least=1, integer=True)
         check_number("QAttn", "q_len", q_len, least=1, integer=True)
         return batch_size * q_len
 
     def _rows(self, name, array, batch_size, q_len, width, dtype):
         """`array` of all tokens as [tokens, width], a view."""
-        tokens = batch_size * q_len
-        if array_namespace("QAttn", **{name: array}) is not self.xp:
-            raise TypeError(f"QAttn: {name} must be a {self.xp.__name__} array like the weights, got another kind")
-        if dtype_name(array) != dtype:
-            raise TypeError(f"QAttn: {name} must be {dtype}, got {dtype_name(array)}")
-        if self.max_rows is not None and tokens > self.max_rows:
-            raise ValueError(f"QAttn: {name} must have at most max_rows {self.max_rows} tokens, got {tokens}")
-        if array.shape == (tokens, width):
-            return array
-        if array.size != tokens * width or array.ndim < 2:
-            raise ValueError(f"QAttn: {name} must be [batch_size={batch_size}, q_len={q_len}, {width}], got "
-                             f"{list(array.shape)}")
-        if array.shape[-1] != width:   # heads are an axis of their own
-            array = _viewed(name, array, (tokens, width))
-        return as_rows("QAttn", name, array)
-
-    def _head_rows(self, name, array, tokens, heads):
-        """`array` as [tokens, heads, head_dim], a view."""
-        if array_namespace("QAttn", **{name: array}) is not self.xp:
-            raise TypeError(f"QAttn: {name} must be a {self.xp.__name__} array like the weights, got another kind")
-        if dtype_name(array) != self._dtype_name:
-            raise TypeError(f"QAttn: {name} must be {self._dtype_name}, got {dtype_name(array)}")
-        if array.size != tokens * heads * self.head_dim:
-            raise ValueError(f"QAttn: {name} must be [batch_size, q_len, {heads}, {self.head_dim}] of {tokens} tokens, "
-                             f"got {list(array.shape)}")
-        return _viewed(name, array, (tokens, heads, self.head_dim))
+        if self.max_rows is not None and batch_size * q_len > self.max_rows:
+            raise ValueError(f"QAttn: {name} must have at most max_rows {self.max_rows} tokens, got "
+                             f"{batch_size * q_len}")
+        return token_rows(self.xp, name, array, batch_size, q_len, width, dtype)
 
     def _check_open(self):
         if self.qkv is None:
@@ -640,7 +561,7 @@ class QAttn:
 
     def close(self):
         """Let go of all weights; calls are refused from then on."""
-        self.qkv = self.o_proj = self._buffers = self._repeats = None
+        self.qkv = self.o_proj = self._workspace = self._repeats = None
 
     def __enter__(self):
         return self
@@ -662,13 +583,9 @@ class QAttn:
                 f"{formats} -> {self.o_proj.format}, {self._dtype_name}, rope {self.rope_style})")
 
 
-def _viewed(name, array, shape):
-    """`array` in another shape over the same memory."""
-    view = array.reshape(shape)
-    if array.size and address(view) != address(array):
-        raise ValueError(f"QAttn: {name} must have one stride between tokens, got strides {array.strides} bytes for "
-                         f"shape {list(array.shape)}")
-    return view
+def _decodes(step, invariant):
+    """Whether `paged_decode` attends."""
+    return step.mask is None and step.causal and (step.q_len == 1 or step.q_len <= MAX_Q_LEN and not invariant)
 
 
 def _layer_of(cache, layer):
@@ -676,9 +593,3 @@ def _layer_of(cache, layer):
     if not 0 <= layer < cache.num_layers:
         raise ValueError(f"QAttn: layer must be one of the cache's {cache.num_layers}, got {layer}")
     return cache.k[layer], cache.v[layer]
-
-
-def _of_rows(buffers, rows):
-    """_Buffers of some of the tokens, as far as `_attend` looks at them."""
-    parts = {name: getattr(buffers, name)[rows] for name in ("q", "k", "v", "mixed", "k_out", "v_out")}
-    return buffers._replace(tokens=rows.stop - rows.start, **parts)

@@ -5,7 +5,7 @@ from threading import get_ident
 
 import numpy as np
 
-from .runtime import arch_of
+from .runtime import arch_of, env
 from .runtime.capturing import taping
 from .runtime.cpu import current_settings
 from .runtime.launch import is_watched
@@ -18,45 +18,44 @@ class Repeats:
 
     Attributes
     ----------
-    call : tuple or None
-        The objects of the call it repeats.
+    kept : tuple or None
+        (objects of the call, bound launches, what these are for, array that must have the next bytes or None, bytes):
+        one tuple, which another thread replaces as a whole.
     """
 
     def __init__(self, xp):
         self._xp = xp
-        self._seen = None       # identities of the objects of the last call
-        self.call = None
-        self._runs = ()         # its bound launches
-        self._where = None      # (thread, settings, stream) they were bound for
-        self._watched = None    # NumPy array that must have the bytes of `_contents`, or None
-        self._contents = b""
+        self._seen = None   # of the last call
+        self.kept = None
 
-    def again(self):
-        """Launch what `call` launched; False, and nothing launched, where that would not be the same."""
-        thread, settings, stream = self._where
+    def again(self, kept):
+        """Launch what `kept` holds; False, and nothing launched, where that would not be the same."""
+        _, runs, (thread, settings, stream), watched, contents = kept
         if thread != get_ident() or is_watched() or (
                 settings != current_settings() if stream is None else stream != self._stream()):
             return False
-        if self._watched is not None and self._watched.tobytes() != self._contents:
+        if watched is not None and watched.tobytes() != contents:
             return False
-        for run in self._runs:
+        for run in runs:
             run()
         return True
 
-    def first(self, call, step, watched):
+    def first(self, call, seen, step, watched):
         """``step()``; when the last call was made with the same objects, its launches are kept for the next.
 
         Parameters
         ----------
         call : tuple
             All that the step depends on, but the contents of arrays.
+        seen : tuple
+            Identities of its objects and values of its numbers. Others may have them once these are gone; to take
+            such a call for the last one again costs time, no more.
         step : callable
             Launches, and does nothing else that would have to be done again.
         watched : callable
             ``watched()``: whether the step can be repeated, and the array whose contents it must find, or None.
         """
-        seen = tuple(map(id, call))
-        if seen != self._seen or is_watched():
+        if seen != self._seen or is_watched() or env.check():
             self._seen = seen
             return step()
         can, array = watched()
@@ -64,10 +63,9 @@ class Repeats:
             return step()
         with taping(arch_of(self._xp), keep=True) as tape:
             step()
-        self._runs, self._where = tuple(launch.run for launch in tape.launches), self._place()
-        self._watched = array if self._xp is np else None
-        self._contents = b"" if self._watched is None else array.tobytes()
-        self.call = call
+        array = array if self._xp is np else None
+        self.kept = (call, tuple(launch.run for launch in tape.launches), self._place(), array,
+                     None if array is None else array.tobytes())
 
     def _place(self):
         """What bound launches are for, beside their arguments: workspaces are a thread's, and a stream's."""

@@ -68,6 +68,8 @@ def joined(matrices, biases, xp):
 
     Joined where the matrices are, then moved to `xp`.
     """
+    if len({m.xp for m in matrices}) > 1:
+        matrices = [m.to(xp) for m in matrices]
     groups = []   # [QMatrix, biases of its parts, their rows]
     for m, bias in zip(matrices, biases, strict=True):
         if groups:

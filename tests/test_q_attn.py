@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """QAttn against a float64 layer of its dequantized weights, with every switch; its halves and its refusals."""
 
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import numpy as np
@@ -10,7 +11,8 @@ from compare import assert_same_bits
 from conftest import CupyArrays, NumpyArrays
 
 import cupyattn
-from cupyattn import PagedCache, PagedParams, Params, QAttn, attention, kv_append
+from cupyattn import CaptureError, PagedCache, PagedParams, Params, QAttn, attention, kv_append
+from cupyattn.graphs import capture
 from cupyattn.runtime.cpu import settings
 
 
@@ -503,6 +505,11 @@ def test_a_captured_step_sees_what_changes():
         sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "q_len": 2, "max_k_len": 20}
         lengths = params.get_cache_seqlens_after(0)
         with stream:
+            layer.attn.forward(x, params, caches[0], 0, **layer.tables)
+            stream.begin_capture()
+            with pytest.raises(CaptureError, match="schedule must be given while a step is captured, got None"):
+                layer.attn.forward(x, params, caches[0], 0, **layer.tables)
+            stream.end_capture()
             plan = cupyattn.schedule(lengths, **sizes)
             layer.attn.forward(x, params, caches[0], 0, **layer.tables, schedule=plan)
             before = xp.events["allocations"]
@@ -561,6 +568,56 @@ def test_a_call_made_again_sees_what_changes(xp):
     if xp.name == "numpy":
         with pytest.raises(ValueError, match="schedule must be made for these cache_seqlens"):
             layer.attn.forward(x, params, caches[0], 0, **layer.tables)
+
+
+def test_captured_on_the_host():
+    """`graphs.capture` over NumPy arrays: lengths, pages and input change between replays."""
+    layer = Layer(NumpyArrays(), dtype="float16")
+    caches = [PagedCache(1, 10, 4, 2, 32) for _ in range(2)]
+    for cache in caches:
+        cache.k[0][...] = cache.v[0][...] = 0.5
+    params = PagedParams(2, PAGE_TABLE, [5, 9], 9, page_size=4, q_len=1)
+    x, lengths = layer.inputs(2, 1), params.get_cache_seqlens_after()
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 32}
+    plan = cupyattn.schedule(lengths, **sizes, max_k_len=20)
+
+    def step():
+        cupyattn.schedule(lengths, **sizes, out=plan)
+        return layer.attn.forward(x, params, caches[0], 0, **layer.tables, schedule=plan)
+
+    with pytest.raises(CaptureError, match="schedule must be given while a step is captured"):
+        capture(lambda: layer.attn.forward(x, params, caches[0], 0, **layer.tables), xp=np)
+    graph = capture(step, xp=np)
+    for new in ([5, 14], [0, 9]):
+        rows = x[...] = layer.inputs(2, 1)
+        rows = rows.copy()
+        caches[1].k[0][...], caches[1].v[0][...] = caches[0].k[0], caches[0].v[0]
+        params.get_cache_seqlens()[...], lengths[...] = new, np.int32(new) + 1
+        assert graph.replay() is x
+        layer.attn.forward(rows, PagedParams(2, PAGE_TABLE, new, 14, page_size=4, q_len=1), caches[1], 0,
+                           **layer.tables)
+        layer.check(x, rows.astype(np.float64), 0.5)
+        assert_same_bits(caches[0].k[0], caches[1].k[0])
+
+
+def test_threads_share_a_layer():
+    """Each with a cache of its own, again and again with the same objects and with new ones."""
+    layer = Layer(NumpyArrays(), dtype="float16")
+    inputs = [layer.inputs(1, 1) for _ in range(4)]
+
+    def work(rows):
+        cache, params, x, found = contiguous(layer, 1), Params(1, 1, 0), rows.copy(), []
+        for n in range(30):
+            x[...] = rows
+            layer.attn.forward(x, params if n % 5 else Params(1, 1, 0), cache, 0, **layer.tables)
+            found.append(x.copy())
+        return found
+
+    want = [work(rows)[0] for rows in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for found, right in zip(pool.map(work, inputs), want, strict=True):
+            for x in found:
+                assert_same_bits(x, right)
 
 
 def test_python_of_a_call_made_again():
