@@ -17,6 +17,8 @@ from .runtime.launch import run_library
 from .tensor_parallel import TPContext
 from .tp_attn import array_module, copy, each_rank
 
+_MOST_LAYERS = 512   # whose weights a context keeps prepared
+
 
 class _Listed(QAttn):
     """A rank's projections as they are given, nothing copied; those of the output have its rows, not its columns."""
@@ -134,7 +136,7 @@ def tp_attn_forward_paged_(tp_context, hidden_states, temp_bc0_, temp_bc1_, temp
     Parameters
     ----------
     tp_context : TPContext
-        It keeps what is made of a layer's weights in the first call with them, for as long as it lives.
+        It keeps what is made of a layer's weights in the first call with them: give the same objects again.
     hidden_states : ndarray [batch_size, q_len, hidden_size] or [batch_size * q_len, hidden_size]
         x; that of rank 0 counts, other processes' only give the shape. NumPy, or where the ranks are. Not changed.
     temp_bc0_ : list of ndarray [rows or more, hidden_size], dtype of hidden_states
@@ -343,6 +345,8 @@ def _layer(op, context, weights, options):
            *options.items())
     found = context.layers.get(key)
     if found is None:
+        while len(context.layers) >= _MOST_LAYERS:   # of a caller that makes new arrays for every call
+            context.layers.pop(next(iter(context.layers)))
         found = context.layers[key] = _Layer(op, context, weights, options)
     return found
 

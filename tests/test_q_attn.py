@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """QAttn against a float64 layer of its dequantized weights, with every switch; its halves and its refusals."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from attention_layers import MAX_POSITIONS, Layer
@@ -524,6 +526,54 @@ def test_a_captured_step_sees_what_changes():
                                **layer.tables)
             layer.check(x, xp.numpy(eager).astype(np.float64), 0.5)
             assert_same_bits(xp.numpy(caches[0].k[0]), xp.numpy(caches[1].k[0]))
+
+
+def test_a_call_made_again_sees_what_changes(xp):
+    """The same objects again and again: only launches, on what their arrays hold then, as in calls with new ones."""
+    layer = Layer(xp, dtype="float16", formats="int4-g32")
+    caches = [PagedCache(1, 10, 4, 2, 32, xp=xp.module) for _ in range(2)]
+    params = PagedParams(2, PAGE_TABLE, [5, 9], 9, page_size=4, q_len=1)
+    for cache in caches:
+        for pool in (cache.k[0], cache.v[0]):
+            pool[...] = xp.array(np.full(pool.shape, 0.5, np.float16))
+    x, found = xp.array(layer.inputs(2, 1)), []
+    for _ in range(5):
+        rows = layer.inputs(2, 1)
+        x[...] = xp.array(rows)
+        assert layer.attn.forward(x, params, caches[0], 0, **layer.tables) is x
+        fresh = xp.array(rows)
+        layer.attn.forward(fresh, PagedParams(2, PAGE_TABLE, [5, 9], 9, page_size=4, q_len=1), caches[1], 0,
+                           **{name: table[:] for name, table in layer.tables.items()})
+        assert_same_bits(xp.numpy(x), xp.numpy(fresh))
+        found.append(xp.numpy(x))
+    with mock.patch.object(QAttn, "_forward", side_effect=AssertionError("called anew")):
+        for _ in range(2):
+            with pytest.raises(AssertionError, match="called anew"):
+                layer.attn.forward(fresh, params, caches[0], 0, **layer.tables)
+    for _ in range(2):
+        layer.attn.forward(x, params, caches[0], 0, **layer.tables)
+    with mock.patch.object(QAttn, "_forward", side_effect=AssertionError("called anew")):
+        layer.attn.forward(x, params, caches[0], 0, **layer.tables)
+        if xp.name == "numpy":   # a schedule of other lengths is not used: the call is made, and refused, anew
+            params.get_cache_seqlens_after()[...] += 1
+            with pytest.raises(AssertionError, match="called anew"):
+                layer.attn.forward(x, params, caches[0], 0, **layer.tables)
+    if xp.name == "numpy":
+        with pytest.raises(ValueError, match="schedule must be made for these cache_seqlens"):
+            layer.attn.forward(x, params, caches[0], 0, **layer.tables)
+
+
+def test_python_of_a_call_made_again():
+    """Little more than that of its bound launches; with new objects every check is made, too."""
+    import bench_q_attn
+
+    for _ in range(5):   # processor time, but of a machine that does other things as well
+        anew, again, bound, launches = bench_q_attn.python_cost(np, np.array, rounds=40)
+        assert launches == 5 and again < anew
+        if again <= 1.3 * bound:
+            break
+    print(f"{1e6 * anew:.1f} us, again {1e6 * again:.1f} us, bound {1e6 * bound:.1f} us")
+    assert again <= 1.3 * bound
 
 
 # ---- refusals --------------------------------------------------------------------------------------------

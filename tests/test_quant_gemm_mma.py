@@ -84,7 +84,9 @@ def test_every_form(form, dtype):
 
 
 @pytest.mark.parametrize("form, dtype", [("int4 zero float16", "float16"), ("int6 plain int8 float16", "bfloat16"),
-                                         ("int5 minimum int8 float16", "float16"), ("float16", "float16")])
+                                         ("int5 minimum int8 float16", "float16"), ("float16", "float16"),
+                                         ("int4 zero float16", "bfloat16"), ("nf4 plain float32", "float16"),
+                                         ("e2m1 plain float8_e4m3fn float32", "bfloat16")])
 def test_a_row_has_the_same_bits_whatever_stands_around_it(form, dtype):
     matrix, w = _weight(form, 136, 1088)
     whole = _assert_right(matrix, w, 130, dtype)     # three tiles of 64, of several pieces
@@ -112,6 +114,16 @@ def test_bias_accumulate_and_out(dtype, bound):
     cupyattn.quant_gemm(x, matrix, bias=bias, accumulate=True, out=base[:, 5:77])
     assert _error(base[:, 5:77], want + held.astype(np.float64)) <= bound
     assert np.isnan(base[:, :5].astype(np.float32)).all() and np.isnan(base[:, 77:].astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("form", ["nf4 plain float32", "fp4 plain float32", "iq4 plain float16"])
+@pytest.mark.parametrize("dtype, bound", [("float16", 3e-4), ("bfloat16", 2e-3)])
+def test_tables_into_narrow_outputs(form, dtype, bound):
+    matrix, w = _weight(form, 72, 1088)
+    x = _x(12, 1088, dtype)
+    whole = _product(x, matrix, dtype)
+    assert _error(whole, x.astype(np.float64) @ w.T) <= bound
+    assert_same_bits(_product(x[4:7], matrix, dtype), whole[4:7])
 
 
 def _mixed(n, parts, seed=3):

@@ -192,6 +192,39 @@ def test_adapters(name):
         attn.set_loras({"one": {"q": None}})
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_against_float64(name):
+    layer, arguments = whole_layer(name)
+    context = TPContext(InProcessCommunicator(3), num_heads=layer.heads, num_kv_heads=layer.kv_heads,
+                        head_dim=layer.dim, hidden_size=layer.hidden)
+    x, caches = layer.inputs(2, 5), caches_of(layer, False, context.kv_heads)
+    found = TPAttn.from_layer(context, **arguments).forward([x.copy() for _ in range(3)], Params(2, 5, 0), caches,
+                                                            **layer.tables)
+    want, _, _ = layer.expected(x, layer.no_past(2), layer.no_past(2))
+    layer.check(found[2], want)
+
+
+def test_masks_and_lists_of_caches():
+    """What Params can say, and heads dealt out by weight."""
+    layer, arguments = whole_layer("fp32")
+    context = TPContext(InProcessCommunicator(2), num_heads=6, num_kv_heads=3, head_dim=16, hidden_size=48,
+                        weights=[24, 8])
+    assert context.q_heads == [4, 2]
+    attn, x = TPAttn.from_layer(context, **arguments), layer.inputs(2, 3)
+    mask = np.zeros((2, 3), np.float32)
+    mask[1, 0] = -np.inf   # left padding
+    for params in (Params(2, 3, 0, input_mask=mask, position_offsets=[0, -1]), Params(2, 3, [0, 0]),
+                   Params(2, 3, 0, non_causal_attn=True)):
+        batch, count = (1, 2) if params.multi_cache else (2, 1)
+        whole, *parts = ([PagedCache.contiguous(1, batch, 16, heads, 16, dtype="float32") for _ in range(count)]
+                         for heads in (3, *context.kv_heads))
+        if not params.multi_cache:
+            (whole,), parts = whole, [cache for (cache,) in parts]
+        want = layer.attn.forward(x.copy(), params, whole, **layer.tables)
+        found = attn.forward([x.copy(), x.copy()], params, parts, **layer.tables)
+        assert_equal_runs([[array] for array in found], [want], "float32")
+
+
 def test_the_residual_is_added_once():
     """A layer whose output projection is zero leaves x as it is."""
     layer, arguments = whole_layer("fp32")

@@ -2,7 +2,8 @@
 // quant_gemm_mma.cuh - the tensor-core kernels of quant_gemm.cu, which includes it after its constants.
 //
 //   The weights are the 16-row operand of mma.m16n8k16, tokens its 8 columns. Weights enter as their codes' numbers
-//   (weight_fragments.cuh); a group's float32 products are scaled once, so that no weight is ever rounded:
+//   (weight_fragments.cuh); a group's float32 products are scaled once, so that no weight is ever rounded, but NF4
+//   where out is no wider than x:
 //
 //     sum += scale * (products - zero * sum(x))     or     sum += scale * products,  sum += minimum * sum(x)
 //
@@ -16,7 +17,8 @@
 //
 //   1. Codes, scales and x go through rings of STAGES tiles filled by cp.async, 16 bytes a lane: while a tile is worked
 //      on, the next STAGES - 1 are on their way. x is zero past its last row and column, and so are tiles past the end.
-//   2. Products of a tile, step by step; a group's are scaled and added to the chunk's sums.
+//   2. Products of a tile, step by step; a group's are scaled and added to the chunk's sums. Records of several groups
+//      are made float32 first where streaming, each by one lane, in place of the tile's x (EXPANDS).
 //   3. Sums of the eight chunks in order are the piece's. The last block to bring a piece of a tile of out adds the
 //      pieces in order; bias and store.
 //
@@ -76,6 +78,7 @@ __device__ __forceinline__ void add_scaled(const uint8_t* record, const uint8_t*
   for (int half = 0; half < 2; ++half) {
     scale[half] = S::scale(record, above, half, group);
     if constexpr (SUMS_OF_X) second[half] = S::second(record, above, half, group);
+    if constexpr (S::MODE == ZERO && Fragments::OFFSET != 0.0f) second[half] += Fragments::OFFSET;
   }
 #pragma unroll
   for (int j = 0; j < TOKEN_TILES; ++j) {
@@ -107,8 +110,8 @@ struct Unit {
   }
 
   // The next tile, at the unit's end with its scales. x_sums_at: shared by the block, where pipelined.
-  __device__ __forceinline__ void multiply(const LanePlaces& own, char* stage, bool at_end, char* x_sums_at,
-                                           Accumulators& sums) {
+  __device__ __forceinline__ void multiply(const LanePlaces& own, const Fragments& fragments, char* stage, bool at_end,
+                                           char* x_sums_at, Accumulators& sums) {
     const char* x = stage + own.x;
     uint8_t* bytes = reinterpret_cast<uint8_t*>(stage);
     if constexpr (SUMS_OF_X && !STREAM) {
@@ -140,14 +143,15 @@ struct Unit {
     }
     if constexpr (EXPANDS) {
       __syncwarp();  // all have read x
-      expand<Records, GROUPS>(bytes + own.record, bytes + own.above, bytes + own.floats);
+      expand<Records, GROUPS>(bytes + own.record(), bytes + own.record_above(), bytes + own.floats());
       __syncwarp();
     }
     LaneCodes<Format::Codes::BITS> codes[ROW_TILES];
-    // rows of tiles one after another where their scales are expanded, else side by side
+    // rows of tiles side by side, but one after another where their scales are expanded: fewer registers
 #pragma unroll
     for (int n = 0; n < 4 * ROW_TILES; ++n) {
-      const int t = EXPANDS ? n % 4 : n / ROW_TILES, i = EXPANDS ? n / 4 : n % ROW_TILES, group = t * GROUPS / 4;
+      const int t = EXPANDS ? n % 4 : n / ROW_TILES, i = EXPANDS ? n / 4 : n % ROW_TILES;
+      const int group = t * GROUPS / 4;
       if (t == 0) codes[i].load(bytes + own.weights + i * TILE_BYTES, own.lane);
       if constexpr (!STREAM) {
 #pragma unroll
@@ -156,7 +160,7 @@ struct Unit {
       }
       if (GROUPS > 1 && t % (4 / GROUPS) == 0) clear(products[i]);
       uint32_t a[Fragments::PARTS][4];
-      Fragments::make(codes[i].words, t, a);
+      fragments.make(codes[i].words, t, a);
 #pragma unroll
       for (int part = 0; part < Fragments::PARTS; ++part)
 #pragma unroll
@@ -267,6 +271,7 @@ __device__ __forceinline__ void multiply_on_tensor_cores(const QuantGemmArgs& ar
   const LanePlaces own(STREAM ? warp * STAGES * STAGE_BYTES : 0);
 #pragma unroll
   for (int s = 0; s < STAGES - 1; ++s) ahead.copy(own, smem + s * STAGE_BYTES, s % UNIT == UNIT - 1);
+  const Fragments fragments;
   Accumulators sums;
 #pragma unroll
   for (int i = 0; i < SUMS; ++i) {
@@ -276,7 +281,7 @@ __device__ __forceinline__ void multiply_on_tensor_cores(const QuantGemmArgs& ar
 
   // 2. a unit per step
   int stage = 0, free_stage = (STAGES - 1) * STAGE_BYTES, units_left = args.units_per_chunk;
-  constexpr int TRIP = STREAM && UNIT == 1 ? 2 : UNIT;  // tiles; those past the end are zeros
+  constexpr int TRIP = STREAM && GROUPS == 1 ? 2 : UNIT;  // tiles; those past the end are zeros
   for (int tile = range.begin; tile < last; tile += TRIP) {
     Unit unit;
 #pragma unroll
@@ -287,7 +292,7 @@ __device__ __forceinline__ void multiply_on_tensor_cores(const QuantGemmArgs& ar
       if constexpr (STREAM) __syncwarp();
       else __syncthreads();
       ahead.copy(own, smem + free_stage, (u + STAGES - 1) % UNIT == UNIT - 1);
-      unit.multiply(own, smem + stage, u % UNIT == UNIT - 1, smem + X_SUMS_AT, sums);
+      unit.multiply(own, fragments, smem + stage, u % UNIT == UNIT - 1, smem + X_SUMS_AT, sums);
       free_stage = stage;
       stage = stage == (STAGES - 1) * STAGE_BYTES ? 0 : stage + STAGE_BYTES;
     }

@@ -18,24 +18,34 @@ constexpr int CHUNKS = 8;                 // of a piece
 constexpr int TOKEN_TILES = M_TILE / 8;  // columns of mma tiles
 constexpr int THREADS = 32 * WARPS;
 
-using Fragments = WeightFragments<typename Format::Codes, T>;
+// out is no wider than x: more digits of a weight than x has would not show
+constexpr bool ROUNDED = sizeof(U) == 2 && (is_half(static_cast<T*>(nullptr)) || !is_half(static_cast<U*>(nullptr)));
+template <typename Codes, typename X, Mode MODE>
+struct ChosenFragments {
+  using Type = WeightFragments<Codes, X, ROUNDED>;
+};
+template <int CENTRE>
+struct ChosenFragments<Ints<4, CENTRE>, __nv_bfloat16, ZERO> {
+  using Type = OffsetFours<CENTRE>;
+};
 using Records = StagedScales<typename Format::Scales>;
+using Fragments = ChosenFragments<typename Format::Codes, T, Records::MODE>::Type;
 constexpr int GROUPS = Format::Scales::GROUPS;  // of a tile, each with scales of its own
 constexpr bool SCALED = Records::BYTES > 0, SUMS_OF_X = Records::MODE != PLAIN;
 
-// Records of several groups that four lanes of a stream would make the same float32 numbers of: a lane makes those of a
+// Four lanes of a stream would make the same float32 numbers of a record of several groups: one lane makes all of a
 // record, in place of the tile's x, which is in registers by then.
 template <bool EXPANDED, typename Kind>
-struct ReadScales {
-  using Type = StagedScales<typename FloatScales<Kind>::Floats>;
+struct ReadRecords {
+  using Type = StagedScales<typename Expanded<Kind>::Type>;
 };
 template <typename Kind>
-struct ReadScales<false, Kind> {
+struct ReadRecords<false, Kind> {
   using Type = StagedScales<Kind>;
 };
-constexpr int FLOAT_BYTES = ReadScales<true, typename Format::Scales>::Type::BYTES;
+constexpr int FLOAT_BYTES = ReadRecords<true, typename Format::Scales>::Type::BYTES;
 constexpr bool EXPANDS = STREAM && GROUPS > 1 && FLOAT_BYTES > 0 && ROW_TILES * 8 * FLOAT_BYTES <= M_TILE * 128;
-using Read = ReadScales<EXPANDS, typename Format::Scales>::Type;
+using Read = ReadRecords<EXPANDS, typename Format::Scales>::Type;
 static_assert(sizeof(T) == 2 && M_TILE % 8 == 0 && (GROUPS == 1 || UNIT == 1), "quant_gemm_mma: shape of a tile");
 static_assert(!STREAM || WARPS == CHUNKS, "quant_gemm_mma: a warp streams a chunk");
 static_assert(!EXPANDS || ROW_TILES == 4, "quant_gemm_mma: a lane expands a record");
@@ -155,22 +165,23 @@ struct XCopies {
 };
 
 // Where a thread reads and writes in its first stage, `ring` bytes from the start of shared memory; kept, so that it is
-// not computed again for every tile.
+// not computed again for every tile, but for what is used once a tile.
 struct LanePlaces {
-  int lane, x, weights, record, above, floats, read, x_to, weights_to;
+  int lane, x, weights, read, above, x_to, weights_to;
   __device__ __forceinline__ explicit LanePlaces(int ring) {
     const int l = threadIdx.x % 32, first = ring + X_BYTES + (STREAM ? 0 : threadIdx.x / 32 * WEIGHT_BYTES);
     lane = kept(l);
     x = kept(ring + l / 4 * 32 + l % 4 * 8);
     weights = kept(first);
-    const int r = EXPANDS ? l : l / 4;  // its record: where expanding one of all rows of tiles, else that of its rows
-    record = kept(first + SCALES_AT + r * Records::BYTES);
-    above = kept(first + SUPERS_AT + r * Records::SUPER_BYTES);
-    floats = kept(ring + l * FLOAT_BYTES);
-    read = EXPANDS ? kept(ring + l / 4 * FLOAT_BYTES) : record;
+    read = kept((EXPANDS ? ring : first + SCALES_AT) + l / 4 * Read::BYTES);
+    above = EXPANDS ? 0 : kept(first + SUPERS_AT + l / 4 * Read::SUPER_BYTES);
     x_to = kept(ring + XCopies::to());
     weights_to = kept(first + l * 16);
   }
+  // Of the record this lane expands, what is above it, and where to.
+  __device__ __forceinline__ int record() const { return weights + SCALES_AT + lane * Records::BYTES; }
+  __device__ __forceinline__ int record_above() const { return weights + SUPERS_AT + lane * Records::SUPER_BYTES; }
+  __device__ __forceinline__ int floats() const { return weights - X_BYTES + lane * FLOAT_BYTES; }
 };
 
 // The next tile to be copied.

@@ -56,29 +56,25 @@ struct StagedScales<SuperScales<S, Super, MODE_, GROUPS>> : StagedScales<Scales<
   }
 };
 
-// Scales as float32, products made: the kind that `expand` writes.
+// The kind of scales that `expand` makes of a kind: float32, with supers multiplied in.
 template <typename Kind>
-struct FloatScales {
-  using Same = Kind;
-  using Floats = NoScales;
+struct Expanded {
+  using Type = NoScales;
 };
 template <typename S, Mode MODE, int GROUPS>
-struct FloatScales<Scales<S, MODE, GROUPS>> {
-  using Same = Scales<S, MODE, GROUPS>;
-  using Floats = Scales<float, MODE, GROUPS>;
+struct Expanded<Scales<S, MODE, GROUPS>> {
+  using Type = Scales<float, MODE, GROUPS>;
 };
 template <typename S, typename Super, Mode MODE, int GROUPS>
-struct FloatScales<SuperScales<S, Super, MODE, GROUPS>> {
-  using Same = SuperScales<S, Super, MODE, GROUPS>;
-  using Floats = Scales<float, MODE, GROUPS>;
+struct Expanded<SuperScales<S, Super, MODE, GROUPS>> {
+  using Type = Scales<float, MODE, GROUPS>;
 };
 template <Mode MODE, int GROUPS>
-struct FloatScales<Scales<float, MODE, GROUPS>> {
-  using Same = Scales<float, MODE, GROUPS>;
-  using Floats = NoScales;  // no need to
+struct Expanded<Scales<float, MODE, GROUPS>> {
+  using Type = NoScales;  // they are it already
 };
 
-// One record and what is above it as a record of FloatScales.
+// One record and what is above it as an expanded record.
 template <typename Kind, int GROUPS>
 __device__ __forceinline__ void expand(const uint8_t* record, const uint8_t* above, uint8_t* to) {
   constexpr int COUNT = (Kind::MODE == PLAIN ? 2 : 4) * GROUPS;

@@ -200,22 +200,28 @@ struct E5M2 {
 // A NaN of e4m3 (codes 0x7f, 0xff), which becomes 480, is none again.
 __device__ __forceinline__ float nan_past_448(float x) { return fabsf(x) > 448.0f ? __uint_as_float(0x7fc00000u) : x; }
 
-// The halves that two codes of e4m3 in the lower 16 bits are, the first one low. Below sm_89 NaN codes read 480.
-__device__ __forceinline__ uint32_t e4m3_halves(uint32_t two) {
+// The halves that bytes 0 and 1, and 2 and 3, of e4m3 codes are. Below sm_89 NaN codes read 480.
+__device__ __forceinline__ void e4m3_halves(uint32_t four, uint32_t& low, uint32_t& high) {
 #if !CA_CPU && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-  uint32_t halves;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<unsigned short>(two)));
-  return halves;
+  asm("{.reg .b16 low, high;\n"
+      "mov.b32 {low, high}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, low;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, high;}"
+      : "=r"(low), "=r"(high)
+      : "r"(four));
 #else
-  const uint32_t words = (two & 0xffu) << 8 | (two & 0xff00u) << 16;
-  const uint32_t small = (words & 0x80008000u) | (words >> 1 & 0x3f803f80u);
-  const __half2 scaled = __hmul2(reinterpret_cast<const __half2&>(small), __float2half2_rn(E4M3::SCALE));
-  uint32_t halves = reinterpret_cast<const uint32_t&>(scaled);
+  uint32_t* const halves[2] = {&low, &high};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t codes = __byte_perm(four, 0, i == 0 ? 0x1404 : 0x3424);  // in upper bytes
+    const uint32_t small = (codes & 0x80008000u) | (codes >> 1 & 0x3f803f80u);
+    const __half2 scaled = __hmul2(reinterpret_cast<const __half2&>(small), __float2half2_rn(E4M3::SCALE));
+    *halves[i] = reinterpret_cast<const uint32_t&>(scaled);
 #if CA_CPU
-  for (int at = 0; at < 32; at += 16)
-    if ((halves >> at & 0x7fffu) == 0x5f80u) halves |= 0x7fffu << at;
+    for (int at = 0; at < 32; at += 16)
+      if ((*halves[i] >> at & 0x7fffu) == 0x5f80u) *halves[i] |= 0x7fffu << at;
 #endif
-  return halves;
+  }
 #endif
 }
 
@@ -223,7 +229,9 @@ template <typename Name>
 __device__ __forceinline__ float fp8_to_float(uint32_t code) {
 #if !CA_CPU && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
   if constexpr (Name::SCALE != 1.0f) {
-    const unsigned short half = static_cast<unsigned short>(e4m3_halves(code));
+    uint32_t low, high;
+    e4m3_halves(code, low, high);
+    const unsigned short half = static_cast<unsigned short>(low);
     return to_float(reinterpret_cast<const __half&>(half));
   }
 #endif

@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // weight_fragments.cuh - codes of packed weights as the A operand of mma.m16n8k16, half or bfloat16.
 //
-//   WeightFragments<Codes, T>   Codes of weight_codes.cuh, T of x
-//     PARTS                     operands whose sum is the weights: 1 where T holds every code's number, else 2
-//     FACTOR                    what their sums of products are to be multiplied by
-//     make(words, t, a)         step t, known at compile time, of LaneCodes' words
+//   WeightFragments<Codes, T, ROUNDED>   Codes of weight_codes.cuh, T of x
+//     PARTS                  operands whose sum is the weights: 1 where T holds every code's number or ROUNDED, else 2
+//     FACTOR                 what their sums of products are to be multiplied by
+//     OFFSET                 what the operands are larger by than the numbers: it counts as part of the zero point
+//     make(words, t, a)      step t, known at compile time, of LaneCodes' words
 //
-// Numbers are those of the codes, centred but not scaled. They are exact; NF4 and FP4 are the sum of their nearest T
-// and the T nearest to the rest, 2^-17 (bfloat16) or 2^-22 (half) of the largest away.
+// Numbers are those of the codes, centred but not scaled. They are exact, but for NF4: the sum of the nearest T and the
+// T nearest to the rest, 2^-17 (bfloat16) or 2^-22 (half) of the largest away; ROUNDED, for an output no wider than T,
+// the nearest T of numbers multiplied so that they lie close to one: 6.2e-5 (half) or 6.3e-4 (bfloat16) of their size.
 //
 // Fields of up to 6 bits become numbers by or-ing them into the mantissa of 2^10 (half) or 2^7 (bfloat16): where the
 // lowest bit of the field counts 2^at, one subtraction, or multiplication by 2^-at and subtraction, leaves the number.
@@ -18,12 +20,12 @@
 #include "prelude.cuh"
 #include "weight_codes.cuh"
 
-template <typename Codes, typename T>
+template <typename Codes, typename T, bool ROUNDED = false>
 struct WeightFragments;
 
 struct OneOperand {
   static constexpr int PARTS = 1;
-  static constexpr float FACTOR = 1.0f;
+  static constexpr float FACTOR = 1.0f, OFFSET = 0.0f;
 };
 
 // ---- pairs of T ------------------------------------------------------------------------------------------------
@@ -57,6 +59,25 @@ __device__ __forceinline__ uint32_t moved_down(uint32_t word, int down) {
   return down < 0 ? word << -down : word >> down;
 }
 
+// __byte_perm where no nibble of `selector` is above 7, which the compiler would see to.
+__device__ __forceinline__ uint32_t chosen_bytes(uint32_t x, uint32_t y, uint32_t selector) {
+#if CA_CPU
+  return __byte_perm(x, y, selector);
+#else
+  uint32_t out;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(x), "r"(y), "r"(selector));
+  return out;
+#endif
+}
+
+// x, in a register of each lane: from a uniform one, where the compiler would put it, it would be copied for every use.
+__device__ __forceinline__ uint32_t in_lanes(uint32_t x) {
+#if !CA_CPU
+  asm volatile("{.reg .u32 zero;\nmov.u32 zero, %%tid.z;\nadd.u32 %0, %0, zero;}" : "+r"(x));
+#endif
+  return x;
+}
+
 // x * factor of both
 template <typename T>
 __device__ __forceinline__ uint32_t scaled_pair(uint32_t x, float factor) {
@@ -76,9 +97,8 @@ __device__ __forceinline__ uint32_t unbiased_pair(uint32_t biased, int at, int c
 
 // ---- integers --------------------------------------------------------------------------------------------------
 
-template <int BITS, int CENTRE, typename T>
-struct WeightFragments<Ints<BITS, CENTRE>, T> : OneOperand {
-
+template <int BITS, int CENTRE, typename T, bool ROUNDED>
+struct WeightFragments<Ints<BITS, CENTRE>, T, ROUNDED> : OneOperand {
   static __device__ __forceinline__ void make(const uint32_t (&words)[BITS], int t, uint32_t (&a)[PARTS][4]) {
     using Ops = PairOps<T>;
     constexpr int LOW = low_plane(BITS), HIGH = BITS - LOW;
@@ -101,9 +121,20 @@ struct WeightFragments<Ints<BITS, CENTRE>, T> : OneOperand {
   }
 };
 
-// Of 8 bits: words of row r, then of row r + 8; bytes 0 and 2 are columns 0 and 1 of a step, 1 and 3 columns 2 and 3.
+// Of 4 bits where a zero point is taken off the sums of products anyway: fields go to the top of the mantissa of 16.
 template <int CENTRE>
-struct WeightFragments<Ints<8, CENTRE>, __half> : OneOperand {
+struct OffsetFours : OneOperand {
+  static constexpr float OFFSET = 16.0f + CENTRE;
+  static __device__ __forceinline__ void make(const uint32_t (&words)[4], int t, uint32_t (&a)[PARTS][4]) {
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair)
+      a[0][pair] = and_or(moved_down(words[t], 4 * pair - 3), 0x00780078u, 0x41804180u);
+  }
+};
+
+// Of 8 bits: words of row r, then of row r + 8; bytes 0 and 2 are columns 0 and 1 of a step, 1 and 3 columns 2 and 3.
+template <int CENTRE, bool ROUNDED>
+struct WeightFragments<Ints<8, CENTRE>, __half, ROUNDED> : OneOperand {
   static __device__ __forceinline__ void make(const uint32_t (&words)[8], int t, uint32_t (&a)[PARTS][4]) {
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
@@ -114,8 +145,8 @@ struct WeightFragments<Ints<8, CENTRE>, __half> : OneOperand {
 };
 
 // 2^7 leaves room for 7 bits: the eighth is or-ed into another 2^7, of which it makes 2^8.
-template <int CENTRE>
-struct WeightFragments<Ints<8, CENTRE>, __nv_bfloat16> : OneOperand {
+template <int CENTRE, bool ROUNDED>
+struct WeightFragments<Ints<8, CENTRE>, __nv_bfloat16, ROUNDED> : OneOperand {
   static __device__ __forceinline__ void make(const uint32_t (&words)[8], int t, uint32_t (&a)[PARTS][4]) {
     using Ops = PairOps<__nv_bfloat16>;
 #pragma unroll
@@ -139,23 +170,29 @@ __host__ __device__ constexpr float bias_factor() {
   return factor;
 }
 
+// Halves of nothing but their upper bytes: [pairs 0 and 2, pairs 1 and 3], bytes 0 and 2 of the lower, 1 and 3 of the
+// higher pair.
+__device__ __forceinline__ void upper_bytes(const uint32_t (&bytes)[2], uint32_t (&a)[4]) {
+#pragma unroll
+  for (int pair = 0; pair < 4; ++pair) a[pair] = __byte_perm(bytes[pair % 2], 0, pair < 2 ? 0x2404 : 0x3414);
+}
+
 // A half's upper byte is sign, five exponent bits, two of the mantissa: four codes at a time become such bytes, of
 // 2^-14 times the number.
-template <>
-struct WeightFragments<Table<E2M1>, __half> : OneOperand {
+template <bool ROUNDED>
+struct WeightFragments<Table<E2M1>, __half, ROUNDED> : OneOperand {
   static constexpr float FACTOR = 16384.0f;
   static __device__ __forceinline__ void make(const uint32_t (&words)[4], int t, uint32_t (&a)[PARTS][4]) {
     const uint32_t odd = words[t] & 0xf0f0f0f0u, even = words[t] & 0x0f0f0f0fu;  // pairs 1 and 3, 0 and 2
     const uint32_t bytes[2] = {(even << 4 | even << 1) & 0x8e8e8e8eu, (odd | odd >> 3) & 0x8e8e8e8eu};
-#pragma unroll
-    for (int pair = 0; pair < 4; ++pair) a[0][pair] = __byte_perm(bytes[pair % 2], 0, pair < 2 ? 0x2404 : 0x3414);
+    upper_bytes(bytes, a[0]);
   }
 };
 
 // Of bfloat16 it is sign and the lowest bits of exponent and mantissa in their places, by one multiplication where that
 // is up; 2^-126 times the number.
-template <>
-struct WeightFragments<Table<E2M1>, __nv_bfloat16> : OneOperand {
+template <bool ROUNDED>
+struct WeightFragments<Table<E2M1>, __nv_bfloat16, ROUNDED> : OneOperand {
   static __device__ __forceinline__ void make(const uint32_t (&words)[4], int t, uint32_t (&a)[PARTS][4]) {
     constexpr uint32_t PLACES = 0x81c081c0u;
     const uint32_t word = words[t];
@@ -181,28 +218,26 @@ __device__ __forceinline__ void make_bfloat16(const uint32_t (&words)[8], int t,
   }
 }
 
-template <>
-struct WeightFragments<Float8<E4M3>, __half> : OneOperand {
+template <bool ROUNDED>
+struct WeightFragments<Float8<E4M3>, __half, ROUNDED> : OneOperand {
   static __device__ __forceinline__ void make(const uint32_t (&words)[8], int t, uint32_t (&a)[PARTS][4]) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const uint32_t in_order = __byte_perm(words[row * 4 + t], 0, 0x3120);
-      a[0][row] = e4m3_halves(in_order);
-      a[0][row + 2] = e4m3_halves(in_order >> 16);
+      e4m3_halves(__byte_perm(words[row * 4 + t], 0, 0x3120), a[0][row], a[0][row + 2]);
     }
   }
 };
 
 // Codes that are NaN are not told apart: they read 480.
-template <>
-struct WeightFragments<Float8<E4M3>, __nv_bfloat16> : OneOperand {
+template <bool ROUNDED>
+struct WeightFragments<Float8<E4M3>, __nv_bfloat16, ROUNDED> : OneOperand {
   static __device__ __forceinline__ void make(const uint32_t (&words)[8], int t, uint32_t (&a)[PARTS][4]) {
     make_bfloat16<4>(words, t, a[0]);
   }
 };
 
-template <>
-struct WeightFragments<Float8<E5M2>, __half> : OneOperand {
+template <bool ROUNDED>
+struct WeightFragments<Float8<E5M2>, __half, ROUNDED> : OneOperand {
   static __device__ __forceinline__ void make(const uint32_t (&words)[8], int t, uint32_t (&a)[PARTS][4]) {
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) a[0][pair] = words[pair % 2 * 4 + t] << (8 - pair / 2 * 8) & 0xff00ff00u;
@@ -210,8 +245,8 @@ struct WeightFragments<Float8<E5M2>, __half> : OneOperand {
 };
 
 // Infinities and NaN become finite numbers.
-template <>
-struct WeightFragments<Float8<E5M2>, __nv_bfloat16> : OneOperand {
+template <bool ROUNDED>
+struct WeightFragments<Float8<E5M2>, __nv_bfloat16, ROUNDED> : OneOperand {
   static __device__ __forceinline__ void make(const uint32_t (&words)[8], int t, uint32_t (&a)[PARTS][4]) {
     make_bfloat16<5>(words, t, a[0]);
   }
@@ -247,6 +282,30 @@ __host__ __device__ constexpr double number_of_bits(uint32_t bits) {
   return bits & 0x8000u ? -v : v;
 }
 
+// What the numbers of a table are multiplied by. FP4's times 3 have two digits. NF4's have less of a rest.
+template <typename Kind, typename T>
+struct TableUnit {
+  static constexpr double VALUE = 1.0;
+};
+template <typename T>
+struct TableUnit<FP4, T> {
+  static constexpr double VALUE = 3.0;
+};
+template <>
+struct TableUnit<NF4, __half> {
+  static constexpr double VALUE = 1.6776894330978394;
+};
+template <>
+struct TableUnit<NF4, __nv_bfloat16> {
+  static constexpr double VALUE = 1.4370059967041016;
+};
+
+// The nearest float to a number times the unit, where floats are a little off what they stand for.
+template <typename Kind, typename T>
+__host__ __device__ constexpr double table_number(int code) {
+  return static_cast<float>(Kind::numbers()[code] * TableUnit<Kind, T>::VALUE);
+}
+
 // Bytes of 16 numbers of T, four to a word: [lower byte, upper byte].
 struct ByteTable {
   uint32_t words[2][4];
@@ -257,7 +316,7 @@ template <typename Kind, typename T>
 __host__ __device__ constexpr ByteTable byte_table(int part) {
   ByteTable table = {};
   for (int code = 0; code < 16; ++code) {
-    const float v = Kind::numbers()[code];
+    const double v = table_number<Kind, T>(code);
     uint32_t bits = nearest_bits<T>(v);
     if (part == 1) bits = nearest_bits<T>(v - number_of_bits<T>(bits));
     table.words[0][code / 4] |= (bits & 0xffu) << (code % 4 * 8);
@@ -270,51 +329,86 @@ template <typename Kind, typename T>
 __host__ __device__ constexpr bool holds_numbers() {
   const ByteTable rests = byte_table<Kind, T>(1);
   for (int i = 0; i < 8; ++i)
-    if (rests.words[i / 4][i % 4] != 0) return false;
+    if ((rests.words[i / 4][i % 4] & (i < 4 ? 0xffffffffu : 0x7f7f7f7fu)) != 0) return false;
   return true;
 }
 
-// Four codes of four bits that look up bytes of a table.
-struct FourCodes {
-  uint32_t low;     // their lower three bits, for either half of a table
-  uint32_t choose;  // byte i of the lower or the upper half's four
-
-  __device__ __forceinline__ explicit FourCodes(uint32_t codes)
-      : low(codes & 0x7777u), choose(and_or(codes >> 1, 0x4444u, 0x3210u)) {}
-  __device__ __forceinline__ uint32_t look_up(uint32_t t0, uint32_t t1, uint32_t t2, uint32_t t3) const {
-    return __byte_perm(__byte_perm(t0, t1, low), __byte_perm(t2, t3, low), choose);
+// Bytes of a table of 16 for four codes at a time. Of each half of the table one word is an immediate operand of the
+// instruction, the other is kept in a register.
+struct ByteLookup {
+  uint32_t first, third, second, fourth;
+  __device__ __forceinline__ explicit ByteLookup(const uint32_t (&words)[4])
+      : first(in_lanes(words[0])), third(in_lanes(words[2])), second(words[1]), fourth(words[3]) {}
+  // `low`: lower three bits of each code; `choose`: its place, plus 4 where the highest bit is set.
+  __device__ __forceinline__ uint32_t operator()(uint32_t low, uint32_t choose) const {
+    return chosen_bytes(chosen_bytes(first, second, low), chosen_bytes(third, fourth, low), choose);
   }
 };
 
-template <typename Kind, typename T>
-struct WeightFragments<Table<Kind>, T> : WeightFragments<Ints<4, 0>, T> {
-  static constexpr int PARTS = holds_numbers<Kind, T>() ? 1 : 2;
-  static __device__ __forceinline__ void make(const uint32_t (&words)[4], int t, uint32_t (&a)[PARTS][4]) {
-    // even and odd codes of pairs 0 and 2, in turn; of pairs 1 and 3
-    const uint32_t word = words[t];
-    const FourCodes codes[2] = {FourCodes((word & 0x0f0fu) | (word >> 12 & 0xf0f0u)),
-                                FourCodes((word >> 4 & 0x0f0fu) | (word >> 16 & 0xf0f0u))};
+template <typename Kind, typename T, bool ROUNDED>
+struct WeightFragments<Table<Kind>, T, ROUNDED> {
+  static constexpr int PARTS = ROUNDED || holds_numbers<Kind, T>() ? 1 : 2;
+  static constexpr float FACTOR = static_cast<float>(1.0 / TableUnit<Kind, T>::VALUE), OFFSET = 0.0f;
+  static constexpr ByteTable NUMBERS = byte_table<Kind, T>(0), RESTS = byte_table<Kind, T>(1);
+  ByteLookup lower = ByteLookup(NUMBERS.words[0]), upper = ByteLookup(NUMBERS.words[1]);
+  ByteLookup rest_lower = ByteLookup(RESTS.words[0]), rest_upper = ByteLookup(RESTS.words[1]);
+
+  __device__ __forceinline__ void make(const uint32_t (&words)[4], int t, uint32_t (&a)[PARTS][4]) const {
+    const uint32_t low = words[t] & 0x77777777u, choose = and_or(words[t] >> 1, 0x44444444u, 0x32103210u);
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) {
-      constexpr ByteTable NUMBERS = byte_table<Kind, T>(0), RESTS = byte_table<Kind, T>(1);
-      const ByteTable table = part == 0 ? NUMBERS : RESTS;
-      const uint32_t (&l)[4] = table.words[0];
-      const uint32_t (&u)[4] = table.words[1];
+      uint32_t numbers[2][2];  // even, odd columns of pairs 0 and 1, 2 and 3
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t lower = codes[i].look_up(l[0], l[1], l[2], l[3]);
-        const uint32_t upper = codes[i].look_up(u[0], u[1], u[2], u[3]);
-        a[part][i] = __byte_perm(lower, upper, 0x5140u);
-        a[part][i + 2] = __byte_perm(lower, upper, 0x7362u);
+      for (int odd = 0; odd < 2; ++odd) {
+        const uint32_t l = (part == 0 ? lower : rest_lower)(low >> 16 * odd, choose >> 16 * odd);
+        const uint32_t u = (part == 0 ? upper : rest_upper)(low >> 16 * odd, choose >> 16 * odd);
+        numbers[0][odd] = __byte_perm(l, u, 0x5140u);
+        numbers[1][odd] = __byte_perm(l, u, 0x7362u);
       }
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair)
+        a[part][pair] = __byte_perm(numbers[pair / 2][0], numbers[pair / 2][1], pair % 2 == 0 ? 0x5410u : 0x7632u);
     }
+  }
+};
+
+// Numbers and 128 are bytes.
+template <bool ROUNDED>
+struct WeightFragments<Table<IQ4>, __half, ROUNDED> : OneOperand {
+  ByteLookup bytes = ByteLookup({0x3f2d1801u, 0x766a5d4fu, 0xa6998d81u, 0xf1d9c5b5u});
+  __device__ __forceinline__ void make(const uint32_t (&words)[4], int t, uint32_t (&a)[PARTS][4]) const {
+    const uint32_t low = words[t] & 0x77777777u, choose = and_or(words[t] >> 1, 0x44444444u, 0x32103210u);
+    const uint32_t even = bytes(low, choose), odd = bytes(low >> 16, choose >> 16);  // columns of all pairs
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const uint32_t two = __byte_perm(even, odd, i == 0 ? 0x5410 : 0x7632);  // pairs i and i + 1
+      a[0][i] = unbiased_pair<__half>(__byte_perm(two, 0x64646464u, 0x4240), 0, 128);
+      a[0][i + 1] = unbiased_pair<__half>(__byte_perm(two, 0x64646464u, 0x4341), 0, 128);
+    }
+  }
+};
+
+// Sizes are upper bytes of a half.
+template <bool ROUNDED>
+struct WeightFragments<Table<FP4>, __half, ROUNDED> : OneOperand {
+  static constexpr float FACTOR = static_cast<float>(1.0 / TableUnit<FP4, __half>::VALUE);
+  static constexpr ByteTable NUMBERS = byte_table<FP4, __half>(0);
+  static_assert(holds_numbers<FP4, __half>(), "weight_fragments: FP4 times 3 is exact");
+  uint32_t first = in_lanes(NUMBERS.words[1][0]);
+  __device__ __forceinline__ void make(const uint32_t (&words)[4], int t, uint32_t (&a)[PARTS][4]) const {
+    const uint32_t low = words[t] & 0x77777777u;
+    const uint32_t even = chosen_bytes(first, NUMBERS.words[1][1], low);
+    const uint32_t odd = chosen_bytes(first, NUMBERS.words[1][1], low >> 16);
+    const uint32_t bytes[2] = {__byte_perm(even, odd, 0x6420) | (words[t] << 4 & 0x80808080u),
+                               and_or(words[t], 0x80808080u, __byte_perm(even, odd, 0x7531))};
+    upper_bytes(bytes, a[0]);
   }
 };
 
 // ---- uncompressed ----------------------------------------------------------------------------------------------
 
-template <typename T>
-struct WeightFragments<Dense<T>, T> : OneOperand {
+template <typename T, bool ROUNDED>
+struct WeightFragments<Dense<T>, T, ROUNDED> : OneOperand {
   static __device__ __forceinline__ void make(const uint32_t (&words)[16], int t, uint32_t (&a)[PARTS][4]) {
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) a[0][pair] = words[pair % 2 * 8 + 2 * t + pair / 2];
