@@ -26,7 +26,11 @@ struct ChosenFragments {
 };
 template <int CENTRE>
 struct ChosenFragments<Ints<4, CENTRE>, __nv_bfloat16, ZERO> {
-  using Type = OffsetFours<CENTRE>;
+  using Type = OffsetFours<CENTRE, __nv_bfloat16>;
+};
+template <int CENTRE, typename X>
+struct ChosenFragments<Ints<4, CENTRE>, X, MINIMUM> {
+  using Type = OffsetFours<CENTRE, X>;
 };
 using Records = StagedScales<typename Format::Scales>;
 using Fragments = ChosenFragments<typename Format::Codes, T, Records::MODE>::Type;
