@@ -262,7 +262,7 @@ def _stream(form, x, unit, out):
     ("int4 zero", Form(4, "int", 8, "float16", "ZERO"), 2, "bfloat16", 1.85),
     ("int8", Form(8, "int", 128, "float16"), 2, "float16", 1.95),
     ("int2 zero", Form(2, "int", 2, "float16", "ZERO"), 2, "float16", 1.9),
-    ("Q4_K", Form(4, "int", 0, "int8", "MINIMUM", 2, "float16"), 1, "float16", 2.65),
+    ("Q4_K", Form(4, "int", 0, "int8", "MINIMUM", 2, "float16"), 1, "float16", 2.75),
     ("Q4_K", Form(4, "int", 0, "int8", "MINIMUM", 2, "float16"), 1, "bfloat16", 2.8),
     ("Q6_K", Form(6, "int", 32, "int8", "PLAIN", 4, "float16"), 1, "float16", 3.75),
     ("IQ4_XS", Form(4, "iq4", 0, "int8", "PLAIN", 2, "float16"), 1, "float16", 3.85),

@@ -122,17 +122,16 @@ struct WeightFragments<Ints<BITS, CENTRE>, T, ROUNDED> : OneOperand {
   }
 };
 
-// Of 4 bits where multiples of sums of x are added anyway: fields go high into the mantissa, of 64 (half) or 16
-// (bfloat16), which is small enough for the digits of a sum.
+// Of 4 bits where multiples of sums of x are added anyway: fields go to the top of the mantissa of 16, which costs sums
+// few digits.
 template <int CENTRE, typename T>
 struct OffsetFours : OneOperand {
-  static constexpr bool HALF = PairOps<T>::MANTISSA == 10;
-  static constexpr int OFFSET = (HALF ? 64 : 16) + CENTRE;
+  static constexpr int OFFSET = 16 + CENTRE;
   static __device__ __forceinline__ void make(const uint32_t (&words)[4], int t, uint32_t (&a)[PARTS][4]) {
-    constexpr int AT = HALF ? 4 : 3;
+    constexpr int AT = PairOps<T>::MANTISSA - 4;
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
-      a[0][pair] = and_or(moved_down(words[t], 4 * pair - AT), twice(15u << AT), HALF ? 0x54005400u : 0x41804180u);
+      a[0][pair] = and_or(moved_down(words[t], 4 * pair - AT), twice(15u << AT), AT == 6 ? 0x4c004c00u : 0x41804180u);
     }
   }
 };
