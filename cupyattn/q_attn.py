@@ -200,8 +200,11 @@ class QAttn:
         self.loras = Adapters(dict(adapters), sizes, self._dtype_name, self.xp)
         if self.loras.max_rank and self._gain is None:
             self._gain = self.xp.asarray(np.ones(self.hidden_size, np.float32))
-        self._workspace = Workspace(self, self.loras.max_rank > 0)
+        self._lay_out()
         return self.loras.max_rank
+
+    def _lay_out(self):
+        self._workspace = Workspace(self, self.loras.max_rank > 0)
 
     # ---- the whole step --------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from .ops.paged_decode import MAX_Q_LEN, paged_decode
 from .ops.quant_gemm import quant_gemm
 from .ops.rms_norm import rms_norm
 from .q_attn import QAttn
+from .q_attn_buffers import row_numbers
 from .q_attn_weights import Linear, matrix, vector
 from .runtime.arrays import array_namespace, dtype_name
 from .runtime.checks import FLOATS, check_dtype, check_number, check_shape, check_writeable
@@ -58,7 +59,7 @@ class _Listed(QAttn):
         turn = self._turn_from(0, bases, batch_size, q_len, *tables)
         buffers = self._project(x, self._all_loras)
         q = queries.reshape(len(x), self.num_heads, self.head_dim)
-        table = self._slots(batch_size)[:, None] if table is None else table   # sequence b is page b
+        table = row_numbers(self.xp, batch_size)[:, None] if table is None else table   # sequence b is page b
         kv_append(buffers.k, buffers.v, *caches, block_table=table, positions=past, q_len=q_len, q=buffers.q, q_out=q,
                   **turn, **self._finish)
         after = added(past, q_len)

@@ -317,3 +317,18 @@ def _fill(array, values):
         array[...] = values
     else:
         array.set(values)
+
+
+def test_the_same_call_again_and_again():
+    """Objects of an earlier call, whose contents have changed: the parts are summed every time."""
+    layer, arguments = whole_layer("fp32")
+    context = TPContext(InProcessCommunicator(3), num_heads=6, num_kv_heads=3, head_dim=16, hidden_size=48)
+    spread = TPAttn.from_layer(context, **arguments)
+    caches = [PagedCache.contiguous(1, 2, 16, heads, 16, dtype="float32") for heads in context.kv_heads]
+    x, params, first = [np.empty((2, 1, 48), np.float32) for _ in range(3)], Params(2, 1, 0), layer.inputs(2, 1)
+    for _ in range(5):
+        for part in x:
+            part[...] = first
+        found = spread.forward(x, params, caches, sin=layer.sin, cos=layer.cos)[0].copy()
+        want, _, _ = layer.expected(first, layer.no_past(2), layer.no_past(2))
+        layer.check(found, want)
