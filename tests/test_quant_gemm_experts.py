@@ -181,6 +181,7 @@ def test_sums_that_do_not_fit_the_workspace(monkeypatch, version, m, offsets):
     def again(most):
         """(Tiles of a launch, launches for the two segments, bytes of sums) with `most` bytes for these."""
         monkeypatch.setattr(op, "_WORKSPACE_BYTES", most)
+        op._launches.cache_clear()
         del launched[:], taken[:]
         got = cupyattn.quant_gemm(x, stacked, expert_offsets=np.int32(offsets), out=np.full_like(whole, np.nan))
         assert_same_bits(got, whole)
@@ -195,6 +196,7 @@ def test_sums_that_do_not_fit_the_workspace(monkeypatch, version, m, offsets):
         at_once, launches, sums = again(most // parts)
         assert sums <= most // parts and launches == 2 * -(-tiles // at_once) >= 2 * parts
     assert again(1) == (1, 2 * tiles, most // tiles)
+    op._launches.cache_clear()
 
 
 @pytest.mark.parametrize("version", ["core", "mma"])

@@ -85,7 +85,8 @@ def test_every_form(form, dtype):
 
 @pytest.mark.parametrize("form, dtype", [("int4 zero float16", "float16"), ("int6 plain int8 float16", "bfloat16"),
                                          ("int5 minimum int8 float16", "float16"), ("float16", "float16"),
-                                         ("int4 zero float16", "bfloat16"), ("nf4 plain float32", "float16"),
+                                         ("int4 zero float16", "bfloat16"),
+                                         ("int4 minimum int8 float16", "float16"), ("nf4 plain float32", "float16"),
                                          ("e2m1 plain float8_e4m3fn float32", "bfloat16")])
 def test_a_row_has_the_same_bits_whatever_stands_around_it(form, dtype):
     matrix, w = _weight(form, 136, 1088)

@@ -73,12 +73,13 @@ template <typename S = Read>
 __device__ __forceinline__ void add_scaled(const uint8_t* record, const uint8_t* above, int group,
                                            const TokenSums& x_sums, const float (&products)[TOKEN_TILES][4],
                                            float (&sums)[TOKEN_TILES][4]) {
+  constexpr int OFFSET = EXPANDS ? 0 : Fragments::OFFSET;  // taken care of where expanded
   float scale[2], second[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     scale[half] = S::scale(record, above, half, group);
-    if constexpr (SUMS_OF_X) second[half] = S::second(record, above, half, group);
-    if constexpr (S::MODE == ZERO && Fragments::OFFSET != 0.0f) second[half] += Fragments::OFFSET;
+    if constexpr (SUMS_OF_X)
+      second[half] = with_offset<S::MODE, OFFSET>(S::second(record, above, half, group), scale[half]);
   }
 #pragma unroll
   for (int j = 0; j < TOKEN_TILES; ++j) {
@@ -143,7 +144,8 @@ struct Unit {
     }
     if constexpr (EXPANDS) {
       __syncwarp();  // all have read x
-      expand<Records, GROUPS>(bytes + own.record(), bytes + own.record_above(), bytes + own.floats());
+      expand<Records, GROUPS, Fragments::OFFSET>(bytes + own.record(), bytes + own.record_above(),
+                                                 bytes + own.floats());
       __syncwarp();
     }
     LaneCodes<Format::Codes::BITS> codes[ROW_TILES];

@@ -26,7 +26,11 @@ struct ChosenFragments {
 };
 template <int CENTRE>
 struct ChosenFragments<Ints<4, CENTRE>, __nv_bfloat16, ZERO> {
-  using Type = OffsetFours<CENTRE>;
+  using Type = OffsetFours<CENTRE, __nv_bfloat16>;
+};
+template <int CENTRE, typename X>
+struct ChosenFragments<Ints<4, CENTRE>, X, MINIMUM> {
+  using Type = OffsetFours<CENTRE, X>;
 };
 using Records = StagedScales<typename Format::Scales>;
 using Fragments = ChosenFragments<typename Format::Codes, T, Records::MODE>::Type;
@@ -44,11 +48,11 @@ struct ReadRecords<false, Kind> {
   using Type = StagedScales<Kind>;
 };
 constexpr int FLOAT_BYTES = ReadRecords<true, typename Format::Scales>::Type::BYTES;
-constexpr bool EXPANDS = STREAM && GROUPS > 1 && FLOAT_BYTES > 0 && ROW_TILES * 8 * FLOAT_BYTES <= M_TILE * 128;
+constexpr bool EXPANDS = STREAM && ROW_TILES == 4 && GROUPS > 1 && FLOAT_BYTES > 0 &&  // a record for each lane
+                         ROW_TILES * 8 * FLOAT_BYTES <= M_TILE * 128;
 using Read = ReadRecords<EXPANDS, typename Format::Scales>::Type;
 static_assert(sizeof(T) == 2 && M_TILE % 8 == 0 && (GROUPS == 1 || UNIT == 1), "quant_gemm_mma: shape of a tile");
 static_assert(!STREAM || WARPS == CHUNKS, "quant_gemm_mma: a warp streams a chunk");
-static_assert(!EXPANDS || ROW_TILES == 4, "quant_gemm_mma: a lane expands a record");
 
 // Shared memory: [STAGES] of x, then [WARPS] weights; where streaming, a ring for each warp, [WARPS][STAGES] of x and
 // weights. A warp's weights are the codes of its rows of tiles, their scales, their supers. Then, where pipelined, the

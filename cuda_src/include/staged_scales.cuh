@@ -56,6 +56,13 @@ struct StagedScales<SuperScales<S, Super, MODE_, GROUPS>> : StagedScales<Scales<
   }
 };
 
+// The zero or minimum that makes good that operands are OFFSET larger than the numbers they stand for.
+template <Mode MODE, int OFFSET>
+__device__ __forceinline__ float with_offset(float second, float scale) {
+  if (OFFSET == 0) return second;
+  return MODE == ZERO ? second + OFFSET : fmaf(-OFFSET, scale, second);
+}
+
 // The kind of scales that `expand` makes of a kind: float32, with supers multiplied in.
 template <typename Kind>
 struct Expanded {
@@ -75,18 +82,20 @@ struct Expanded<Scales<float, MODE, GROUPS>> {
 };
 
 // One record and what is above it as an expanded record.
-template <typename Kind, int GROUPS>
+template <typename Kind, int GROUPS, int OFFSET>
 __device__ __forceinline__ void expand(const uint8_t* record, const uint8_t* above, uint8_t* to) {
   constexpr int COUNT = (Kind::MODE == PLAIN ? 2 : 4) * GROUPS;
+  float numbers[COUNT];  // all before a store, of which the compiler cannot know that it leaves the record alone
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    const int half = i / GROUPS % 2, group = i % GROUPS;
+    numbers[i] = i < 2 * GROUPS ? Kind::scale(record, above, half, group)
+                                : with_offset<Kind::MODE, OFFSET>(Kind::second(record, above, half, group),
+                                                                  numbers[i % (2 * GROUPS)]);
+  }
 #pragma unroll
   for (int i = 0; i < COUNT; i += 4) {
-    Vec<float, 4> four;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int half = (i + j) / GROUPS % 2, group = (i + j) % GROUPS;
-      four.v[j] = i + j < 2 * GROUPS ? Kind::scale(record, above, half, group)
-                                     : Kind::second(record, above, half, group);
-    }
+    const Vec<float, 4> four = {{numbers[i], numbers[i + 1], numbers[i + 2], numbers[i + 3]}};
     store_vec(reinterpret_cast<float*>(to) + i, four);
   }
 }

@@ -4,7 +4,7 @@
 //   WeightFragments<Codes, T, ROUNDED>   Codes of weight_codes.cuh, T of x
 //     PARTS                  operands whose sum is the weights: 1 where T holds every code's number or ROUNDED, else 2
 //     FACTOR                 what their sums of products are to be multiplied by
-//     OFFSET                 what the operands are larger by than the numbers: it counts as part of the zero point
+//     OFFSET                 what the operands are larger by than the numbers: taken off with zero point or minimum
 //     make(words, t, a)      step t, known at compile time, of LaneCodes' words
 //
 // Numbers are those of the codes, centred but not scaled. They are exact, but for NF4: the sum of the nearest T and the
@@ -25,7 +25,8 @@ struct WeightFragments;
 
 struct OneOperand {
   static constexpr int PARTS = 1;
-  static constexpr float FACTOR = 1.0f, OFFSET = 0.0f;
+  static constexpr float FACTOR = 1.0f;
+  static constexpr int OFFSET = 0;
 };
 
 // ---- pairs of T ------------------------------------------------------------------------------------------------
@@ -121,14 +122,17 @@ struct WeightFragments<Ints<BITS, CENTRE>, T, ROUNDED> : OneOperand {
   }
 };
 
-// Of 4 bits where a zero point is taken off the sums of products anyway: fields go to the top of the mantissa of 16.
-template <int CENTRE>
+// Of 4 bits where multiples of sums of x are added anyway: fields go to the top of the mantissa of 16, which costs sums
+// few digits.
+template <int CENTRE, typename T>
 struct OffsetFours : OneOperand {
-  static constexpr float OFFSET = 16.0f + CENTRE;
+  static constexpr int OFFSET = 16 + CENTRE;
   static __device__ __forceinline__ void make(const uint32_t (&words)[4], int t, uint32_t (&a)[PARTS][4]) {
+    constexpr int AT = PairOps<T>::MANTISSA - 4;
 #pragma unroll
-    for (int pair = 0; pair < 4; ++pair)
-      a[0][pair] = and_or(moved_down(words[t], 4 * pair - 3), 0x00780078u, 0x41804180u);
+    for (int pair = 0; pair < 4; ++pair) {
+      a[0][pair] = and_or(moved_down(words[t], 4 * pair - AT), twice(15u << AT), AT == 6 ? 0x4c004c00u : 0x41804180u);
+    }
   }
 };
 
@@ -348,7 +352,8 @@ struct ByteLookup {
 template <typename Kind, typename T, bool ROUNDED>
 struct WeightFragments<Table<Kind>, T, ROUNDED> {
   static constexpr int PARTS = ROUNDED || holds_numbers<Kind, T>() ? 1 : 2;
-  static constexpr float FACTOR = static_cast<float>(1.0 / TableUnit<Kind, T>::VALUE), OFFSET = 0.0f;
+  static constexpr float FACTOR = static_cast<float>(1.0 / TableUnit<Kind, T>::VALUE);
+  static constexpr int OFFSET = 0;
   static constexpr ByteTable NUMBERS = byte_table<Kind, T>(0), RESTS = byte_table<Kind, T>(1);
   ByteLookup lower = ByteLookup(NUMBERS.words[0]), upper = ByteLookup(NUMBERS.words[1]);
   ByteLookup rest_lower = ByteLookup(RESTS.words[0]), rest_upper = ByteLookup(RESTS.words[1]);
