@@ -24,15 +24,11 @@ def dtype_name(array):
 
 def dtype_of(dtype):
     """NumPy's dtype of a dtype or its name, the names of ml_dtypes included; TypeError for any other."""
-    try:
-        return np.dtype(dtype)
-    except TypeError:
+    if isinstance(dtype, str) and not hasattr(np, dtype):
         import ml_dtypes
 
-        found = getattr(ml_dtypes, dtype, None) if isinstance(dtype, str) else None
-        if found is None:
-            raise
-        return np.dtype(found)
+        dtype = getattr(ml_dtypes, dtype, dtype)
+    return np.dtype(dtype)
 
 
 def _kind(array):
