@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one forward pass knows about its batch: lengths, offsets, masks and page tables, shared by all layers."""
 
-import itertools
 
 import numpy as np
 
 from .devices import device_key, to_device, to_host
 
-_serials = itertools.count()
 MASKED = np.float16(-65504.0)  # lowest finite float16: a row masked everywhere still has no NaN softmax
 
 
@@ -96,7 +94,6 @@ class Params:
         self.cu_seqlens = None
         self.block_diag_layers = set()
         self.layer_steps = {}  # what layers made of this for their kernels, once for all of them
-        self.serial = next(_serials)  # of no other object, also after this one is gone
         self._copies = {}  # (name, device) -> (host array, its copy there)
 
     # ---- what kind of attention ------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 
 import numpy as np
 
+from .attention_args import check_options
 from .errors import CaptureError
 from .lora import Adapters
 from .ops.attention import attention
@@ -12,14 +13,14 @@ from .ops.layer_norm import layer_norm
 from .ops.paged_decode import MAX_Q_LEN, paged_decode
 from .ops.quant_gemm import quant_gemm
 from .ops.rms_norm import rms_norm
+from .ops.schedule import Schedule
 from .params import Params
 from .q_attn_buffers import Workspace, buffers_of_rows, head_rows, row_numbers, token_rows
-from .q_attn_repeats import Repeats
 from .q_attn_step import block_borders, steps_of
 from .q_attn_weights import check_scratch, joined, kind_of, matrix, rope_style, tables, vector
 from .runtime.arrays import dtype_of
 from .runtime.capturing import tape
-from .runtime.checks import FLOATS, check_number
+from .runtime.checks import FLOATS, check_array, check_flag, check_number
 
 
 class QAttn:
@@ -111,6 +112,8 @@ class QAttn:
             if size is not None:
                 check_number("QAttn", name, size, least=1, integer=True)
         check_number("QAttn", "norm_epsilon", norm_epsilon, least=0)
+        if head_dim % 8 or head_dim > 256:
+            raise ValueError(f"QAttn: head_dim must be a multiple of 8 up to 256, got {head_dim}")
         if num_heads % num_kv_heads:
             raise ValueError(f"QAttn: num_kv_heads must divide the {num_heads} heads, got {num_kv_heads}")
         self.hidden_size, self.num_heads, self.num_kv_heads = int(hidden_size), int(num_heads), int(num_kv_heads)
@@ -127,7 +130,6 @@ class QAttn:
             check_scratch("temp_state", temp_state, max_rows * max(self.q_size, self.hidden_size))
         check_scratch("temp_dq", temp_dq, min(max(self.q_size, self.kv_size) * self.hidden_size, 512 << 20))
         self.loras, self._gain = None, None
-        self._repeats = Repeats(xp)
         self.set_loras({})
 
     # ---- construction ----------------------------------------------------------------------------------
@@ -261,67 +263,65 @@ class QAttn:
         -----
         Five launches where q, k and v are one matrix: norm, projection, append (head norms, RoPE and the cache's
         format, also for the queries), attention, output projection, which adds to x. Asynchronous on the current CuPy
-        stream. Calls with the very objects of the call before, whose arrays change in place, only launch again what
-        that launched, without checks of contents.
+        stream. All arguments are checked before anything is written. Steps that repeat are captured:
+        ``cupyattn.graphs``.
         """
-        loras = tuple(loras)
-        if sequence_loras is not None:
-            sequence_loras = tuple(sequence_loras)
-        repeats = self._repeats
-        kept = None if repeats is None else repeats.kept
-        if kept is not None:
-            (x_, params_, cache_, layer_, sin_, cos_, scale_, window_, softcap_, sinks_, invariant_, schedule_, loras_,
-             sequence_, adapters_) = kept[0]
-            if (x is x_ and params is params_ and cache is cache_ and layer == layer_ and sin is sin_ and cos is cos_
-                    and softmax_scale == scale_ and window_size == window_ and softcap == softcap_ and sinks is sinks_
-                    and invariant is invariant_ and schedule is schedule_ and loras == loras_
-                    and sequence_loras == sequence_ and self.loras is adapters_ and repeats.again(kept)):
-                return x
         self._check_open()
         if not isinstance(params, Params):
             raise TypeError(f"QAttn: params must be Params or PagedParams, got {type(params).__name__}")
-        call = (x, params, cache, layer, sin, cos, softmax_scale, window_size, softcap, sinks, invariant, schedule,
-                loras, sequence_loras, self.loras)
-        seen = (params.serial, *map(id, (x, cache, sin, cos, sinks, schedule, self.loras)), layer, softmax_scale,
-                window_size, softcap, invariant, loras, sequence_loras)
-        repeats.first(call, seen, lambda: self._forward(*call[:-1]), lambda: self._watched(*call[1:]))
-        return x
-
-    def _watched(self, params, cache, layer, sin, cos, softmax_scale, window_size, softcap, sinks, invariant, schedule,
-                 *loras):
-        """Whether a call of `forward` can be repeated, and the lengths its schedule was made from, if on the host."""
-        if cache is None or isinstance(cache, list | tuple) or params.block_diag_layers:
-            return False, None
-        (step,) = steps_of(params, cache, self.xp)
-        if schedule is None and step.mask is not None:   # attention makes one every time
-            return False, None
-        if schedule is not None:
-            return True, None
-        self._schedule(step, cache, window_size, invariant)   # made now, a repeated step makes none
-        return True, step.after
-
-    def _forward(self, x, params, cache, layer, sin, cos, softmax_scale, window_size, softcap, sinks, invariant,
-                 schedule, loras, sequence_loras):
-        """`forward`, every time anew."""
+        check_number("QAttn", "layer", layer, integer=True)
         steps = steps_of(params, cache, self.xp)
         rows = self._rows("x", x, params.batch_size, steps[0].q_len, self.hidden_size, self._x_name)
-        added = self._added(loras, sequence_loras, params.batch_size, steps[0].q_len)
-        buffers = self._project(rows, added)
         options = {"softmax_scale": softmax_scale, "window_size": window_size, "softcap": softcap, "sinks": sinks,
                    "invariant": invariant}
         turn = self._turn(params, sin, cos)
-        for n, step in enumerate(steps):
+        caches = cache if isinstance(cache, list | tuple) else [cache] * len(steps)
+        schedules = self._checked(params, steps, caches, layer, turn, options, schedule)   # before any array is written
+        added = self._added(tuple(loras), None if sequence_loras is None else tuple(sequence_loras), params.batch_size,
+                            steps[0].q_len)
+        buffers = self._project(rows, added)
+        for step, one, plan in zip(steps, caches, schedules, strict=True):
+            part = buffers if len(steps) == 1 else buffers_of_rows(buffers, step.rows)
+            self._attend(part, params, step, one, layer, turn, options, plan)
+        self._output(buffers.mixed.reshape(buffers.tokens, -1), rows, buffers, added)
+        return x
+
+    def _checked(self, params, steps, caches, layer, turn, options, schedule):
+        """The Schedule of each step, None where attention makes its own; options, caches and lengths are checked."""
+        check_options("QAttn", True, options["softmax_scale"], options["window_size"], options["softcap"],
+                      self.head_dim)
+        check_flag("QAttn", "invariant", options["invariant"])
+        if options["sinks"] is not None:
+            check_array("QAttn", "sinks", options["sinks"], "float32", (self.num_heads,), "[num_heads]")
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise TypeError(f"QAttn: schedule must be a Schedule, got {type(schedule).__name__}")
+        schedules = []
+        for step, cache in zip(steps, caches, strict=True):
             if turn and step.last_position >= turn["cos"].shape[0]:
                 raise ValueError(f"QAttn: sin and cos must have a row for position {step.last_position}, got "
                                  f"{turn['cos'].shape[0]} rows")
             if self.max_seq_len is not None and step.longest > self.max_seq_len:
                 raise ValueError(f"QAttn: params must have at most max_seq_len {self.max_seq_len} tokens, got "
                                  f"{step.longest}")
-            part = buffers if len(steps) == 1 else buffers_of_rows(buffers, step.rows)
-            self._attend(part, params, step, cache[n] if isinstance(cache, list | tuple) else cache, layer, turn,
-                         options, schedule)
-        self._output(buffers.mixed.reshape(buffers.tokens, -1), rows, buffers, added)
-        return x
+            if step.mask is not None and step.mask.shape[1] not in (1, self.num_heads):
+                raise ValueError(f"QAttn: params must have an input_mask of 1 or {self.num_heads} heads, got "
+                                 f"{step.mask.shape[1]}")
+            if cache is not None:
+                self._check_cache(cache, layer)
+            made = schedule
+            if params.block_diag_layers and block_borders(params, step, layer) is not None:
+                made = None
+            elif schedule is None and cache is not None and step.mask is None:
+                self._refuse_capture()
+                made = self._schedule(step, cache, window_size=options["window_size"], invariant=options["invariant"])
+            schedules.append(made)
+        return schedules
+
+    def _check_cache(self, cache, layer):
+        if (cache.num_kv_heads, cache.head_dim) != (self.num_kv_heads, self.head_dim):
+            raise ValueError(f"QAttn: cache must have {self.num_kv_heads} heads of {self.head_dim}, got "
+                             f"{cache.num_kv_heads} of {cache.head_dim}")
+        _layer_of(cache, layer)
 
     def _turn(self, params, sin, cos):
         """Arguments of `kv_append` that turn heads: {} without RoPE."""
@@ -354,9 +354,6 @@ class QAttn:
         k_cache, v_cache = _layer_of(cache, layer)
         kv_append(buffers.k, buffers.v, k_cache, v_cache, block_table=step.table, positions=step.before, q_len=q_len,
                   q=buffers.q, q_out=q, **turn, **self._finish)
-        if schedule is None and step.mask is None:
-            self._refuse_capture()
-            schedule = self._schedule(step, cache, window_size=options["window_size"], invariant=options["invariant"])
         if _decodes(step, options["invariant"]):
             q = q.reshape(step.batch, q_len, self.num_heads, self.head_dim)
             paged_decode(q, k_cache, v_cache, block_table=step.table, cache_seqlens=step.after, schedule=schedule,
@@ -410,7 +407,7 @@ class QAttn:
             if given is None:
                 given = self.xp.empty((batch_size, q_len, heads, self.head_dim), self.dtype)
             made.append(given)
-            flat.append(head_rows(self.xp, name, given, tokens, heads, self.head_dim, self._dtype_name))
+            flat.append(head_rows(self.xp, name, given, batch_size, q_len, heads, self.head_dim, self._dtype_name))
         check_scratch("loras_temp", loras_temp, self.loras.max_rank * tokens if loras else 0)
         buffers = self._project(rows, self._added(loras, sequence_loras, batch_size, q_len))
         kv_append(buffers.k, buffers.v, flat[1][:, None], flat[2][:, None], slots=row_numbers(self.xp, tokens),
@@ -564,7 +561,7 @@ class QAttn:
 
     def close(self):
         """Let go of all weights; calls are refused from then on."""
-        self.qkv = self.o_proj = self._workspace = self._repeats = None
+        self.qkv = self.o_proj = self._workspace = None
 
     def __enter__(self):
         return self

@@ -98,10 +98,10 @@ def buffers_of_rows(buffers, rows):
 def row_numbers(xp, tokens):
     """int32 [tokens]: 0, 1, 2, ...: the places of rows in arrays of their own."""
     key = xp.__name__, None if xp is np else xp.cuda.runtime.getDevice()
-    held = _numbers.get(key)
-    if held is None or len(held) < tokens:
-        held = _numbers[key] = xp.asarray(np.arange(1 << max(10, (tokens - 1).bit_length()), dtype=np.int32))
-    return held[:tokens]
+    held = _numbers.setdefault(key, [])   # older ones stay: a captured graph may read them
+    if not held or len(held[-1]) < tokens:
+        held.append(xp.asarray(np.arange(1 << max(10, (tokens - 1).bit_length()), dtype=np.int32)))
+    return held[-1][:tokens]
 
 
 def token_rows(xp, name, array, batch_size, q_len, width, dtype):
@@ -110,21 +110,24 @@ def token_rows(xp, name, array, batch_size, q_len, width, dtype):
     _check_kind(xp, name, array, dtype)
     if array.shape == (tokens, width):
         return array
-    if array.size != tokens * width or array.ndim < 2:
+    if array.shape[:-1] != (batch_size, q_len) or array.shape[-1] != width:
+        heads = array.shape[-2:] if array.shape[:-2] in ((batch_size, q_len), (tokens,)) else (0, 0)
+        if heads[0] * heads[1] == width:   # heads are an axis of their own
+            return _viewed(name, array, (tokens, width))
         raise ValueError(f"QAttn: {name} must be [batch_size={batch_size}, q_len={q_len}, {width}], got "
                          f"{list(array.shape)}")
-    if array.shape[-1] != width:   # heads are an axis of their own
-        array = _viewed(name, array, (tokens, width))
     return as_rows("QAttn", name, array)
 
 
-def head_rows(xp, name, array, tokens, heads, head_dim, dtype):
+def head_rows(xp, name, array, batch_size, q_len, heads, head_dim, dtype):
     """`array` [batch_size, q_len, heads, head_dim] as [tokens, heads, head_dim], a view."""
     _check_kind(xp, name, array, dtype)
-    if array.size != tokens * heads * head_dim:
-        raise ValueError(f"QAttn: {name} must be [batch_size, q_len, {heads}, {head_dim}] of {tokens} tokens, got "
-                         f"{list(array.shape)}")
-    return _viewed(name, array, (tokens, heads, head_dim))
+    tokens = batch_size * q_len
+    for before in ((batch_size, q_len), (tokens,)):
+        if array.shape in ((*before, heads, head_dim), (*before, heads * head_dim)):
+            return _viewed(name, array, (tokens, heads, head_dim))
+    raise ValueError(f"QAttn: {name} must be [batch_size={batch_size}, q_len={q_len}, {heads}, {head_dim}], got "
+                     f"{list(array.shape)}")
 
 
 def _check_kind(xp, name, array, dtype):

@@ -56,10 +56,6 @@ class TPShard(QAttn):
         layer |= {"num_heads": context.q_heads[rank], "num_kv_heads": context.kv_heads[rank]}
         return cls(rank=rank, **layer)
 
-    def _watched(self, *call):
-        """Every call is made anew: `finish` needs what `_output` leaves."""
-        return False, None
-
     def _output(self, mixed, rows, buffers, added):
         """In place of QAttn's: this rank's part of what is added to `rows` of x."""
         # a block of its own for each rank of this process, shared by all layers

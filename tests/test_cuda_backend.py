@@ -165,6 +165,11 @@ def test_arrays_and_copies(xp, dtype):
     for made, want in ((cupy.zeros((2, 3), dtype), 0), (cupy.zeros_like(a), 0), (cupy.full((2,), 5, dtype), 5)):
         assert made.dtype == dtype
         np.testing.assert_array_equal(made.get(), np.full(made.shape, want, dtype))
+    held = c
+    c += 1   # ndarray.__iadd__: in place
+    c += c
+    assert c is held
+    np.testing.assert_array_equal(c.get(), np.full((3, 4), 8, dtype))
     assert "7" in a.__repr__()
 
 

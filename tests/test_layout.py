@@ -37,7 +37,8 @@ def test_environment_variables_are_in_the_readme_table():
     readme = (ROOT / "README.md").read_text()
     text = "".join(file.read_text() for file in (ROOT / "cupyattn").rglob("*.py"))
     read = {name for name in re.findall(r"CUPYATTN_[A-Z_]+", text)}
-    assert read == {f"CUPYATTN_{name}" for name in ("DEBUG", "CACHE_DIR", "CHECK", "CXX", "FORBID_COMPILE")}
+    assert read == {f"CUPYATTN_{name}" for name in ("DEBUG", "CACHE_DIR", "CHECK", "CXX", "FORBID_COMPILE",
+                                                   "TUNED")}
     for name in read:
         assert f"| `{name}` |" in readme, name
 
