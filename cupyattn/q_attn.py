@@ -308,11 +308,15 @@ class QAttn:
                                  f"{step.mask.shape[1]}")
             if cache is not None:
                 self._check_cache(cache, layer)
+            if turn and step.rope_rows is not None:
+                self._refuse_capture("params must have no position_offsets and no rope_offsets while a step is "
+                                     "captured, which would go on with their sums with the first lengths")
             made = schedule
             if params.block_diag_layers and block_borders(params, step, layer) is not None:
                 made = None
             elif schedule is None and cache is not None and step.mask is None:
-                self._refuse_capture()
+                self._refuse_capture("schedule must be given while a step is captured, got None; make it inside the "
+                                     "step by cupyattn.schedule(lengths, out=...)")
                 made = self._schedule(step, cache, window_size=options["window_size"], invariant=options["invariant"])
             schedules.append(made)
         return schedules
@@ -531,13 +535,12 @@ class QAttn:
             return rms_norm(x, gain, eps=self.norm_epsilon, out=out)
         return layer_norm(x, gain, bias, eps=self.norm_epsilon, out=out)
 
-    def _refuse_capture(self):
-        """A captured step would go on with the Schedule of its first lengths."""
+    def _refuse_capture(self, rule):
+        """CaptureError for what a captured step would not see change."""
         under_capture = tape()
         if under_capture is not None and under_capture.capturing or (
                 self.xp is not np and self.xp.cuda.get_current_stream().is_capturing()):
-            raise CaptureError("QAttn: schedule must be given while a step is captured, got None; make it inside the "
-                               "step by cupyattn.schedule(lengths, out=...)")
+            raise CaptureError(f"QAttn: {rule}")
 
     # ---- checks of a call ------------------------------------------------------------------------------
 

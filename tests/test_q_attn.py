@@ -12,6 +12,7 @@ from conftest import CupyArrays, NumpyArrays
 import cupyattn
 from cupyattn import CaptureError, PagedCache, PagedParams, Params, QAttn, attention, kv_append
 from cupyattn.graphs import capture
+from cupyattn.q_attn_weights import tables as converted_tables
 from cupyattn.runtime.cpu import settings
 
 
@@ -570,6 +571,9 @@ def test_captured_on_the_host():
 
     with pytest.raises(CaptureError, match="schedule must be given while a step is captured"):
         capture(lambda: layer.attn.forward(x, params, caches[0], 0, **layer.tables), xp=np)
+    moved = PagedParams(2, PAGE_TABLE, [5, 9], 9, page_size=4, q_len=1, rope_offsets=[1, 2])
+    with pytest.raises(CaptureError, match="params must have no position_offsets and no rope_offsets while a step is"):
+        capture(lambda: layer.attn.forward(x, moved, caches[0], 0, **layer.tables, schedule=plan), xp=np)
     graph = capture(step, xp=np)
     for new in ([5, 14], [0, 9]):
         rows = x[...] = layer.inputs(2, 1)
@@ -641,6 +645,15 @@ def test_other_layouts_are_refused():
         layer.attn.forward_2(x, mixed, 2, 3)
     with pytest.raises(ValueError, match=r"k must be .*, got \[2, 2, 3, 32\]"):
         layer.attn.forward_1(x, 2, 3, 0, k=np.zeros((2, 2, 3, 32), np.float16), **layer.tables)
+
+
+def test_tables_are_read_for_the_dims_turned():
+    """The same full-width table, of half as many dims the second time."""
+    table = np.random.default_rng(0).standard_normal((16, 32)).astype(np.float16)
+    for rotary_dim in (32, 64):
+        cos, sin = converted_tables(table, table, "neox", rotary_dim, np)
+        assert_same_bits(cos, table[:, :rotary_dim // 2].astype(np.float32))
+        assert_same_bits(cos, sin)
 
 
 # ---- refusals --------------------------------------------------------------------------------------------
