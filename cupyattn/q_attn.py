@@ -21,6 +21,7 @@ from .q_attn_weights import check_scratch, joined, kind_of, matrix, rope_style, 
 from .runtime.arrays import dtype_of
 from .runtime.capturing import tape
 from .runtime.checks import FLOATS, check_array, check_flag, check_number
+from .runtime.structs import address
 
 
 class QAttn:
@@ -438,6 +439,8 @@ class QAttn:
         tokens = self._tokens(batch_size, q_len)
         rows = self._rows("x", x, batch_size, q_len, self.hidden_size, self._x_name)
         mixed = self._rows("attn_output", attn_output, batch_size, q_len, self.q_size, self._dtype_name)
+        if address(mixed) == address(rows):
+            raise ValueError("QAttn: attn_output must be another array than x, which is written, got the same")
         check_scratch("loras_temp", loras_temp, self.loras.max_rank * tokens if loras else 0)
         self._check_open()
         self._output(mixed, rows, self._workspace.of(tokens), self._added(loras, sequence_loras, batch_size, q_len))

@@ -113,7 +113,8 @@ def tables(sin, cos, style, rotary_dim, xp):
             raise ValueError(f"{OP}: {name} must be [positions, {half}] or [1, 1, positions, {rotary_dim}] for "
                              f"{rotary_dim} rotated dims, got {list(table.shape)}")
     device = None if xp is np else xp.cuda.runtime.getDevice()
-    key = (xp.__name__, device, style, rotary_dim, *((address(t), t.shape, t.strides, dtype_name(t)) for t in (sin, cos)))
+    key = (xp.__name__, device, style, rotary_dim,
+           *((address(t), t.shape, t.strides, dtype_name(t)) for t in (sin, cos)))
     found = _tables.get(key)
     if found is None:
         step = 2 if style == "interleaved" and cos.shape[-1] == rotary_dim else 1   # every pair is there twice

@@ -640,6 +640,12 @@ def test_other_layouts_are_refused():
     x = layer.inputs(2, 3)
     with pytest.raises(ValueError, match=r"x must be \[batch_size=2, q_len=3, 64\], got \[3, 2, 64\]"):
         layer.attn.forward(np.ascontiguousarray(x.transpose(1, 0, 2)), params, cache, 0, **layer.tables)
+    square = np.zeros((2, 3, 128), np.float16)
+    wide = QAttn(**_arguments(q_o_proj=np.zeros((128, 128), np.float16), hidden_size=128,
+                              q_q_proj=np.zeros((128, 128), np.float16), q_k_proj=np.zeros((64, 128), np.float16),
+                              q_v_proj=np.zeros((64, 128), np.float16), layernorm=None))
+    with pytest.raises(ValueError, match="attn_output must be another array than x, which is written"):
+        wide.forward_2(square, square, 2, 3)
     mixed = np.zeros((2, 4, 3, 32), np.float16)
     with pytest.raises(ValueError, match=r"attn_output must be .*, got \[2, 4, 3, 32\]"):
         layer.attn.forward_2(x, mixed, 2, 3)
