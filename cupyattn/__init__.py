@@ -6,7 +6,17 @@ NumPy arrays in: the `.cu` source runs on the CPU. CuPy arrays in: it runs on th
 
 from .attention_params import AttentionParams
 from .cache_iterators import BlockIteratorParams, LinearIteratorParams, QuantPolicy, create_cache_iter_factory
-from .caches import PagedCache
+from .caches import (
+    Mamba2Cache,
+    Mamba2CacheMetaData,
+    Mamba2CacheView,
+    Mamba2Metadata,
+    MambaCache,
+    MambaCacheMetaData,
+    MambaCacheView,
+    MambaMetadata,
+    PagedCache,
+)
 from .communicators import Communicator, InProcessCommunicator, MPICommunicator
 from .context_parallel import contiguous_shards, merge_shards, rank_result, round_robin
 from .errors import CaptureError, CompileError, KernelCheckError
@@ -61,5 +71,7 @@ __all__ = [
     "merge_shards", "process_kv", "rank_result", "reduce_split_k", "round_robin",
     "Communicator", "InProcessCommunicator", "MPICommunicator", "NCCLCommunicator", "TPAttn", "TPContext",
     "TPShard", "split_heads", "tp_attn_forward_", "tp_attn_forward_paged_",
+    "Mamba2Cache", "Mamba2CacheMetaData", "Mamba2CacheView", "Mamba2Metadata",
+    "MambaCache", "MambaCacheMetaData", "MambaCacheView", "MambaMetadata",
 ]
 __version__ = "0.1.0"

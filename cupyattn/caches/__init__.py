@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Caches: what a model keeps of the tokens it has seen."""
 
+from .mamba import MambaCache, MambaCacheMetaData, MambaCacheView, MambaMetadata
+from .mamba2 import Mamba2Cache, Mamba2CacheMetaData, Mamba2CacheView, Mamba2Metadata
 from .paged import PagedCache
 
-__all__ = ["PagedCache"]
+__all__ = [
+    "Mamba2Cache", "Mamba2CacheMetaData", "Mamba2CacheView", "Mamba2Metadata",
+    "MambaCache", "MambaCacheMetaData", "MambaCacheView", "MambaMetadata",
+    "PagedCache",
+]
