@@ -16,6 +16,10 @@ from .caches import (
     MambaCacheView,
     MambaMetadata,
     PagedCache,
+    TransformerCache,
+    TransformerCacheMetaData,
+    TransformerCacheView,
+    TransformerMetadata,
 )
 from .communicators import Communicator, InProcessCommunicator, MPICommunicator
 from .context_parallel import contiguous_shards, merge_shards, rank_result, round_robin
@@ -73,5 +77,6 @@ __all__ = [
     "TPShard", "split_heads", "tp_attn_forward_", "tp_attn_forward_paged_",
     "Mamba2Cache", "Mamba2CacheMetaData", "Mamba2CacheView", "Mamba2Metadata",
     "MambaCache", "MambaCacheMetaData", "MambaCacheView", "MambaMetadata",
+    "TransformerCache", "TransformerCacheMetaData", "TransformerCacheView", "TransformerMetadata",
 ]
 __version__ = "0.1.0"

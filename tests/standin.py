@@ -2,9 +2,10 @@
 """CuPy without a GPU: real ``cupy.ndarray`` objects over host memory, kernels on the CPU executor.
 
 ``with install() as xp:`` replaces the CuPy calls listed in `REPLACED`, nothing else: allocation, copies, streams,
-capture, device properties, cuBLAS and function launch. A launch first compiles the same source and options with NVRTC
-for the pretended GPU and enforces CuPy's and CUDA's rules. Any other CuPy call that needs a driver fails, so code that
-passes its tests here uses our kernels and these calls alone. test_cuda_backend.py checks each of them on a GPU too.
+capture, device properties, cuBLAS, function launch, and the little arithmetic that masks and page tables need. A launch
+first compiles the same source and options with NVRTC for the pretended GPU and enforces CuPy's and CUDA's rules. Any
+other CuPy call that needs a driver fails, so code that passes its tests here uses our kernels and these calls alone.
+test_cuda_backend.py checks each of them on a GPU too.
 """
 
 import bisect
@@ -154,13 +155,17 @@ def _specialisation(module, kernel):
 
 REPLACED = {
     cupy: {"RawModule": RawModule,
-           **{name: getattr(device, name) for name in ("array", "asarray", "ascontiguousarray", "asnumpy", "copyto",
-                                                       "full", "zeros", "zeros_like")}},
+           **{name: getattr(device, name) for name in ("arange", "array", "asarray", "ascontiguousarray", "asnumpy",
+                                                       "copyto", "full", "take_along_axis", "where", "zeros",
+                                                       "zeros_like")}},
     cupy.ndarray: {"__cuda_array_interface__": device.ndarray_interface, "__repr__": device.ndarray_repr,
                    "__iadd__": device.ndarray_iadd, "__setitem__": device.ndarray_setitem,
                    "astype": device.ndarray_astype, "copy": device.ndarray_copy,
                    "device": device.ndarray_device, "fill": device.ndarray_fill, "get": device.ndarray_get,
-                   "set": device.ndarray_set},
+                   "set": device.ndarray_set,
+                   **{name: device.ndarray_operator(name)
+                      for name in ("__add__", "__sub__", "__mod__", "__and__", "__or__", "__lt__", "__ge__", "__eq__",
+                                   "__ne__")}},
     cupy.cuda: {"is_available": lambda: True,
                 **{name: getattr(device, name) for name in ("Device", "Event", "Graph", "Stream", "get_current_stream",
                                                             "get_elapsed_time")}},

@@ -7,6 +7,7 @@ host is ignored.
 
 import collections
 import ctypes
+import operator
 import threading
 import time
 import weakref
@@ -148,6 +149,16 @@ def ndarray_setitem(self, key, value):
     enqueue(lambda: np.copyto(host(target), host(value) if isinstance(value, cupy.ndarray) else value))
 
 
+def ndarray_operator(name):
+    """An elementwise operator; its result is allocated, so none is captured."""
+    function = getattr(operator, name)
+
+    def method(self, other):
+        return new(function(host(self), host(other) if isinstance(other, cupy.ndarray) else other))
+
+    return method
+
+
 def ndarray_repr(self):
     return f"stand-in {host(self)!r}"
 
@@ -194,6 +205,10 @@ def asnumpy(a, stream=None, order="C", out=None, *, blocking=True):
     return a.get() if isinstance(a, cupy.ndarray) else np.asarray(a)
 
 
+def arange(start, stop=None, step=1, dtype=None):
+    return new(np.arange(*((0, start) if stop is None else (start, stop)), step, dtype))
+
+
 def ascontiguousarray(a, dtype=None):
     same = isinstance(a, cupy.ndarray) and a.flags.c_contiguous and dtype in (None, a.dtype)
     return a if same else array(a, dtype)
@@ -207,6 +222,14 @@ def full(shape, fill_value, dtype=None, order="C"):
 
 def zeros(shape, dtype=float, order="C"):
     return full(shape, 0, dtype)
+
+
+def take_along_axis(a, indices, axis):
+    return new(np.take_along_axis(host(a), host(indices) % a.shape[axis], axis))   # CuPy wraps, too
+
+
+def where(condition, x, y):
+    return new(np.where(*(host(a) if isinstance(a, cupy.ndarray) else a for a in (condition, x, y))))
 
 
 def zeros_like(a, dtype=None, order="K", subok=None, shape=None):

@@ -173,6 +173,23 @@ def test_arrays_and_copies(xp, dtype):
     assert "7" in a.__repr__()
 
 
+def test_arithmetic(xp):
+    cupy = xp.module
+    host = np.array([[0, 3, 5], [1, -2, 7]], np.int32)
+    first, few = host[:, :1], host < 2
+    a, column = cupy.asarray(host), cupy.asarray(host[:, :1])
+    along = cupy.asarray(np.array([[2, 0], [1, 4]]))   # an index out of range wraps around
+    for made, want in ((a.__add__(column), host + first), (a.__sub__(2), host - 2), (a.__mod__(3), host % 3),
+                       (a.__lt__(column), host < first), (a.__ge__(3), host >= 3), (a.__eq__(a), host == host),
+                       (a.__ne__(0), host != 0), ((a < 2).__and__(column == 1), few & (first == 1)),
+                       ((a < 2).__or__(a == 5), few | (host == 5)), (cupy.where(a < 0, -1, a), np.maximum(host, -1)),
+                       (cupy.arange(3, dtype=np.int32), np.int32([0, 1, 2])),
+                       (cupy.arange(1, 7, 2), np.array([1, 3, 5])),
+                       (cupy.take_along_axis(a, along, axis=1), np.int32([[5, 0], [-2, -2]]))):
+        assert isinstance(made, cupy.ndarray) and made.dtype == want.dtype
+        np.testing.assert_array_equal(made.get(), want)
+
+
 def test_numpy_arrays_cannot_be_assigned(xp):
     a = xp.module.zeros((2, 3), np.float32)
     with pytest.raises(TypeError):
