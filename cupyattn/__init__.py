@@ -7,6 +7,7 @@ NumPy arrays in: the `.cu` source runs on the CPU. CuPy arrays in: it runs on th
 from .attention_params import AttentionParams
 from .cache_iterators import BlockIteratorParams, LinearIteratorParams, QuantPolicy, create_cache_iter_factory
 from .caches import (
+    HBMPageManager,
     Mamba2Cache,
     Mamba2CacheMetaData,
     Mamba2CacheView,
@@ -15,6 +16,10 @@ from .caches import (
     MambaCacheMetaData,
     MambaCacheView,
     MambaMetadata,
+    PagedAttentionCache,
+    PagedAttentionCacheMetaData,
+    PagedAttentionCacheView,
+    PagedAttentionMetadata,
     PagedCache,
     TransformerCache,
     TransformerCacheMetaData,
@@ -75,8 +80,9 @@ __all__ = [
     "merge_shards", "process_kv", "rank_result", "reduce_split_k", "round_robin",
     "Communicator", "InProcessCommunicator", "MPICommunicator", "NCCLCommunicator", "TPAttn", "TPContext",
     "TPShard", "split_heads", "tp_attn_forward_", "tp_attn_forward_paged_",
-    "Mamba2Cache", "Mamba2CacheMetaData", "Mamba2CacheView", "Mamba2Metadata",
+    "HBMPageManager", "Mamba2Cache", "Mamba2CacheMetaData", "Mamba2CacheView", "Mamba2Metadata",
     "MambaCache", "MambaCacheMetaData", "MambaCacheView", "MambaMetadata",
+    "PagedAttentionCache", "PagedAttentionCacheMetaData", "PagedAttentionCacheView", "PagedAttentionMetadata",
     "TransformerCache", "TransformerCacheMetaData", "TransformerCacheView", "TransformerMetadata",
 ]
 __version__ = "0.1.0"

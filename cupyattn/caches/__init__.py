@@ -4,11 +4,20 @@
 from .mamba import MambaCache, MambaCacheMetaData, MambaCacheView, MambaMetadata
 from .mamba2 import Mamba2Cache, Mamba2CacheMetaData, Mamba2CacheView, Mamba2Metadata
 from .paged import PagedCache
+from .paged_attention import (
+    HBMPageManager,
+    PagedAttentionCache,
+    PagedAttentionCacheMetaData,
+    PagedAttentionCacheView,
+    PagedAttentionMetadata,
+)
 from .transformer import TransformerCache, TransformerCacheMetaData, TransformerCacheView, TransformerMetadata
 
 __all__ = [
+    "HBMPageManager",
     "Mamba2Cache", "Mamba2CacheMetaData", "Mamba2CacheView", "Mamba2Metadata",
     "MambaCache", "MambaCacheMetaData", "MambaCacheView", "MambaMetadata",
+    "PagedAttentionCache", "PagedAttentionCacheMetaData", "PagedAttentionCacheView", "PagedAttentionMetadata",
     "PagedCache",
     "TransformerCache", "TransformerCacheMetaData", "TransformerCacheView", "TransformerMetadata",
 ]
