@@ -8,6 +8,8 @@ import numpy as np
 
 from .devices import to_host
 from .quant import QMatrix
+from .quant.layout import TILE_ROWS
+from .quant.packed import check_alike
 from .runtime.arrays import dtype_name
 from .runtime.checks import FLOATS
 from .runtime.structs import address
@@ -66,29 +68,34 @@ def vector(name, array, shapes, xp):
 def joined(matrices, biases, xp):
     """Linears of the rows of all, in order; neighbours of one format and order of columns are one matrix.
 
-    Joined where the matrices are, then moved to `xp`.
+    Joined where the matrices are, then moved to `xp`. Biases are NumPy arrays, or None.
     """
     if len({m.xp for m in matrices}) > 1:
         matrices = [m.to(xp) for m in matrices]
-    groups = []   # [QMatrix, biases of its parts, their rows]
-    for m, bias in zip(matrices, biases, strict=True):
-        if groups:
-            try:
-                groups[-1] = [QMatrix.concat([groups[-1][0], m]), [*groups[-1][1], bias],
-                              [*groups[-1][2], m.shape[0]]]
-                continue
-            except ValueError:   # another format or order of columns, or rows that do not fill tiles
-                pass
-        groups.append([m, [bias], [m.shape[0]]])
+    groups = []   # [(QMatrix, bias), ...] of what becomes one matrix
+    for part in zip(matrices, biases, strict=True):
+        if groups and _go_together(groups[-1][-1][0], part[0]):
+            groups[-1].append(part)
+        else:
+            groups.append([part])
     linears, start = [], 0
-    for whole, parts, rows in groups:
-        bias = None
-        if any(part is not None for part in parts):
-            bias = xp.asarray(np.concatenate([np.zeros(n, np.float32) if part is None else to_host(part)
-                                              for part, n in zip(parts, rows, strict=True)]))
-        linears.append(Linear(whole.to(xp), bias, start, start + whole.shape[0]))
+    for group in groups:
+        whole, bias = QMatrix.concat([m for m, _ in group]).to(xp), None
+        if any(part is not None for _, part in group):
+            bias = xp.asarray(np.concatenate([np.zeros(m.shape[0], np.float32) if part is None else part
+                                              for m, part in group]))
+        linears.append(Linear(whole, bias, start, start + whole.shape[0]))
         start += whole.shape[0]
     return tuple(linears)
+
+
+def _go_together(above, below):
+    """Whether two matrices can be one."""
+    try:
+        check_alike([above, below], QMatrix, rows=False)
+    except ValueError:   # another format or order of columns
+        return False
+    return above.shape[0] % TILE_ROWS == 0
 
 
 def check_scratch(name, array, least):

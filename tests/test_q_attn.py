@@ -91,6 +91,21 @@ def test_one_launch_for_one_format():
         "rms_norm": 1, "quant_gemm": 2, "kv_append": 1, "paged_decode": 1}
 
 
+@pytest.mark.parametrize("formats", ["float16", ("float16", "float32", "float32", "float16")])
+def test_plain_weights_where_they_are(xp, formats):
+    """Arrays of any kind in place of matrices: joined, biases and gains beside them, as those made on the host."""
+    layer = Layer(xp, dtype="float16", formats=formats, biases=True, head_norm="shared")
+    plain = {f"q_{n}_proj": xp.array(layer.exact[f"{n}_proj"].astype(m.format)) for n, m in layer.matrices.items()}
+    attn = QAttn(**plain, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=32,
+                 **{name: xp.array(v) for name, v in layer.vectors.items()})
+    assert attn.xp is xp.module and len(attn.qkv) == (1 if formats == "float16" else 2)
+    x = layer.inputs(2, 3)
+    one, other = xp.array(x), xp.array(x)
+    layer.attn.forward(one, Params(2, 3, 0), contiguous(layer, 2), 0, **layer.tables)
+    attn.forward(other, Params(2, 3, 0), contiguous(layer, 2), 0, **layer.tables)
+    assert_same_bits(xp.numpy(one), xp.numpy(other))
+
+
 @pytest.mark.parametrize("options", [{"softmax_scale": 0.3}, {"window_size": 3}, {"softcap": 2.0}, {"sinks": 1},
                                      {"invariant": True}, {"window_size": 2, "softcap": 1.5, "sinks": 1}])
 def test_attention_options(here, options):
