@@ -33,6 +33,7 @@ from .lora import LoRA, load_lora
 from .matmul_tuning import tune
 from .nccl import NCCLCommunicator
 from .ops.attention import attention
+from .ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from .ops.dequantize import dequantize
 from .ops.embedding import embedding
 from .ops.kv_append import kv_append
@@ -75,6 +76,7 @@ __all__ = [
     "RopeKernelParam", "RopeParams", "Schedule",
     "attention", "dequantize", "embedding", "kv_append", "kv_flatten", "layer_norm", "paged_decode", "quant_gemm",
     "repack", "rms_norm", "rope", "schedule", "silu_mul", "split_reduce", "tune",
+    "causal_conv1d", "causal_conv1d_update",
     "free_q_attn", "make_q_attn", "q_attn_forward_1", "q_attn_forward_2", "q_attn_set_loras", "load_lora",
     "contiguous_shards", "create_cache_iter_factory", "flatten_kv", "invoke_attention", "invoke_decoding",
     "merge_shards", "process_kv", "rank_result", "reduce_split_k", "round_robin",

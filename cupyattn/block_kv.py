@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keys or values inside memory blocks that are reached by their addresses."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from .kv_formats import FLOATS, FORMATS, NO_SCALE, check_head_dim, scale_shape
@@ -57,6 +57,8 @@ class BlockKV:
     scale_stride_head: int = 0
     scale_stride_group: int = 0
     scale: object = None
+
+    PARTS = ("scale",)   # see runtime.Prepared
 
     def __post_init__(self):
         if self.format in FLOATS:
@@ -134,6 +136,14 @@ class BlockKV:
             sides.append(cls(formats[quant_policy], page_size, num_kv_heads, head_dim, offset=start + at * data,
                              stride_token=row // unit, stride_head=copies * data // unit, **places))
         return BlockLayer(*sides, nbytes)
+
+    @property
+    def signature(self):
+        return tuple(value for name, value in vars(self).items() if name != "scale")
+
+    def with_parts(self, scale):
+        """This object with other scales."""
+        return replace(self, scale=scale)
 
     @property
     def shape(self):

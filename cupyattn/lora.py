@@ -4,6 +4,7 @@
 import json
 import math
 import re
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from .quant import QMatrix
 from .quant.safetensors_file import Safetensors
 from .runtime import layer_workspace
 from .runtime.arrays import dtype_name, dtype_of
-from .runtime.checks import FLOATS
+from .runtime.checks import FLOATS, check_number
 
 PROJECTIONS = ("q", "k", "v", "o")
 _NAME = re.compile(r"(?:.*\.)?layers\.(\d+)\.(?:self_attn|attention|attn)\.([qkvo])_proj"
@@ -73,11 +74,15 @@ class Adapters:
     """
 
     def __init__(self, given, sizes, dtype, xp):
+        if not isinstance(given, Mapping):
+            raise TypeError(f"QAttn: adapters must be a dict of name to (dict of projection to LoRA), got "
+                            f"{type(given).__name__}")
+        given = dict(given)
         self.names = {name: n for n, name in enumerate(given)}
         self.xp, self.dtype = xp, dtype_of(dtype)
-        self._has = [frozenset(loras) for loras in given.values()]
         for name, loras in given.items():
             _check(name, loras, sizes)
+        self._has = [frozenset(loras) for loras in given.values()]
         self.max_rank = max((lora.rank for loras in given.values() for lora in loras.values()), default=0)
         self.rank = -(-self.max_rank // _STEP) * _STEP
         self._groups, self._a, self._b = {}, {}, {}
@@ -171,6 +176,8 @@ class Adapters:
 
 def _check(name, loras, sizes):
     """Both matrices of each projection are there and fit it."""
+    if not isinstance(loras, Mapping):
+        raise TypeError(f"QAttn: loras[{name!r}] must be a dict of projection to LoRA, got {type(loras).__name__}")
     for p, lora in loras.items():
         where = f"loras[{name!r}][{p!r}]"
         if p not in sizes:
@@ -187,8 +194,21 @@ def _check(name, loras, sizes):
         if lora.b.shape != (out_features, lora.rank):
             raise ValueError(f"QAttn: {where}.b must be [out_features={out_features}, rank={lora.rank}], got "
                              f"{list(lora.b.shape)}")
-        if not math.isfinite(lora.scale):
-            raise ValueError(f"QAttn: {where}.scale must be finite, got {lora.scale}")
+        check_number("QAttn", f"{where}.scale", lora.scale)
+
+
+def names_of(loras, sequence_loras):
+    """(names of adapters of all sequences, name or None of each sequence; None without), tuples."""
+    found = []
+    for name, given, each in (("loras", loras, ""), ("sequence_loras", sequence_loras, ", one or None a sequence")):
+        if isinstance(given, str | bytes) or given is not None and not isinstance(given, Iterable):
+            raise TypeError(f"QAttn: {name} must be a sequence of names{each}, got {given!r}")
+        names = None if given is None else tuple(given)
+        wrong = next((n for n in names or () if not isinstance(n, Hashable)), None)
+        if wrong is not None:
+            raise TypeError(f"QAttn: {name} must hold names of adapters, got {wrong!r}")
+        found.append(names)
+    return found[0] or (), found[1]
 
 
 # ---- PEFT ------------------------------------------------------------------------------------------------

@@ -49,6 +49,8 @@ class PageTable:
     PageTable(csr, batch=2, max_pages=3)
     """
 
+    PARTS = ("block_table", "indptr", "block_ptrs")   # see runtime.Prepared
+
     def __init__(self, block_table):
         self._set(array_namespace(_OP, block_table=block_table), "dense", block_table=block_table)
         check_array(_OP, "block_table", block_table, "int32", (None, None), "[batch, max_pages]")
@@ -218,6 +220,18 @@ class PageTable:
                 "block_ptrs": None if pointers is None else pointers.view("int64"),
                 "stride_seq": ids.strides[0] // 4 if self.form == "dense" else 0, "max_pages": self.max_pages,
                 "page_size": page_size, "num_pages": 0 if num_pages is None else num_pages}
+
+    @property
+    def signature(self):
+        return self.form, self.batch, self.max_pages, self.alignment
+
+    def with_parts(self, block_table, indptr, block_ptrs):
+        """This table with other arrays alike, and without `last_page_len` and buffers."""
+        made = type(self).__new__(type(self))
+        made._set(self.xp, self.form, block_table=block_table, indptr=indptr, block_ptrs=block_ptrs,
+                  alignment=self.alignment)
+        made.batch, made.max_pages = self.batch, self.max_pages
+        return made
 
     @property
     def arrays(self):

@@ -93,7 +93,6 @@ class Params:
         self.position_offsets_tp = self.past_len_tp = None
         self.cu_seqlens = None
         self.block_diag_layers = set()
-        self.layer_steps = {}  # what layers made of this for their kernels, once for all of them
         self._copies = {}  # (name, device) -> (host array, its copy there)
 
     # ---- what kind of attention ------------------------------------------------------------------------

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Params or PagedParams mean to the kernels of a layer: made once per step, used by all layers."""
 
+import weakref
+
 import numpy as np
 
-from .ops.schedule import schedule
+from .caches import PagedCache
 from .page_table import PageTable
 
 OP = "QAttn"
+_steps = weakref.WeakKeyDictionary()   # Params -> {(device, sizes of the caches): Steps}
 
 
 class Step:
@@ -30,6 +33,10 @@ class Step:
         Largest row of the RoPE tables that is read.
     longest : int
         Tokens of the longest sequence, the new ones included.
+    after_host : ndarray [batch], int32
+        `after` as it was when this was made, in host memory.
+    schedules : dict
+        Those that layers made of `after_host`, by what else they depend on.
     """
 
     def __init__(self, params, cache, xp, device, sequence=None):
@@ -42,7 +49,7 @@ class Step:
         tokens = self.batch * self.q_len
         self.rows = slice(0, tokens) if sequence is None else slice(sequence * tokens, (sequence + 1) * tokens)
         self.causal = params.causal
-        self._schedules = {}
+        self.schedules = {}
         past = past_lens(params)[mine]
         self.after_host = past + np.int32(self.q_len)
         self.longest = int(self.after_host.max())
@@ -88,33 +95,21 @@ class Step:
             raise ValueError(f"{OP}: params must have at most the {cache.page_size} tokens of the cache, got "
                              f"{self.longest} (past_len + seq_len)")
 
-    def schedule(self, made_for):
-        """The Schedule of layers with these facts, made when first asked for.
-
-        Parameters
-        ----------
-        made_for : tuple
-            (num_heads, num_kv_heads, head_dim, dtype, kv_format, window_size, invariant, decode).
-        """
-        found = self._schedules.get(made_for)
-        if found is None:
-            num_heads, num_kv_heads, head_dim, dtype, kv_format, window_size, invariant, decode = made_for
-            queries = {"q_len": self.q_len} if decode else {
-                "cu_seqlens_q": np.arange(self.batch + 1, dtype=np.int32) * np.int32(self.q_len)}
-            found = self._schedules[made_for] = schedule(
-                self.after_host, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype,
-                kv_format=kv_format, window_size=window_size, causal=self.causal, invariant=invariant,
-                one_list=invariant and not decode, xp=self.xp, **queries)
-        return found
-
 
 def steps_of(params, cache, xp):
-    """The Steps of `params` over `cache`: one, or one for each cache of a list. Made once and kept in `params`."""
+    """The Steps of `params` over `cache`: one, or one for each cache of a list. Made once per `params`."""
     device = None if xp is np else xp.cuda.runtime.getDevice()
     many = isinstance(cache, list | tuple)
+    for one in cache if many else () if cache is None else (cache,):
+        if not isinstance(one, PagedCache):
+            raise TypeError(f"{OP}: cache must be a PagedCache, a list of them or None, got "
+                            f"{'a list with ' * many}{type(one).__name__}")
+        if one.xp is not xp:
+            raise TypeError(f"{OP}: cache must be on {xp.__name__} like the weights, got one on {one.xp.__name__}")
     key = device, tuple((c.num_pages, c.page_size) for c in cache) if many else \
         None if cache is None else (cache.num_pages, cache.page_size)
-    found = params.layer_steps.get(key)
+    known = _steps.setdefault(params, {})
+    found = known.get(key)
     if found is None:
         if many:
             if not params.multi_cache or len(cache) != params.batch_size or len(params.past_lens) != len(cache):
@@ -124,7 +119,7 @@ def steps_of(params, cache, xp):
             found = tuple(Step(params, one, xp, device, n) for n, one in enumerate(cache))
         else:
             found = (Step(params, cache, xp, device),)
-        params.layer_steps[key] = found
+        known[key] = found
     return found
 
 
@@ -159,7 +154,7 @@ def _mask(params, mine, xp):
 
 
 def block_borders(params, step, layer):
-    """cu_seqlens on the device where `layer` attends in blocks, else None."""
+    """cu_seqlens, int32 on the host, where `layer` attends in blocks, else None."""
     if layer not in params.block_diag_layers:
         return None
     if params.cu_seqlens is None:
@@ -172,4 +167,4 @@ def block_borders(params, step, layer):
                          f"{step.longest - step.q_len}")
     if step.mask is not None:
         raise ValueError(f"{OP}: params must have no input_mask for block-diagonal layer {layer}, got one")
-    return params.get_cu_seqlens(None if step.xp is np else step.xp.cuda.runtime.getDevice())
+    return params.cu_seqlens

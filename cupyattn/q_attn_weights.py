@@ -8,7 +8,9 @@ import numpy as np
 
 from .devices import to_host
 from .quant import QMatrix
-from .runtime.arrays import dtype_name
+from .quant.layout import TILE_ROWS
+from .quant.packed import check_alike
+from .runtime.arrays import dtype_name, dtype_of
 from .runtime.checks import FLOATS
 from .runtime.structs import address
 
@@ -27,26 +29,37 @@ class Linear(NamedTuple):
     stop: int
 
 
-def rope_style(style):
+def rope_style_of(style):
     """"neox", "interleaved" or None, from ExLlamaV2's number or a name."""
     number = _NAMES.get(style, -1) if isinstance(style, str) else 0 if style is None else style
-    if isinstance(number, bool) or number not in (0, 1, 2):
+    if isinstance(number, bool) or not isinstance(number, int | np.integer) or number not in (0, 1, 2):
         raise ValueError(f"{OP}: rope_style must be 0 (none), 1 (GPT-J), 2 (NeoX) or {', '.join(_NAMES)}, got "
                          f"{style!r}")
     return STYLES[number]
 
 
+def compute_dtype(dtype):
+    """A dtype or its name as the dtype of activations."""
+    try:
+        found = dtype_of(dtype)
+    except TypeError:
+        raise TypeError(f"{OP}: dtype must be {', '.join(FLOATS)}, got {dtype!r}") from None
+    if found.name not in FLOATS:
+        raise ValueError(f"{OP}: dtype must be {', '.join(FLOATS)}, got {dtype!r}")
+    return found
+
+
 def matrix(name, weight, shape, axes):
     """`weight`, a QMatrix or an array, as a QMatrix of that shape."""
-    if not isinstance(weight, QMatrix):
-        if not hasattr(weight, "dtype"):
-            raise TypeError(f"{OP}: {name} must be a QMatrix or an array, got {type(weight).__name__}")
-        if weight.shape != shape:
-            raise ValueError(f"{OP}: {name} must be {axes} = {list(shape)}, got {list(weight.shape)}")
-        weight = QMatrix.from_dense(weight)
+    if not isinstance(weight, QMatrix) and not hasattr(weight, "dtype"):
+        raise TypeError(f"{OP}: {name} must be a QMatrix or an array, got {type(weight).__name__}")
     if weight.shape != shape:
         raise ValueError(f"{OP}: {name} must be {axes} = {list(shape)}, got {list(weight.shape)}")
-    return weight
+    if isinstance(weight, QMatrix):
+        return weight
+    if dtype_name(weight) not in FLOATS:
+        raise TypeError(f"{OP}: {name} must be a QMatrix or {', '.join(FLOATS)}, got {dtype_name(weight)}")
+    return QMatrix.from_dense(weight)
 
 
 def vector(name, array, shapes, xp):
@@ -66,35 +79,60 @@ def vector(name, array, shapes, xp):
 def joined(matrices, biases, xp):
     """Linears of the rows of all, in order; neighbours of one format and order of columns are one matrix.
 
-    Joined where the matrices are, then moved to `xp`.
+    Joined where the matrices are, then moved to `xp`. Biases are NumPy arrays, or None.
     """
     if len({m.xp for m in matrices}) > 1:
         matrices = [m.to(xp) for m in matrices]
-    groups = []   # [QMatrix, biases of its parts, their rows]
-    for m, bias in zip(matrices, biases, strict=True):
-        if groups:
-            try:
-                groups[-1] = [QMatrix.concat([groups[-1][0], m]), [*groups[-1][1], bias],
-                              [*groups[-1][2], m.shape[0]]]
-                continue
-            except ValueError:   # another format or order of columns, or rows that do not fill tiles
-                pass
-        groups.append([m, [bias], [m.shape[0]]])
+    groups = []   # [(QMatrix, bias), ...] of what becomes one matrix
+    for part in zip(matrices, biases, strict=True):
+        if groups and _go_together(groups[-1][-1][0], part[0]):
+            groups[-1].append(part)
+        else:
+            groups.append([part])
     linears, start = [], 0
-    for whole, parts, rows in groups:
-        bias = None
-        if any(part is not None for part in parts):
-            bias = xp.asarray(np.concatenate([np.zeros(n, np.float32) if part is None else to_host(part)
-                                              for part, n in zip(parts, rows, strict=True)]))
-        linears.append(Linear(whole.to(xp), bias, start, start + whole.shape[0]))
+    for group in groups:
+        whole, bias = QMatrix.concat([m for m, _ in group]).to(xp), None
+        if any(part is not None for _, part in group):
+            bias = xp.asarray(np.concatenate([np.zeros(m.shape[0], np.float32) if part is None else part
+                                              for m, part in group]))
+        linears.append(Linear(whole, bias, start, start + whole.shape[0]))
         start += whole.shape[0]
     return tuple(linears)
 
 
+def _go_together(above, below):
+    """Whether two matrices can be one."""
+    try:
+        check_alike([above, below], QMatrix, rows=False)
+    except ValueError:   # another format or order of columns
+        return False
+    return above.shape[0] % TILE_ROWS == 0
+
+
 def check_scratch(name, array, least):
     """A scratch array of the seed's signature is large enough."""
-    if array is not None and array.size < least:
+    if array is None:
+        return
+    if not hasattr(array, "dtype"):
+        raise TypeError(f"{OP}: {name} must be an array, got {type(array).__name__}")
+    if array.size < least:
         raise ValueError(f"{OP}: {name} must have at least {least} elements, got {array.size}")
+
+
+def lengths_of(name, lengths, batch_size, xp):
+    """int32 [batch_size] on `xp`; those on the host may be integers of any kind."""
+    if not hasattr(lengths, "dtype") or isinstance(lengths, np.ndarray) and xp is not np:
+        try:
+            given = np.asarray(lengths)
+        except ValueError:   # of rows of different lengths
+            given = np.asarray(None)
+        if given.dtype.kind not in "iu" or given.size and not -2**31 <= given.min() <= given.max() < 2**31:
+            raise TypeError(f"{OP}: {name} must be int32 [batch_size={batch_size}], got {lengths!r}")
+        lengths = xp.asarray(given.astype(np.int32))
+    if lengths.dtype != np.int32 or lengths.size != batch_size:
+        raise ValueError(f"{OP}: {name} must be int32 [batch_size={batch_size}], got {lengths.dtype} "
+                         f"{list(lengths.shape)}")
+    return lengths.reshape(batch_size)
 
 
 def tables(sin, cos, style, rotary_dim, xp):
@@ -102,6 +140,9 @@ def tables(sin, cos, style, rotary_dim, xp):
     if sin is None or cos is None:
         raise ValueError(f"{OP}: sin and cos must be given with rope_style {style}, got "
                          f"{'neither' if sin is cos else 'one of them'}")
+    for name, table in (("sin", sin), ("cos", cos)):
+        if not hasattr(table, "dtype"):
+            raise TypeError(f"{OP}: {name} must be an array, got {type(table).__name__}")
     half = rotary_dim // 2
     if cos.ndim == 2 and cos.shape[1] == half and cos.dtype == np.float32 == sin.dtype and sin.shape == cos.shape:
         return cos, sin
@@ -129,6 +170,8 @@ def tables(sin, cos, style, rotary_dim, xp):
 def kind_of(weight, xp):
     """numpy or cupy: `xp`, or where a QMatrix or an array is."""
     if xp is not None:
+        if xp is not np and getattr(xp, "__name__", None) != "cupy":
+            raise TypeError(f"{OP}: xp must be numpy or cupy, got {xp!r}")
         return xp
     if isinstance(weight, QMatrix):
         return weight.xp

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keys or values as caches hold them: plain arrays, quantized arrays, and rows inside memory blocks."""
 
+import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -83,6 +84,8 @@ class QuantizedKV:
     >>> cupyattn.QuantizedKV.empty(10, 16, 8, 128, format="int4")
     QuantizedKV(int4, pages=10, page_size=16, num_kv_heads=8, head_dim=128, scale=float16 per token, 4.25 bits)
     """
+
+    PARTS = ("codes", "scale", "zero")   # see runtime.Prepared
 
     def __init__(self, codes, scale, zero=None, *, format):
         kind = check_format(format)
@@ -180,6 +183,16 @@ class QuantizedKV:
         move = self.xp.asnumpy if xp is np else xp.asarray
         return QuantizedKV(*(None if a is None else move(a) for a in (codes, self.scale, self.zero)),
                            format=self.format)
+
+    @property
+    def signature(self):
+        return self.format
+
+    def with_parts(self, codes, scale, zero):
+        """This object with other arrays alike."""
+        made = copy.copy(self)
+        made.codes, made.scale, made.zero = codes, scale, zero
+        return made
 
     @property
     def nbytes(self):

@@ -56,8 +56,7 @@ def python_cost(xp, array, rounds=60):
     def given():
         layer.forward(x, params, cache, 0, **tables, schedule=plan)
 
-    plan = cupyattn.schedule(params.cache_seqlens_after, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM,
-                             xp=xp)
+    plan = layer.schedule(params, cache)
 
     def wait():
         if xp is not np:

@@ -120,10 +120,22 @@ def _schedule(xp):
             [array for work in lists for array in (work.items, work.worker_items, work.units, work.pieces)])
 
 
+def _causal_conv1d(xp):
+    x, weight, states = _normal(xp, 5, 16), _normal(xp, 16, 4), _normal(xp, 2, 16, 4, dtype=np.float32)
+    starts, out = xp.array(np.int32([0, 3, 5])), xp.module.zeros((5, 16), np.float16)
+    return lambda: cupyattn.causal_conv1d(x, weight, conv_states=states, cu_seqlens=starts, out=out), [out, states]
+
+
+def _causal_conv1d_update(xp):
+    x, weight, state = _normal(xp, 2, 16), _normal(xp, 16, 4), _normal(xp, 2, 16, 4, dtype=np.float32)
+    out = xp.module.zeros((2, 16), np.float16)
+    return lambda: cupyattn.causal_conv1d_update(x, state, weight, out=out), [out, state]
+
+
 CASES = {"rms_norm": _rms_norm, "layer_norm": _layer_norm, "rope": _rope, "kv_append": _kv_append,
          "kv_flatten": _kv_flatten, "paged_decode": _paged_decode, "attention": _attention,
          "split_reduce": _split_reduce, "silu_mul": _silu_mul, "quant_gemm": _quant_gemm, "embedding": _embedding,
-         "schedule": _schedule}
+         "schedule": _schedule, "causal_conv1d": _causal_conv1d, "causal_conv1d_update": _causal_conv1d_update}
 
 
 @pytest.mark.parametrize("xp", ["standin", pytest.param("cupy", marks=pytest.mark.gpu)], indirect=True)

@@ -203,7 +203,7 @@ def test_refused():
                                                                                                       None)})
     refused(TypeError, r"\['k'\].b must be float16, bfloat16, float32, got float64",
             {"k": LoRA(good["k"].a, good["k"].b.astype(float))})
-    refused(ValueError, "scale must be finite, got inf", {"k": good["k"]._replace(scale=np.inf)})
+    refused(ValueError, "scale must be a finite float32, got inf", {"k": good["k"]._replace(scale=np.inf)})
     x, params = layer.inputs(2, 1), Params(2, 1, 0)
     for options, message in (({"loras": ["bad"]}, r"loras must be among 'good', got 'bad'; .*set_loras\(\{'bad': \{\}"),
                              ({"sequence_loras": ["good"]}, "a name or None for each of the 2 sequences, got 1"),

@@ -42,12 +42,19 @@ def _split_reduce(out=None, lse=None):
                           return_lse=lse is not None)
 
 
+def _conv_update(state=None, out=None):
+    cupyattn.causal_conv1d_update(X, np.zeros((2, 16, 3), np.float32) if state is None else state, X.T, out=out)
+
+
 CASES = {
     "rms_norm out": (_rms_norm, X.shape),
     "rms_norm residual": (lambda a: _rms_norm(residual=a), X.shape),
     "layer_norm out": (lambda a: cupyattn.layer_norm(X, X[0], out=a), X.shape),
     "rope out": (_rope, HEADS.shape),
     "silu_mul out": (lambda a: cupyattn.silu_mul(X, X, out=a), X.shape),
+    "causal_conv1d out": (lambda a: cupyattn.causal_conv1d(X, X.T[:, :1], out=a), X.shape),
+    "causal_conv1d_update out": (lambda a: _conv_update(out=a), X.shape),
+    "causal_conv1d_update conv_state": (lambda a: _conv_update(state=a), (2, 16, 3)),
     "embedding out": (lambda a: cupyattn.embedding(np.int32([0, 1]), X, out=a), X.shape),
     "quant_gemm out": (lambda a: cupyattn.quant_gemm(X, cupyattn.QMatrix.from_dense(X), out=a), (2, 2)),
     "kv_append k_cache": (_kv_append, PLANES.shape),

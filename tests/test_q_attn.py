@@ -91,6 +91,21 @@ def test_one_launch_for_one_format():
         "rms_norm": 1, "quant_gemm": 2, "kv_append": 1, "paged_decode": 1}
 
 
+@pytest.mark.parametrize("formats", ["float16", ("float16", "float32", "float32", "float16")])
+def test_plain_weights_where_they_are(xp, formats):
+    """Arrays of any kind in place of matrices: joined, biases and gains beside them, as those made on the host."""
+    layer = Layer(xp, dtype="float16", formats=formats, biases=True, head_norm="shared")
+    plain = {f"q_{n}_proj": xp.array(layer.exact[f"{n}_proj"].astype(m.format)) for n, m in layer.matrices.items()}
+    attn = QAttn(**plain, hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=32,
+                 **{name: xp.array(v) for name, v in layer.vectors.items()})
+    assert attn.xp is xp.module and len(attn.qkv) == (1 if formats == "float16" else 2)
+    x = layer.inputs(2, 3)
+    one, other = xp.array(x), xp.array(x)
+    layer.attn.forward(one, Params(2, 3, 0), contiguous(layer, 2), 0, **layer.tables)
+    attn.forward(other, Params(2, 3, 0), contiguous(layer, 2), 0, **layer.tables)
+    assert_same_bits(xp.numpy(one), xp.numpy(other))
+
+
 @pytest.mark.parametrize("options", [{"softmax_scale": 0.3}, {"window_size": 3}, {"softcap": 2.0}, {"sinks": 1},
                                      {"invariant": True}, {"window_size": 2, "softcap": 1.5, "sinks": 1}])
 def test_attention_options(here, options):
@@ -507,7 +522,7 @@ def test_a_captured_step_sees_what_changes():
         with stream:
             layer.attn.forward(x, params, caches[0], 0, **layer.tables)
             stream.begin_capture()
-            with pytest.raises(CaptureError, match="schedule must be given while a step is captured, got None"):
+            with pytest.raises(CaptureError, match="schedule must be given, with room .* is captured, got None"):
                 layer.attn.forward(x, params, caches[0], 0, **layer.tables)
             stream.end_capture()
             plan = cupyattn.schedule(lengths, **sizes)
@@ -569,10 +584,10 @@ def test_captured_on_the_host():
         cupyattn.schedule(lengths, **sizes, out=plan)
         return layer.attn.forward(x, params, caches[0], 0, **layer.tables, schedule=plan)
 
-    with pytest.raises(CaptureError, match="schedule must be given while a step is captured"):
+    with pytest.raises(CaptureError, match="schedule must be given, with room .* is captured, got None"):
         capture(lambda: layer.attn.forward(x, params, caches[0], 0, **layer.tables), xp=np)
     moved = PagedParams(2, PAGE_TABLE, [5, 9], 9, page_size=4, q_len=1, rope_offsets=[1, 2])
-    with pytest.raises(CaptureError, match="params must have no position_offsets and no rope_offsets while a step is"):
+    with pytest.raises(CaptureError, match="params must have no rope_offsets while a step over a"):
         capture(lambda: layer.attn.forward(x, moved, caches[0], 0, **layer.tables, schedule=plan), xp=np)
     graph = capture(step, xp=np)
     for new in ([5, 14], [0, 9]):

@@ -30,6 +30,13 @@ struct SequenceView {
   int64_t stride_head;   // elements between heads
 };
 
+struct ChannelView {
+  void* data;              // T [batch, tokens, channels] any strides
+  int64_t stride_seq;      // elements between sequences; 0 when tokens are counted through all sequences
+  int64_t stride_token;    // elements between tokens
+  int64_t stride_channel;  // elements between channels
+};
+
 struct KvView {
   void* data;            // C [pages, page_size, num_kv_heads, codes of a row] last axis contiguous, any other strides
   int64_t stride_page;   // elements between pages
@@ -394,6 +401,33 @@ struct RepackArgs {
   int32_t scale_bytes_log2;        // of a scale, zero or minimum
   int32_t super_bytes_log2;        // of a super
   int32_t groups_log2;             // groups of a tile
+};
+
+struct CausalConv1dArgs {
+  const ChannelView x;            // T [tokens, channels] packed rows, or [batch, tokens, channels]
+  ChannelView out;                // T like x
+  const void* weight;             // W [channels, width] the last tap is the current token's
+  const void* bias;               // W [channels] contiguous; null for none
+  void* state;                    // S [num_slots, channels, state_len] the last inputs; null for none
+  const int32_t* cu_seqlens;      // int32 [batch + 1] first row of every sequence; null: one sequence of all rows
+  const int32_t* slots;           // int32 [batch] slot of every sequence, one outside the pool skips it; null: its number
+  const int32_t* positions;       // int32 [batch] the state is circular, and tokens that came before; null: it is not
+  const uint8_t* has_state;       // bool [batch] 0: the sequence begins here; null: none does
+  int64_t stride_weight_channel;  // elements between channels of weight
+  int64_t stride_weight_tap;      // elements between taps
+  int64_t stride_slot;            // elements between slots of state
+  int64_t stride_channel;         // elements between channels of state
+  int64_t stride_time;            // elements between inputs of state
+  int32_t is_packed;              // 1: rows of x are those of all sequences, 0: every sequence has `tokens`
+  int32_t batch;                  // sequences
+  int32_t tokens;                 // rows of x, or of every sequence
+  int32_t channels;               // channels
+  int32_t width;                  // taps
+  int32_t state_len;              // inputs kept, at least width - 1
+  int32_t num_slots;              // slots of the pool
+  int32_t piece;                  // tokens of a sequence that one block takes
+  int32_t silu;                   // 1: out is y * sigmoid(y)
+  int32_t reserved;               // zero
 };
 
 // ---- TurboMind's parameters, for C callers; no kernel here reads them ------------------------------------

@@ -4,14 +4,24 @@
 import functools
 import itertools
 import math
+from typing import NamedTuple
 
 import numpy as np
 
 from ..devices import to_host
-from ..kv_places import check_blocks, check_index, check_places, check_range, no_places, prepare_places, stride_of
+from ..kv_places import (
+    Places,
+    check_blocks,
+    check_index,
+    check_places,
+    check_range,
+    no_places,
+    prepare_places,
+    stride_of,
+)
 from ..page_table import PageTable
 from ..quantized_kv import FORMATS, BlockKV, QuantizedKV, kv_side
-from ..runtime import Plan, Specialisation, arch_of, env, launch, make_args
+from ..runtime import Plan, Prepared, Specialisation, Template, arch_of, env, make_args
 from ..runtime.arrays import alignment, array_namespace, head_view, row_view, strides
 from ..runtime.checks import FLOATS, check_array, check_flag, check_number, check_shape, check_writeable
 from ..runtime.plan import CUDA_TYPES
@@ -234,24 +244,19 @@ def _check_steps(heads, kv_heads, head_dim, head_dim_v, dtype, biases, norms):
     return gain or dtype
 
 
-def _check_queries(xp, q, q_out, dtype, positions, logn_max_position):
-    """Where queries go, a new array by default."""
+def _check_queries(q, q_out, dtype, positions, logn_max_position):
+    """Where queries go."""
     if q is None:
         if q_out is not None or logn_max_position is not None:
             raise ValueError(f"kv_append: {'q_out' if q_out is not None else 'logn_max_position'} must come with q, "
                              "got none")
-        return None
+        return
     if logn_max_position is not None:
         check_number("kv_append", "logn_max_position", logn_max_position, least=2, integer=True)
         if positions is None:
             raise ValueError("kv_append: positions must be given with logn_max_position, got none")
-    if q_out is None:
-        return xp.empty(q.shape, q.dtype)
     _check_array("q_out", q_out, dtype, q.shape, "the shape of q")
     check_writeable("kv_append", "q_out", q_out)
-    if q_out.size and address(q_out) == address(q):
-        raise ValueError("kv_append: q_out must not be q, which is read while q_out is written")
-    return q_out
 
 
 def kv_append(k, v, k_cache, v_cache, /, *, slots=None, block_table=None, positions=None, batch_indices=None, q=None,
@@ -355,6 +360,45 @@ def kv_append(k, v, k_cache, v_cache, /, *, slots=None, block_table=None, positi
     >>> k_cache[1, 1]
     array([[1., 2.]], dtype=float32)
     """
+    if q is not None and q_out is None:
+        q_out = array_namespace("kv_append", q=q).empty(q.shape, q.dtype)
+    found, *where = _prepared(
+        (k, v, k_cache, v_cache, q, q_out, cos, sin, q_bias, k_bias, v_bias, q_norm, k_norm, slots, block_table,
+         positions, batch_indices, readonly_tokens, rope_rows), style, rotary_dim, norm_eps, norm_is_rms, q_len,
+        rope_base, logn_max_position, key_stride, key_offset)
+    if found is None:
+        return q_out
+    if q is not None and address(q_out) == address(q):
+        raise ValueError("kv_append: q_out must not be q, which is read while q_out is written")
+    is_table = isinstance(block_table, PageTable)
+    if found.on_host or env.check():
+        if cos is not None:
+            name = "rope_rows" if rope_rows is not None else "positions" if positions is not None else "rope_base"
+            rows = _host_rows(found.tokens, positions, rope_rows, q_len, rope_base)
+            check_range(name, rows, -1, cos.shape[0], "the rows of cos and sin or -1 to skip the token")
+        if k is not None:
+            table = block_table if is_table or block_table is None else PageTable(block_table)
+            check_places(found.places._replace(slots=slots, table=table, positions=positions,
+                                               batch_indices=batch_indices, readonly_tokens=readonly_tokens),
+                         (k_cache, v_cache))
+    found.template.launch(*where, buffers=block_table.buffers if is_table else ())
+    return q_out
+
+
+class _Append(NamedTuple):
+    """What calls with arrays of the same kinds have in common."""
+
+    template: Template
+    places: Places    # of Known arrays
+    tokens: int
+    on_host: bool     # the arrays are NumPy's
+
+
+@Prepared
+def _prepared(k, v, k_cache, v_cache, q, q_out, cos, sin, q_bias, k_bias, v_bias, q_norm, k_norm, slots, block_table,
+              positions, batch_indices, readonly_tokens, rope_rows, style, rotary_dim, norm_eps, norm_is_rms, q_len,
+              rope_base, logn_max_position, key_stride, key_offset):
+    """The _Append for arrays of these kinds; None where there is nothing to do."""
     biases = {"q_bias": q_bias, "k_bias": k_bias, "v_bias": v_bias}
     norms = {"q_norm": q_norm, "k_norm": k_norm}
     indices = {"slots": slots, "positions": positions, "batch_indices": batch_indices,
@@ -383,22 +427,16 @@ def kv_append(k, v, k_cache, v_cache, /, *, slots=None, block_table=None, positi
     gain = _check_steps(heads, kv_heads, head_dim, head_dim_v, dtype, biases, norms)
     check_number("kv_append", "norm_eps", norm_eps, least=0)
     check_flag("kv_append", "norm_is_rms", norm_is_rms)
-    q_out = _check_queries(xp, q, q_out, dtype, positions, logn_max_position)
+    _check_queries(q, q_out, dtype, positions, logn_max_position)
     if tokens == 0 or head_dim == 0 or heads + kv_heads == 0:
-        return q_out
-    if xp is np or env.check():
-        if rotary_dim:
-            name = "rope_rows" if rope_rows is not None else "positions" if positions is not None else "rope_base"
-            rows = _host_rows(tokens, positions, rope_rows, q_len, rope_base)
-            check_range(name, rows, -1, cos.shape[0], "the rows of cos and sin or -1 to skip the token")
-        check_places(places, caches)
+        return None
     steps = [a for a in (q, q_out, cos, sin, *biases.values(), *norms.values()) if a is not None]
     plan = _plan_kv_append(
         tokens, heads, kv_heads, head_dim, head_dim_v, rotary_dim, dtype, gain,
         *([side.tag for side in sides] or [PLAIN[dtype]] * 2), style if steps else "",
         min([*(alignment(a) for a in (k, v, *steps) if a is not None),
              *(_alignment(side, places.table) for side in sides)]), arch_of(xp))
-    launch(plan, make_args(
+    args = make_args(
         plan, k=_heads(k), v=_heads(v), q=_heads(q), q_out=_heads(q_out), **_cache_fields(sides, caches),
         **places.fields(k_cache), q_bias=row_view(q_bias), k_bias=row_view(k_bias), v_bias=row_view(v_bias),
         **{name: _gain_view(norm) for name, norm in norms.items()},
@@ -408,8 +446,8 @@ def kv_append(k, v, k_cache, v_cache, /, *, slots=None, block_table=None, positi
         num_kv_heads=kv_heads, head_dim=head_dim, head_dim_v=head_dim_v, rotary_dim=rotary_dim,
         table_rows=0 if cos is None else cos.shape[0], logn_position=logn_max_position or 0,
         logn_factor=0.0 if logn_max_position is None else 1 / math.log(logn_max_position), norm_eps=norm_eps,
-        norm_centred=int(not norm_is_rms), q_len=q_len or 0, rope_base=rope_base), buffers=places.buffers)
-    return q_out
+        norm_centred=int(not norm_is_rms), q_len=q_len or 0, rope_base=rope_base)
+    return _Append(Template(plan, args), places, tokens, xp is np)
 
 
 def _heads(array):

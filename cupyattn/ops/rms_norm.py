@@ -4,7 +4,7 @@
 import functools
 import itertools
 
-from ..runtime import Plan, Specialisation, arch_of, launch, make_args
+from ..runtime import Plan, Prepared, Specialisation, Template, arch_of, make_args
 from ..runtime.arrays import alignment, array_namespace, as_rows, row_view
 from ..runtime.checks import (
     FLOATS,
@@ -96,13 +96,23 @@ def rms_norm(x, weight, /, *, eps=1e-6, residual=None, out_dtype=None, out=None)
     >>> cupyattn.rms_norm(np.float32([[3, 4]]), np.ones(2, np.float32), eps=0.0)
     array([[0.84852815, 1.1313709 ]], dtype=float32)
     """
+    if out is None:
+        xp = array_namespace("rms_norm", x=x)
+        out = xp.empty(x.shape, out_dtype_or("rms_norm", out_dtype, x.dtype))
+    found, *where = _prepared((x, weight, residual, out), eps)
+    if found is not None:
+        found.launch(*where)
+    return out
+
+
+@Prepared
+def _prepared(x, weight, residual, out, eps):
+    """The launch for arrays of these kinds; None where there is nothing to do."""
     xp = array_namespace("rms_norm", x=x, weight=weight, residual=residual, out=out)
     x_type = check_dtype("rms_norm", "x", x, FLOATS)
     hidden = x.shape[-1] if x.ndim else 0
     check_shape("rms_norm", "weight", weight, (hidden,), "[hidden]")
     weight_type = check_dtype("rms_norm", "weight", weight, ("float32", x_type))
-    if out is None:
-        out = xp.empty(x.shape, out_dtype_or("rms_norm", out_dtype, x.dtype))
     out_type = check_dtype("rms_norm", "out", out, FLOATS)
     rows, residual_type = {"x": x, "out": out}, None
     if residual is not None:
@@ -116,10 +126,10 @@ def rms_norm(x, weight, /, *, eps=1e-6, residual=None, out_dtype=None, out=None)
     check_number("rms_norm", "eps", eps, least=0)
     check_last_axis("rms_norm", "weight", weight)
     if x.size == 0:
-        return out
+        return None
     plan = _plan_rms_norm(
         rows["x"].shape[0], hidden, x_type, weight_type, residual_type, out_type,
         min(alignment(a) for a in (*rows.values(), weight)), arch_of(xp))
-    launch(plan, make_args(plan, x=row_view(rows["x"]), weight=weight, residual=row_view(rows.get("residual")),
-                           out=row_view(rows["out"]), rows=rows["x"].shape[0], hidden=hidden, eps=eps, reserved=0))
-    return out
+    return Template(plan, make_args(
+        plan, x=row_view(rows["x"]), weight=weight, residual=row_view(rows.get("residual")), out=row_view(rows["out"]),
+        rows=rows["x"].shape[0], hidden=hidden, eps=eps, reserved=0))

@@ -507,7 +507,13 @@ def pack(weight, pack_segment=pack_segment):
 def stacked(xp, parts):
     """One segment with the rows of all `parts`: segments of one form, all but the last of full row tiles."""
     def joined(arrays):
-        return None if arrays[0] is None else xp.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+        if arrays[0] is None or len(arrays) == 1:
+            return arrays[0]
+        whole, at = xp.empty((sum(map(len, arrays)), *arrays[0].shape[1:]), arrays[0].dtype), 0
+        for array in arrays:
+            whole[at:at + len(array)] = array
+            at += len(array)
+        return whole
 
     return replace(parts[0], codes=joined([part.codes for part in parts]),
                    scales=joined([part.scales for part in parts]), supers=joined([part.supers for part in parts]))

@@ -14,6 +14,7 @@ from .launch import (
     workspace,
 )
 from .plan import Plan, Specialisation, make_args
+from .prepared import Prepared, Template
 
-__all__ = ["Bound", "Plan", "Specialisation", "arch_of", "arrival_counters", "compile_all", "compile_first", "launch",
-           "layer_workspace", "make_args", "profiling", "recording", "workspace"]
+__all__ = ["Bound", "Plan", "Prepared", "Specialisation", "Template", "arch_of", "arrival_counters", "compile_all",
+           "compile_first", "launch", "layer_workspace", "make_args", "profiling", "recording", "workspace"]

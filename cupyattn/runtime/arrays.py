@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 
+from .known import Known
 from .structs import address
 
 _names = {}
@@ -31,13 +32,14 @@ def dtype_of(dtype):
     return np.dtype(dtype)
 
 
-def _kind(array):
+def kind_of(array):
+    """"numpy", "cupy", or None for what is no array."""
     if isinstance(array, np.ndarray):
         return "numpy"
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(array, cupy.ndarray):
         return "cupy"
-    return None
+    return array.kind if isinstance(array, Known) else None
 
 
 def array_namespace(op, /, **arrays):
@@ -61,7 +63,7 @@ def _namespace(op, arrays):
     for name, array in arrays.items():
         if array is None:
             continue
-        kind = _kind(array)
+        kind = kind_of(array)
         if kind is None:
             raise TypeError(f"{op}: {name} must be a NumPy or CuPy array, got {type(array).__name__}")
         kinds.setdefault(kind, name)

@@ -25,9 +25,14 @@ _BLOCK_LIMITS = (1024, 1024, 64)
 
 def arch():
     """``"sm_80"``, ``"sm_90a"``, ... : what kernels for the current device are compiled for."""
+    return _arch(current_device())
+
+
+def current_device():
+    """Number of the current device."""
     import cupy
 
-    return _arch(cupy.cuda.runtime.getDevice())
+    return cupy.cuda.runtime.getDevice()
 
 
 @functools.lru_cache(maxsize=64)

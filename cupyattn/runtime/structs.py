@@ -47,6 +47,14 @@ class Struct(NamedTuple):
     parts: tuple        # how `_flatten` reads its fields
     pointers: tuple     # (place among the leaves, Leaf, dtype the pointer fixes or None)
 
+    def offset(self, leaf):
+        """Byte of the struct at which a Leaf begins."""
+        dtype, at = self.dtype, 0
+        for name in (leaf.top, *leaf.sub):
+            dtype, begin = dtype.fields[name][:2]
+            at += begin
+        return at
+
 
 def _parse(text, known):
     for name, body in _STRUCT.findall(text):

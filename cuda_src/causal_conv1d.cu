@@ -1,0 +1,242 @@
+// SPDX-License-Identifier: Apache-2.0
+// causal_conv1d.cu - causal depthwise convolution over time; the last inputs of every sequence are kept in a pool.
+//
+//   y[t,c] = act(bias[c] + sum_{j < width} weight[c,j] * u[t - (width - 1) + j,c])
+//   u[t,c] = x[t,c] for t >= 0; before that what slot `slots[seq]` of the state holds, zeros for a new sequence
+//   state[slot,c,:] <- the last state_len of (old state, x). Circular, with positions: x[t] goes to place
+//   (positions[seq] + t) mod state_len, and the newest old input stands before positions[seq].
+//   Math in float32, one rounding on store. A sequence without a slot, and rows of no sequence, give zeros.
+//
+// A thread takes VEC channels of one piece of a sequence:
+//   1. the window of earlier inputs, from the state or from x      2. the state, by the sequence's first piece alone
+//   3. the outputs; with WIDTH 0 before step 2, since they read their windows from memory
+// launch     grid (pieces, any), block (any); the blocks and threads of a piece share its channels. `piece` is at least
+//            width - 1; with ROW a sequence is one piece. Shared memory 0, barriers none, warp ops none
+// aliasing   none
+// traffic    sequences * channels * (tokens * 2 * sizeof(T) + state) bytes; of the state every element is read at most
+//            once and written once: 2 * state_len elements, circular width - 1 + tokens of them
+// in flight  an H200 wants about 29 KiB per SM. Packed rows: AHEAD * 16 bytes per thread, with 3 blocks of 128 threads
+//            24 KiB. One token: by rows 16 bytes of a float32 state per thread, with 12 blocks 24 KiB; by channels
+//            (width - 1) * 16 bytes, with 3 blocks 18 KiB; x and out come on top
+#include "prelude.cuh"
+#include "params.h"
+#include "eight_floats.cuh"
+#include "sequences.cuh"
+
+using T = CA_T;                                      // x and out
+using W = CA_W;                                      // weight and bias
+using S = CA_S;                                      // state
+constexpr int VEC = CA_VEC;                          // channels per thread; divides channels and strides of x and out
+constexpr int WIDTH = CA_WIDTH;                      // at least width: inputs are held in registers; 0: any width
+constexpr bool CHANNEL_VECTORS = CA_CHANNEL_VECTORS; // channels of the state are neighbours, VEC of them aligned
+constexpr int ROW = CA_ROW;                          // state_len of a state whose channels are one access each; or 0
+static_assert(sizeof(CausalConv1dArgs) == CA_SIZEOF_ARGS, "causal_conv1d: Python and CUDA disagree on its arguments");
+static_assert(ROW == 0 || (VEC == 1 && WIDTH > 0 && WIDTH <= ROW + 1), "causal_conv1d: a row holds the window");
+
+using Channels = Floats<VEC>;
+constexpr int HELD = WIDTH > 0 ? WIDTH - 1 : 0;  // earlier inputs in registers
+constexpr int TAPS = WIDTH > 0 ? WIDTH : 1, WINDOW = HELD > 0 ? HELD : 1, PLACES = ROW > 0 ? ROW : 1;  // of arrays
+constexpr int ACCESS = !CHANNEL_VECTORS ? 1 : VEC * sizeof(S) > 16 ? 16 / sizeof(S) : VEC;  // channels of the state
+constexpr int AHEAD = 4;                         // tokens loaded before the first of them is used
+constexpr int MIN_BLOCKS = ROW > 0 ? 12 : 3;     // of 128 threads per SM
+
+// A sequence from channel c on.
+struct Sequence {
+  const CausalConv1dArgs& args;
+  const T* x;     // token 0
+  T* out;         // token 0
+  S* state;       // place 0; null without
+  int64_t c;
+  int oldest;     // place of the oldest input
+  int length;     // tokens
+  bool is_new;    // what the state holds counts as zeros
+
+  __device__ __forceinline__ Vec<T, VEC> raw_input(int t) const {
+    return load_vec<T, VEC>(x + t * args.x.stride_token);
+  }
+  __device__ __forceinline__ Channels input(int t) const { return Channels::from(raw_input(t)); }
+  // Kept input i, 0 the oldest.
+  __device__ __forceinline__ S* place(int i) const {
+    const int at = i + oldest;
+    return state + (at < args.state_len ? at : at - args.state_len) * args.stride_time;
+  }
+  __device__ __forceinline__ Channels kept(int i) const {
+    const S* p = place(i);
+    Channels found;
+#pragma unroll
+    for (int v = 0; v < VEC; v += ACCESS) {
+      float values[ACCESS];
+      to_float(load_vec<S, ACCESS>(p + v * args.stride_channel), values);
+#pragma unroll
+      for (int j = 0; j < ACCESS; ++j) found.x[v + j] = values[j];
+    }
+    return found;
+  }
+  __device__ __forceinline__ void keep(int i, const Channels& values) const {
+    S* p = place(i);
+#pragma unroll
+    for (int v = 0; v < VEC; v += ACCESS) {
+      float some[ACCESS];
+#pragma unroll
+      for (int j = 0; j < ACCESS; ++j) some[j] = values.x[v + j];
+      store_vec(p + v * args.stride_channel, from_float<S, ACCESS>(some));
+    }
+  }
+  // The input `age` tokens before token t.
+  __device__ __forceinline__ Channels earlier(int t, int age) const {
+    if (t >= age) return input(t - age);
+    const int i = args.state_len + t - age;
+    return is_new || i < 0 ? Channels::all(0.0f) : kept(i);
+  }
+  __device__ __forceinline__ Channels tap(int age) const {
+    const W* p = static_cast<const W*>(args.weight) + c * args.stride_weight_channel +
+                 (args.width - 1 - age) * args.stride_weight_tap;
+    Channels taps;
+#pragma unroll
+    for (int v = 0; v < VEC; ++v) taps.x[v] = to_float(p[v * args.stride_weight_channel]);
+    return taps;
+  }
+  __device__ __forceinline__ Channels bias() const {
+    Channels biases = Channels::all(0.0f);
+    if (args.bias != nullptr) {
+#pragma unroll
+      for (int v = 0; v < VEC; ++v) biases.x[v] = to_float(static_cast<const W*>(args.bias)[c + v]);
+    }
+    return biases;
+  }
+  __device__ __forceinline__ void write(int t, const Channels& sum) const {
+    float y[VEC];
+#pragma unroll
+    for (int v = 0; v < VEC; ++v) y[v] = sum.x[v];
+    if (args.silu) {
+#pragma unroll
+      for (int v = 0; v < VEC; ++v) y[v] = y[v] / (1.0f + expf(-y[v]));
+    }
+    store_vec(out + t * args.out.stride_token, from_float<T, VEC>(y));
+  }
+
+  // The state after the sequence; window[a - 1] is the input of age a before token 0.
+  __device__ __forceinline__ void update(const Channels (&window)[WINDOW]) const {
+    const int len = args.state_len;
+    if (args.positions == nullptr) {
+      const int stay = len - length;  // old inputs that only move; each is read before its place is written
+      for (int i = 0; i < stay - HELD; ++i) keep(i, is_new ? Channels::all(0.0f) : kept(i + length));
+#pragma unroll
+      for (int age = HELD; age > 0; --age) {
+        if (age <= stay) keep(stay - age, window[age - 1]);
+      }
+    }
+    for (int t = max(0, length - len); t < length; ++t) {
+      keep(args.positions == nullptr ? len - length + t : t % len, input(t));
+    }
+  }
+
+  __device__ __forceinline__ void from_registers(int begin, int end) const {
+    // 1. the window
+    Channels taps[TAPS], window[WINDOW];
+#pragma unroll
+    for (int age = 0; age < WIDTH; ++age) taps[age] = age < args.width ? tap(age) : Channels::all(0.0f);
+#pragma unroll
+    for (int age = 1; age <= HELD; ++age) window[age - 1] = earlier(begin, age);
+    const Channels biases = bias();
+
+    // 2. the state
+    if (state != nullptr && begin == 0) update(window);
+
+    // 3. the outputs
+    for (int t = begin; t < end; t += AHEAD) {
+      Vec<T, VEC> inputs[AHEAD];
+#pragma unroll
+      for (int i = 0; i < AHEAD; ++i) {
+        if (t + i < end) inputs[i] = raw_input(t + i);
+      }
+#pragma unroll
+      for (int i = 0; i < AHEAD; ++i) {
+        if (t + i >= end) break;
+        const Channels newest = Channels::from(inputs[i]);
+        Channels sum = biases;
+#pragma unroll
+        for (int age = HELD; age > 0; --age) {
+          if (age < args.width) sum.add_product(taps[age], window[age - 1]);
+        }
+        sum.add_product(taps[0], newest);
+        write(t + i, sum);
+#pragma unroll
+        for (int age = HELD; age > 1; --age) window[age - 1] = window[age - 2];
+        if (HELD > 0) window[0] = newest;
+      }
+    }
+  }
+
+  // The state of one channel is one access each way, and its end the window.
+  __device__ __forceinline__ void from_row() const {
+    float row[PLACES], taps[TAPS];
+    to_float(load_vec<S, PLACES>(state), row);
+#pragma unroll
+    for (int age = 0; age < WIDTH; ++age) taps[age] = age < args.width ? tap(age).x[0] : 0.0f;
+    const float biases = bias().x[0];
+#pragma unroll 1
+    for (int t = 0; t < length; ++t) {
+      const float newest = input(t).x[0];
+      float sum = biases;
+#pragma unroll
+      for (int age = WIDTH - 1; age > 0; --age) {
+        if (age < args.width) sum = fmaf(taps[age], row[PLACES - age], sum);
+      }
+      write(t, Channels::all(fmaf(taps[0], newest, sum)));
+#pragma unroll
+      for (int i = 0; i < PLACES - 1; ++i) row[i] = row[i + 1];
+      row[PLACES - 1] = newest;
+    }
+    store_vec(state, from_float<S, PLACES>(row));
+  }
+
+  __device__ __forceinline__ void from_memory(int begin, int end) const {
+    const Channels biases = bias(), none[WINDOW] = {};
+    for (int t = begin; t < end; ++t) {
+      Channels sum = biases;
+      for (int age = args.width - 1; age >= 0; --age) sum.add_product(tap(age), earlier(t, age));
+      write(t, sum);
+    }
+    if (state != nullptr && begin == 0) update(none);
+  }
+};
+
+CA_KERNEL __launch_bounds__(128, MIN_BLOCKS) void causal_conv1d(const __grid_constant__ CausalConv1dArgs args) {
+  Piece piece;
+  if (args.is_packed) {
+    piece = find_piece(args.cu_seqlens, args.batch, args.tokens, args.piece, blockIdx.x);
+  } else {  // `tokens` of every sequence
+    const int pieces = (args.tokens + args.piece - 1) / args.piece, begin = blockIdx.x % pieces * args.piece;
+    piece = {static_cast<int>(blockIdx.x / pieces), 0, begin, min(begin + args.piece, args.tokens), args.tokens};
+  }
+  if (piece.begin == piece.end) return;
+  const bool has_states = args.state != nullptr;
+  const int64_t slot = find_slot(args.slots, args.batch, has_states ? args.num_slots : args.batch, piece.seq);
+  const int64_t x_row = piece.seq * args.x.stride_seq + piece.first * args.x.stride_token;
+  const int64_t out_row = piece.seq * args.out.stride_seq + piece.first * args.out.stride_token;
+  const bool is_new = !has_states || (args.has_state != nullptr && slot >= 0 && args.has_state[piece.seq] == 0);
+  int oldest = 0;
+  if (args.positions != nullptr && slot >= 0 && args.state_len > 0) {
+    oldest = args.positions[piece.seq] % args.state_len;
+    if (oldest < 0) oldest += args.state_len;
+  }
+
+  const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.x * VEC;
+  for (int64_t c = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * VEC; c < args.channels; c += step) {
+    T* out = static_cast<T*>(args.out.data) + out_row + c * args.out.stride_channel;
+    if (slot < 0) {
+      float zeros[VEC] = {};
+      for (int t = piece.begin; t < piece.end; ++t) {
+        store_vec(out + t * args.out.stride_token, from_float<T, VEC>(zeros));
+      }
+      continue;
+    }
+    const T* x = static_cast<const T*>(args.x.data) + x_row + c * args.x.stride_channel;
+    S* state = has_states ? static_cast<S*>(args.state) + slot * args.stride_slot + c * args.stride_channel : nullptr;
+    const Sequence sequence{args, x, out, state, c, oldest, piece.length, is_new};
+    if constexpr (ROW > 0) sequence.from_row();
+    else if constexpr (WIDTH > 0) sequence.from_registers(piece.begin, piece.end);
+    else sequence.from_memory(piece.begin, piece.end);
+  }
+}
