@@ -370,3 +370,14 @@ def test_decoding_over_pages(xp):
     weights = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
     want = np.einsum("ht,thd->hd", weights, xp.numpy(value))
     assert np.abs(xp.numpy(out)[0] - want).max() < 2e-6
+
+
+def test_pages_in_the_other_layout(xp):
+    """Pools [num_pages, page_size, num_kv_heads, head_dim] are taken by their strides."""
+    pools = [xp.array(np.full((PAGES, PS, H, D), np.nan, np.float32)) for _ in "kv"]
+    view = PagedAttentionCacheView(metadata(), 0, *(pool.transpose(2, 0, 1, 3) for pool in pools))
+    (key, value), other = rows(xp, 6), make(xp)
+    for each in (view, other):
+        each.write_prefill_to_cache(key, value, prompt(xp, 6, 0, 6, [7, 3]))
+    assert_same_bits(xp.numpy(pools[0]), xp.numpy(other.key_pages).transpose(1, 2, 0, 3))
+    assert_same_bits(xp.numpy(view.value_pages), xp.numpy(other.value_pages))

@@ -368,3 +368,16 @@ def test_empty_metadata_classes():
 
 def test_exports():
     assert {name for name in cupyattn.caches.__all__} <= {*cupyattn.__all__}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_convolution_s_kernel_moves_the_window_as_append_does(dtype):
+    """`causal_conv1d_update` on the view's own array, for one token and for several."""
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((3, 4)).astype(dtype_of(dtype))
+    view = MambaCacheView.init(MambaCacheMetaData.create(1, None, **SIZES), None, dtype)
+    other = view.copy()
+    for shape in ((2, 3), (2, 3, 2), (2, 3), (2, 3, 6)):
+        x = rng.standard_normal(shape).astype(dtype_of(dtype))
+        cupyattn.causal_conv1d_update(x, view.conv_states, weight)
+        assert view == other.append_conv_state(x)
