@@ -195,6 +195,8 @@ def test_wrong_shapes_and_kinds(xp):
         other.update_ssm_state(zeros)
     with pytest.raises(TypeError, match="new_ssm_state must be a NumPy or CuPy array, got list"):
         view.update_ssm_state([1])
+    with pytest.raises(TypeError, match="append_conv_state: x must be a NumPy or CuPy array, got list"):
+        view.append_conv_state([1])
     if xp.name != "numpy":
         with pytest.raises(TypeError, match="all arrays must be of one kind"):
             view.append_conv_state(np.zeros((2, 3), np.float32))

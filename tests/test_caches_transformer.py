@@ -267,6 +267,7 @@ def test_wrong_arguments(xp):
         (ValueError, r"key must be \[batch, T, heads, dim\] = \[2, 2, 2, 8\], got", (x, x[:, :1], x), {}),
         (ValueError, r"value must be \[batch, T, heads, dim\]", (x, x, x[..., :4]), {}),
         (ValueError, "quantizer must be None or the view's, None, got int8", (x, x, x, "int8"), {}),
+        (TypeError, "query must be a NumPy or CuPy array, got list", ([], x, x), {}),
         (ValueError, "window_size must be", (x, x, x), {"window_size": -1}),
         (TypeError, "return_view must be True or False", (x, x, x), {"return_view": 1}),
         (ValueError, r"attention_mask must be \[2, 6\], got \[2, 5\]", (x, x, x),
@@ -344,6 +345,7 @@ def test_formats(xp, quantizer):
     untouched.concatenate_to_cache(key, key, value)
     assert untouched == view and untouched != before
     assert TransformerCacheView.from_json(view.to_json(), xp=xp.module) == view
+    assert view.to(np) == view and isinstance(view.to(np).key.codes, np.ndarray) and view.to(xp.module) is view
     other = TransformerCache([make(xp, "float16", quantizer=quantizer, head_dim=32, batch=3, index=(0, 0, 0))])
     other.insert(TransformerCache([view]), 1)
     assert_same_bits(other[0].key.dequantize()[1:], view.key.dequantize())

@@ -111,8 +111,8 @@ class Cache(Record):
     """The views of all layers; ``cache[i]`` is the view of layer i, or None before it has one."""
 
     @classmethod
-    def init_empty(cls, num_hidden_layers=0, *args, **kwargs):
-        """A cache of `num_hidden_layers` layers that have no view yet; what else is given means nothing."""
+    def init_empty(cls, num_hidden_layers):
+        """A cache of `num_hidden_layers` layers that have no view yet."""
         return cls(views=[None] * num_hidden_layers)
 
     def to_pure(self):

@@ -65,7 +65,7 @@ class RecurrentView(View):
         self
         """
         slots, channels, width = self.conv_states.shape
-        tokens = x.shape[2:3]
+        tokens = getattr(x, "shape", ())[2:3]
         _check_new(f"{type(self).__name__}.append_conv_state", "x", x, (slots, channels, *tokens), self.conv_states)
         if not tokens:
             self._shift(1)

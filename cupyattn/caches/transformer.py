@@ -190,12 +190,12 @@ class TransformerCacheView(View):
         Kernel: ``cuda_src/kv_append.cu``. Attention itself is faster with ``cache_seqlens=view.index,
         cache_starts=view.starts`` and `window_size` than with the mask.
         """
+        masks = {"attention_mask": attention_mask, "causal_mask": causal_mask, "token_type_ids": token_type_ids}
+        xp = array_namespace(_CONCATENATE, index=self.index, query=query, key=key, value=value, **masks)
         self._check_new(query, key, value, quantizer)
         check_number(_CONCATENATE, "window_size", window_size, least=0, integer=True)
         check_flag(_CONCATENATE, "return_view", return_view)
         tokens, capacity = query.shape[1], self.key.shape[1]
-        masks = {"attention_mask": attention_mask, "causal_mask": causal_mask, "token_type_ids": token_type_ids}
-        xp = array_namespace(_CONCATENATE, index=self.index, key=key, value=value, **masks)
         check_masks(_CONCATENATE, (len(self.index), tokens, capacity), **masks)
         if xp is np and tokens and len(self.index):
             self._check_room(tokens, causal_mask)
