@@ -40,7 +40,7 @@ def visible_slots(xp, index, tokens, capacity, *, attention_mask=None, causal_ma
     position = (index[:, None] + xp.arange(tokens, dtype=np.int32))[:, :, None]   # [batch, tokens, 1]
     chosen = None
     if causal_mask is not None:
-        chosen = xp.take_along_axis(causal_mask[:, 0] != 0, position, axis=1)
+        chosen = xp.take_along_axis(causal_mask[:, 0], position, axis=1) != 0
     if window_size:
         back = position - slot
         near = (back >= 0) & (back < window_size)
