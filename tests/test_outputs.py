@@ -46,6 +46,11 @@ def _conv_update(state=None, out=None):
     cupyattn.causal_conv1d_update(X, np.zeros((2, 16, 3), np.float32) if state is None else state, X.T, out=out)
 
 
+def _lightning_attention(out=None, state=None):
+    state = np.zeros((2, 2, 16, 16), np.float32) if state is None else state
+    cupyattn.lightning_attention(HEADS, HEADS, HEADS, state, X[0, :2], out=out)
+
+
 CASES = {
     "rms_norm out": (_rms_norm, X.shape),
     "rms_norm residual": (lambda a: _rms_norm(residual=a), X.shape),
@@ -62,6 +67,8 @@ CASES = {
     "kv_flatten out": (_kv_flatten, (2, 2, 3, 16)),
     "paged_decode out": (_paged_decode, HEADS.shape),
     "paged_decode lse": (lambda a: _paged_decode(lse=a), HEADS.shape[:2]),
+    "lightning_attention out": (_lightning_attention, HEADS.shape),
+    "lightning_attention state": (lambda a: _lightning_attention(state=a), (2, 2, 16, 16)),
     "split_reduce out": (_split_reduce, PLANES.shape[1:]),
     "split_reduce lse": (lambda a: _split_reduce(lse=a), PLANES.shape[1:3]),
 }
