@@ -140,6 +140,40 @@ def test_a_slow_head_remembers(block_size):
     assert_close(state, np.full(state.shape, 3 * np.exp(-2000 * float(slope[0]))), 0, 1e-5)
 
 
+def onnx_gated(q, k, v, state, slopes, scale):
+    """(out, state) of com.microsoft.LinearAttention with the rule "gated" for sequences of one length, [batch, tokens,
+    heads, dim]; its gate is the logarithm of the decay."""
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    batch, tokens, heads, _ = q.shape
+    gate = np.broadcast_to(-slopes, (batch, tokens, heads)).astype(np.float32)
+    feed = {name: x.reshape(batch, tokens, -1) for name, x in (("q", q), ("k", k), ("v", v), ("gate", gate))}
+    feed["state"] = state
+    node = helper.make_node("LinearAttention", ["q", "k", "v", "state", "gate"], ["out", "present"],
+                            domain="com.microsoft", q_num_heads=heads, kv_num_heads=heads, update_rule="gated",
+                            scale=float(scale))
+    graph = helper.make_graph([node], "gated", [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, x.shape) for name, x in feed.items()],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("out", "present")])
+    model = helper.make_model(graph, ir_version=10, opset_imports=[
+        helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)])
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    out, present = session.run(["out", "present"], feed)
+    return out.reshape(v.shape), present
+
+
+@pytest.mark.parametrize("tokens", [1, 75])
+def test_onnxruntime_says_the_same(tokens):
+    q, k, v, slopes = make(2 * tokens, 3, 32, 16)
+    state = make_state(2, 3, 32, 16) / 4
+    want, want_state = onnx_gated(*(x.reshape(2, tokens, *x.shape[1:]) for x in (q, k, v)), state, slopes, 0.3)
+    starts = None if tokens == 1 else np.int32([0, tokens, 2 * tokens])
+    got = cupyattn.lightning_attention(q, k, v, state, slopes, scale=0.3, cu_seqlens=starts)
+    assert_close(got, want.reshape(got.shape), 1e-5, 1e-5)
+    assert_close(state, want_state, 1e-5, 1e-5)
+
+
 @pytest.mark.parametrize("cut", [1, 7, 32, 39])
 def test_a_sequence_in_two_calls(xp, cut):
     """With and without history in front, so that it must fade as in one call."""
