@@ -124,6 +124,11 @@ def _lightning_attention(xp):
     return call, [out, state]
 
 
+def _page_move(xp):
+    pools, ids = [_normal(xp, 4, 3, 2, 16) for _ in "kv"], [xp.array(np.int32(a)) for a in ([3, 2], [0, 1])]
+    return lambda: cupyattn.page_move(pools, *ids), pools
+
+
 def _schedule(xp):
     lengths, changed, cu_seqlens_q = (xp.array(np.int32(a)) for a in ([1500, 20], [9, 2000], [0, 1, 300]))
     options = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 64, "cu_seqlens_q": cu_seqlens_q}
@@ -148,7 +153,7 @@ def _causal_conv1d_update(xp):
 CASES = {"rms_norm": _rms_norm, "layer_norm": _layer_norm, "rope": _rope, "kv_append": _kv_append,
          "kv_flatten": _kv_flatten, "paged_decode": _paged_decode, "attention": _attention,
          "split_reduce": _split_reduce, "silu_mul": _silu_mul, "quant_gemm": _quant_gemm, "embedding": _embedding,
-         "lightning_attention": _lightning_attention,
+         "lightning_attention": _lightning_attention, "page_move": _page_move,
          "schedule": _schedule, "causal_conv1d": _causal_conv1d, "causal_conv1d_update": _causal_conv1d_update}
 
 

@@ -626,4 +626,37 @@ struct LightningAttentionArgs {
   float scale;                 // of the output
 };
 
+struct PagePools {
+  void* pool0;  // as many are used as the grid is high
+  void* pool1;  // second
+  void* pool2;  // third
+  void* pool3;  // fourth
+  void* pool4;  // fifth
+  void* pool5;  // sixth
+  void* pool6;  // seventh
+  void* pool7;  // eighth
+};
+
+struct PageMoveArgs {
+  PagePools pools;              // bytes [num_pages, page_size, outer, inner, row], all laid out alike
+  const int32_t* sources;       // int32 [moves] page to copy; outside [0, num_pages): none
+  const int32_t* destinations;  // int32 [moves] page to write; outside [0, num_pages): none
+  const int32_t* tokens;        // int32 [moves] tokens to copy, from the page's first; null for all
+  int64_t stride_source;        // elements between entries of sources
+  int64_t stride_destination;   // elements between entries of destinations
+  int64_t stride_tokens;        // elements between entries of tokens
+  int64_t stride_page;          // bytes between pages
+  int64_t stride_token;         // bytes between tokens
+  int64_t stride_outer;         // bytes between the parts of a token
+  int64_t stride_inner;         // bytes between the rows of such a part
+  int32_t num_pages;            // of every pool
+  int32_t page_size;            // tokens per page
+  int32_t outer;                // parts of a token
+  int32_t inner;                // rows of a part
+  int32_t pieces;               // accesses to a row, whose bytes are adjacent
+  int32_t slices;               // blocks of a move in one pool
+  int32_t is_flat;              // 1: the bytes of a page are adjacent
+  int32_t reserved;             // zero
+};
+
 #endif  // CUPYATTN_PARAMS_H
