@@ -140,8 +140,8 @@ class Adapters:
             in_order = (order == np.arange(batch_size)).all()
             found = Group(None if in_order else to(rows.astype(np.int32)), to(np.argsort(rows).astype(np.int32)),
                           to(ends.astype(np.int32)))
-            while len(self._groups) >= 64:
-                self._groups.pop(next(iter(self._groups)))
+            for oldest in list(self._groups)[:-63]:   # a copy: other threads add to it
+                self._groups.pop(oldest, None)
             self._groups[key] = found
         return found
 

@@ -46,6 +46,10 @@ SWITCHES = {
     "partial gptj": {"rotary_dim": 8, "rope_style": "gptj", "dtype": "float16"},
     "head norms": {"head_norm": "shared"}, "head norms of each head": {"head_norm": "heads", "dtype": "float16"},
     "layer norms of heads": {"head_norm": "heads", "headnorm_is_rms": False},
+    "layer norms of heads and x": {"head_norm": "shared", "headnorm_is_rms": False, "norm": "layer", "post": True},
+    "head norms, no norm": {"head_norm": "heads", "norm": None, "norm_epsilon": 0.5},
+    "head norms of 24 dims": {"heads": 3, "kv_heads": 1, "dim": 24, "hidden": 72, "head_norm": "heads"},
+    "head norms of 256 dims": {"heads": 2, "kv_heads": 1, "dim": 256, "head_norm": "shared", "rope_style": "gptj"},
     "post-norm": {"post": True}, "post-norm with bias": {"post": True, "norm": "layer", "dtype": "float16"},
     "no residual": {"has_residual": False}, "post-norm, no residual": {"has_residual": False, "post": True},
     "fp32 residual": {"dtype": "float16", "residual_fp32": True},
@@ -218,6 +222,22 @@ def test_masks(here, shape, kind):
     layer.check(got, want)
 
 
+def test_masks_windows_and_softcap_together(here):
+    """ExLlamaV2's paths without flash-attn drop one or the other, or cut the same keys from all queries."""
+    layer = Layer(here)
+    cache, past = contiguous(layer, 2), 7
+    first = layer.inputs(2, past)
+    _, keys, values = layer.expected(first, layer.no_past(2), layer.no_past(2))
+    layer.attn.forward(here.array(first), Params(2, past, 0), cache, 0, **layer.tables)
+    mask = np.ones((2, 12), bool)
+    mask[0, :6] = mask[1, 8:10] = False
+    x, options = layer.inputs(2, 5), {"window_size": 4, "softcap": 1.5, "softmax_scale": 0.4}
+    want, _, _ = layer.expected(x, keys, values, mask=mask[:, None, None], **options)
+    got = here.array(x)
+    layer.attn.forward(got, Params(2, 5, past, mask), cache, 0, **layer.tables, **options)
+    layer.check(got, want)
+
+
 def test_not_causal(here):
     layer = Layer(here)
     cache = contiguous(layer, 2)
@@ -248,6 +268,57 @@ def test_no_cache(here):
     run(layer, (6,), 2, None, plain(2))
     with pytest.raises(ValueError, match="cache must be given for 3 cached tokens, got None"):
         layer.attn.forward(here.array(layer.inputs(1, 1)), Params(1, 1, 3), None, 0, **layer.tables)
+
+
+def test_no_cache_with_masks_and_offsets(here):
+    """As encoders and left-padded batches have it, in both directions or one."""
+    layer = Layer(here, head_norm="heads")
+    x, offsets, mask = layer.inputs(2, 7), np.int32([[-3], [2]]), np.ones((2, 7), bool)
+    mask[0, :3] = False
+    positions = np.maximum(offsets + np.arange(7), 0)
+    for causal in (True, False):
+        want, _, _ = layer.expected(x, layer.no_past(2), layer.no_past(2), positions, mask=mask[:, None, None],
+                                    causal=causal)
+        got = here.array(x)
+        layer.attn.forward(got, Params(2, 7, None, mask, offsets, non_causal_attn=not causal), **layer.tables)
+        seen = mask[..., None].astype(float) if causal else 1.0   # a query of the padding sees nothing it should
+        layer.check(here.array(here.numpy(got) * np.float32(seen)), want * seen)
+
+
+@pytest.mark.parametrize("alt", ["tuple", "dict"])
+def test_offsets_of_both_kinds_and_other_tables(xp, alt):
+    """position = past + position_offset + rope_offset + t, at least 0, also with past; in the tables of params."""
+    layer = Layer(xp, dtype="float32")
+    cos, sin = cupyattn.RopeParams(rotary_dim=32, base=7.0).tables(MAX_POSITIONS)
+    other = (sin, cos) if alt == "tuple" else {"cpu": (sin, cos)}
+    cache, keys, values = contiguous(layer, 2), layer.no_past(2), layer.no_past(2)
+    for q_len in (4, 1):
+        x, past = layer.inputs(2, q_len), len(keys[0])
+        positions = np.maximum(past + np.int32([[-6], [1]]) + 4 + np.arange(q_len), 0)
+        want, keys, values = layer.expected(x, keys, values, positions, sin=sin, cos=cos)
+        got = xp.array(x)
+        params = Params(2, q_len, past, position_offsets=[-6, 1], rope_offsets=[4], alt_rope_embed=other)
+        layer.attn.forward(got, params, cache, 0, **layer.tables)
+        layer.check(got, want)
+
+
+def test_several_histories_with_masks_and_windows(here):
+    """A list of caches; each sequence has its row of the mask."""
+    layer = Layer(here)
+    caches, mask = [contiguous(layer, 1) for _ in range(2)], np.ones((2, 9), bool)
+    mask[0, 2:4] = mask[1, 0] = False
+    keys, values = [], []
+    for cache, n in zip(caches, (5, 2), strict=True):
+        past = layer.inputs(1, n)
+        _, (k,), (v,) = layer.expected(past, layer.no_past(1), layer.no_past(1))
+        layer.attn.forward(here.array(past), Params(1, n, 0), cache, 0, **layer.tables)
+        keys.append(k)
+        values.append(v)
+    x, options = layer.inputs(2, 4), {"window_size": 5, "softcap": 2.0}
+    want, _, _ = layer.expected(x, keys, values, mask=mask[:, None, None], **options)
+    got = here.array(x)
+    layer.attn.forward(got, Params(2, 4, [5, 2], mask), caches, 0, **layer.tables, **options)
+    layer.check(got, want)
 
 
 @pytest.mark.parametrize("listed", [False, True])
@@ -422,18 +493,42 @@ def test_checked():
 
 
 def test_scores_past_float16(here):
-    """Qwen2-like activations: q · k is far beyond 65504, the result is not."""
-    layer = Layer(here, dtype="float16", biases=True)
-    layer.vectors["k_bias"][:] = 300.0
+    """Qwen2-like activations: q · k is far beyond 65504, the result is what float64 says of the same q, k and v."""
+    layer = Layer(here, dtype="float16", biases=True, rope_style="none", norm=None)
+    biases = {n: np.full(size, 300.0, np.float32) for n, size in (("q_bias", 128), ("k_bias", 64))}
     attn = QAttn(**{f"q_{n}_proj": m for n, m in layer.matrices.items()}, hidden_size=64, num_heads=4, num_kv_heads=2,
-                 head_dim=32, rope_style="none", xp=here.module,
-                 **layer.vectors | {"q_bias": np.full(128, 300.0, np.float32)})
-    layer.style, layer.attn, layer.tables = None, attn, {}
-    layer.vectors["q_bias"] = np.full(128, 300.0, np.float32)
-    x = layer.inputs(1, 4)
+                 head_dim=32, rope_style="none", xp=here.module, **layer.vectors | biases)
+    x = layer.inputs(1, 6)
+    q, k, v = (here.numpy(a).astype(np.float64)[0] for a in attn.forward_1(here.array(x), 1, 6, 0))
+    scores = np.einsum("qhd,khd->hqk", q, k.repeat(2, 1))
+    assert scores.min() > 2 * 65504
+    scores = np.where(np.tri(6, dtype=bool), scores * 32**-0.5, -np.inf)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    mixed = np.einsum("hqk,khd->qhd", p / p.sum(-1, keepdims=True), v.repeat(2, 1)).reshape(1, 6, 128)
     got = here.array(x)
-    attn.forward(got, Params(1, 4, 0), contiguous(layer, 1), 0)
-    assert np.isfinite(here.numpy(got).astype(np.float64)).all()
+    attn.forward(got, Params(1, 6, 0), contiguous(layer, 1), 0)
+    layer.check(got, x + mixed @ layer.exact["o_proj"].T.astype(np.float64) + layer.vectors["o_bias"])
+
+
+@pytest.mark.parametrize("formats", ["float16", "int4-g32"])
+def test_the_same_prompt_everywhere_in_a_batch(here, formats):
+    """Each copy gets the same bits, prefill and decode, beside other prompts, and again in a second run."""
+    layer = Layer(here, dtype="float16", formats=formats)
+    prompts, first = [layer.inputs(1, n).repeat(5, 0) for n in (9, 1, 1)], None
+    for rows in prompts:
+        rows[3] += 1   # another one among them
+    for _ in range(2):
+        cache, found, past = contiguous(layer, 5), [], 0
+        for rows in prompts:
+            x = here.array(rows)
+            layer.attn.forward(x, Params(5, rows.shape[1], past), cache, 0, **layer.tables, invariant=True)
+            past += rows.shape[1]
+            found.append(here.numpy(x))
+            for b in (1, 2, 4):
+                assert_same_bits(found[-1][b], found[-1][0])
+        for mine, other in zip(found, first or found, strict=True):
+            assert_same_bits(mine, other)
+        first = found
 
 
 def test_wide_attention_outgrows_no_scratch(here):
