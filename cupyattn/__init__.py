@@ -39,6 +39,8 @@ from .ops.embedding import embedding
 from .ops.kv_append import kv_append
 from .ops.kv_flatten import kv_flatten
 from .ops.layer_norm import layer_norm
+from .ops.lightning_attention import lightning_attention, lightning_slopes
+from .ops.page_move import page_move
 from .ops.paged_decode import paged_decode
 from .ops.quant_gemm import quant_gemm
 from .ops.repack import repack
@@ -77,6 +79,7 @@ __all__ = [
     "attention", "dequantize", "embedding", "kv_append", "kv_flatten", "layer_norm", "paged_decode", "quant_gemm",
     "repack", "rms_norm", "rope", "schedule", "silu_mul", "split_reduce", "tune",
     "causal_conv1d", "causal_conv1d_update",
+    "lightning_attention", "lightning_slopes", "page_move",
     "free_q_attn", "make_q_attn", "q_attn_forward_1", "q_attn_forward_2", "q_attn_set_loras", "load_lora",
     "contiguous_shards", "create_cache_iter_factory", "flatten_kv", "invoke_attention", "invoke_decoding",
     "merge_shards", "process_kv", "rank_result", "reduce_split_k", "round_robin",

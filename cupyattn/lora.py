@@ -16,11 +16,17 @@ from .quant import QMatrix
 from .quant.safetensors_file import Safetensors
 from .runtime import layer_workspace
 from .runtime.arrays import dtype_name, dtype_of
-from .runtime.checks import FLOATS, check_number
+from .runtime.checks import FLOATS, check_flag, check_number
 
 PROJECTIONS = ("q", "k", "v", "o")
 _NAME = re.compile(r"(?:.*\.)?layers\.(\d+)\.(?:self_attn|attention|attn)\.([qkvo])_proj"
                    r"\.lora_([AB])(?:\.\w+)?\.weight")
+_ATTENTION = re.compile(r"(?:.*\.)?\w*att(?:n|ention)\.")
+_DEFAULT = 8   # of PEFT's r and lora_alpha
+_ONLY = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_qalora": False, "use_bdlora": None,
+         "lora_bias": False, "fan_in_fan_out": False, "layer_replication": None, "alora_invocation_tokens": None,
+         "arrow_config": None}   # what PEFT's config has to say of an adapter that is two matrices and nothing else
+_CHANGES_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")   # of the model, too, when training starts
 _STEP = 8   # what a rank is filled up to a multiple of
 
 
@@ -134,8 +140,8 @@ class Adapters:
             in_order = (order == np.arange(batch_size)).all()
             found = Group(None if in_order else to(rows.astype(np.int32)), to(np.argsort(rows).astype(np.int32)),
                           to(ends.astype(np.int32)))
-            while len(self._groups) >= 64:
-                self._groups.pop(next(iter(self._groups)))
+            for oldest in list(self._groups)[:-63]:   # a copy: other threads add to it
+                self._groups.pop(oldest, None)
             self._groups[key] = found
         return found
 
@@ -214,7 +220,7 @@ def names_of(loras, sequence_loras):
 # ---- PEFT ------------------------------------------------------------------------------------------------
 
 
-def load_lora(path, *, scaling=1.0):
+def load_lora(path, *, scaling=1.0, skip_others=False):
     """The adapter in a folder that PEFT wrote.
 
     Parameters
@@ -223,6 +229,9 @@ def load_lora(path, *, scaling=1.0):
         Folder with adapter_config.json and adapter_model.safetensors.
     scaling : float
         Multiplies the adapter's own alpha / rank (rsLoRA: alpha / sqrt(rank)).
+    skip_others : bool
+        Leave out weights of modules that are not of attention: MLP, embedding, head. What is left is not what was
+        trained. Default: such an adapter is refused.
 
     Returns
     -------
@@ -231,35 +240,27 @@ def load_lora(path, *, scaling=1.0):
 
     Raises
     ------
-    ValueError
-        Files that do not belong together, half of a pair of matrices, shapes that do not fit the rank.
+    TypeError, ValueError
+        Files that are damaged or do not belong together, half of a pair of matrices, shapes that do not fit the rank,
+        two adapters for one projection.
     NotImplementedError
-        Another method than LoRA, DoRA, biases, or weights of other modules than q_proj, k_proj, v_proj and o_proj of
-        attention.
+        Another method than LoRA, or one that needs more than two matrices for each module: DoRA, biases,
+        `layer_replication`, initialisations that change the model's own weights. Other weights of attention than those
+        of q_proj, k_proj, v_proj and o_proj; weights of other modules without `skip_others`.
     OSError
         A file cannot be read.
 
     Notes
     -----
-    `rank_pattern` and `alpha_pattern` are followed. Arrays are over the mapped file.
+    `rank_pattern`, `alpha_pattern`, `use_rslora` and PEFT's defaults (r and lora_alpha of 8) are followed. Arrays are
+    over the mapped file.
     """
+    check_number("load_lora", "scaling", scaling)
+    check_flag("load_lora", "skip_others", skip_others)
     path = Path(path)
-    config = json.loads((path / "adapter_config.json").read_text())
-    for name, wanted in (("peft_type", ("LORA",)), ("bias", ("none", None)), ("use_dora", (False, None)),
-                         ("fan_in_fan_out", (False, None)), ("modules_to_save", (None, []))):
-        if config.get(name, wanted[0]) not in wanted:
-            raise NotImplementedError(f"load_lora: {name} of {path / 'adapter_config.json'} must be {wanted[0]!r}, got "
-                                      f"{config[name]!r}")
-    tensors, pairs = Safetensors(path / "adapter_model.safetensors"), {}
-    for name in tensors:
-        match = _NAME.fullmatch(name)
-        if match is None:
-            raise NotImplementedError(f"load_lora: tensors of {path} must be lora_A and lora_B of q_proj, k_proj, "
-                                      f"v_proj and o_proj, got {name}")
-        layer, projection, half = match.groups()
-        pairs.setdefault((int(layer), projection), {})[half] = name
-    found = {}
-    for (layer, projection), halves in sorted(pairs.items()):
+    config = _config(path / "adapter_config.json")
+    tensors, found = Safetensors(path / "adapter_model.safetensors"), {}
+    for (layer, projection), halves in sorted(_pairs(path, tensors, skip_others).items()):
         if len(halves) != 2:
             (half, name), = halves.items()
             raise ValueError(f"load_lora: {path} must have lora_{'B' if half == 'A' else 'A'} beside {name}, got none")
@@ -267,20 +268,72 @@ def load_lora(path, *, scaling=1.0):
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
             raise ValueError(f"load_lora: {halves['A']} must be [rank, in] and {halves['B']} [out, rank], got "
                              f"{list(a.shape)} and {list(b.shape)}")
-        module = halves["A"].removeprefix("base_model.model.").partition(".lora_A")[0]
-        rank = _pattern(config.get("rank_pattern"), module, config.get("r"))
+        module = _module(halves["A"])
+        rank = _pattern(config, "rank_pattern", module, config.get("r", _DEFAULT))
         if rank != a.shape[0]:
             raise ValueError(f"load_lora: {halves['A']} must have the rank {rank} of adapter_config.json, got "
                              f"{a.shape[0]}")
-        alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
+        alpha = _pattern(config, "alpha_pattern", module, config.get("lora_alpha", _DEFAULT))
+        check_number("load_lora", "lora_alpha of adapter_config.json", alpha)
         factor = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         found.setdefault(layer, {})[projection] = LoRA(a, b, scaling * factor)
     return found
 
 
-def _pattern(patterns, module, default):
+def _config(file):
+    """adapter_config.json, of an adapter that is its two matrices for each module and nothing else."""
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:   # JSON or UTF-8
+        raise ValueError(f"load_lora: {file} must be JSON, got {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"load_lora: {file} must hold an object, got {type(config).__name__}")
+    for name, wanted in _ONLY.items():
+        value = config.get(name)
+        if value != wanted and value not in (None, False, [], {}):
+            raise NotImplementedError(f"load_lora: {name} of {file} must be {wanted!r}, got {value!r}")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_WEIGHTS):
+        raise NotImplementedError(f"load_lora: init_lora_weights of {file} must leave the model's own weights as they "
+                                  f"are, got {start!r}; PEFT converts such an adapter when it saves it")
+    return config
+
+
+def _pairs(path, tensors, skip_others):
+    """Names of the two matrices, "A" and "B", by (layer, projection)."""
+    pairs, others = {}, []
+    for name in tensors:
+        match = _NAME.fullmatch(name)
+        if match is not None:
+            layer, projection, half = match.groups()
+            first = pairs.setdefault((int(layer), projection), {}).setdefault(half, name)
+            if first != name:
+                raise ValueError(f"load_lora: {path} must have one adapter for {projection}_proj of layer {layer}, got "
+                                 f"{first} and {name}")
+        elif _ATTENTION.match(name):
+            raise NotImplementedError(f"load_lora: tensors of attention in {path} must be lora_A and lora_B of q_proj, "
+                                      f"k_proj, v_proj and o_proj, got {name}")
+        else:
+            others.append(name)
+    if others and not skip_others:
+        kinds = sorted({re.sub(r".*\blayers\.\d+\.", "", _module(name)) for name in others})
+        raise NotImplementedError(f"load_lora: skip_others must be True for {path}, to leave out what is not of "
+                                  f"attention, got False for {', '.join(kinds[:8])}{', ...' * (len(kinds) > 8)}")
+    return pairs
+
+
+def _module(name):
+    """Name of the module a tensor belongs to, as the config has it."""
+    return re.sub(r"\.(?:lora_|weight$|bias$).*", "", name.removeprefix("base_model.model."))
+
+
+def _pattern(config, name, module, default):
     """The value of the first pattern that is the module's name or the end of it, as PEFT has it."""
-    for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module):
-            return value
+    for pattern, value in (config.get(name) or {}).items():
+        try:
+            if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module):
+                return value
+        except re.error as error:
+            raise ValueError(f"load_lora: {name} of adapter_config.json must hold regular expressions, got {pattern!r} "
+                             f"({error})") from None
     return default

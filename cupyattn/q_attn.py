@@ -353,6 +353,11 @@ class QAttn(Projections):
         check_number("QAttn", "past_len", past_len, least=-1, integer=True)
         if past_lens is not None:
             past_lens = lengths_of("past_lens", past_lens, batch_size, self.xp)
+            if self.max_seq_len is not None and self.xp is np:
+                longest = max(past_len, 0) + int(past_lens.max()) + q_len
+                if longest > self.max_seq_len:
+                    raise ValueError("QAttn: past_len + past_lens + q_len must be at most max_seq_len "
+                                     f"{self.max_seq_len}, got {longest}")
         elif past_len < 0:
             raise ValueError("QAttn: past_lens must be given with past_len -1, got None")
         elif self.max_seq_len is not None and past_len + q_len > self.max_seq_len:

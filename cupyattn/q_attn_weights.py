@@ -161,8 +161,8 @@ def tables(sin, cos, style, rotary_dim, xp):
         step = 2 if style == "interleaved" and cos.shape[-1] == rotary_dim else 1   # every pair is there twice
         made = [xp.asarray(np.ascontiguousarray(to_host(t).reshape(t.shape[-2:])[:, :half * step:step], np.float32))
                 for t in (cos, sin)]
-        while len(_tables) >= 16:
-            _tables.pop(next(iter(_tables)))
+        for oldest in list(_tables)[:-15]:   # a copy: other threads add to it
+            _tables.pop(oldest, None)
         found = _tables[key] = (sin, cos, *made)   # holds the given ones: their addresses stay theirs
     return found[2:]
 

@@ -4,13 +4,19 @@
 import numpy as np
 from compare import dtype_of
 
-from cupyattn import QAttn, QMatrix, RopeParams
+from cupyattn import PagedCache, QAttn, QMatrix, RopeParams
 from cupyattn.reference.dequantize import dequantize
 from cupyattn.reference.q_attn import q_attn
 
 MAX_POSITIONS = 128
 # relative to the root mean square of what is compared: a few roundings to the dtype on the way
 ERRORS = {"float32": 2e-5, "float16": 1e-2, "bfloat16": 8e-2}
+
+
+def contiguous(layer, batch, max_seq_len=64, layers=1, **options):
+    """A cache with a page for each sequence."""
+    return PagedCache.contiguous(layers, batch, max_seq_len, layer.kv_heads, layer.dim, dtype=layer.dtype,
+                                 xp=layer.xp.module, **options)
 
 
 class Layer:

@@ -111,6 +111,24 @@ def _embedding(xp):
     return lambda: cupyattn.embedding(ids, table, out=out), [out]
 
 
+def _lightning_attention(xp):
+    """Two steps, then a prefill that goes on."""
+    q, k, v, slopes = *(_normal(xp, 4, 2, 16) for _ in "qkv"), cupyattn.lightning_slopes(2, 0, 2, xp=xp.module)
+    state, out = xp.module.zeros((2, 2, 16, 16), np.float32), xp.module.zeros((4, 2, 16), np.float16)
+    starts, fresh = xp.array(np.int32([0, 3, 4])), xp.array(np.array([False, True]))
+
+    def call():
+        cupyattn.lightning_attention(q[:2], k[:2], v[:2], state, slopes, has_state=fresh, out=out[:2])
+        cupyattn.lightning_attention(q, k, v, state, slopes, cu_seqlens=starts, has_state=fresh, out=out)
+
+    return call, [out, state]
+
+
+def _page_move(xp):
+    pools, ids = [_normal(xp, 4, 3, 2, 16) for _ in "kv"], [xp.array(np.int32(a)) for a in ([3, 2], [0, 1])]
+    return lambda: cupyattn.page_move(pools, *ids), pools
+
+
 def _schedule(xp):
     lengths, changed, cu_seqlens_q = (xp.array(np.int32(a)) for a in ([1500, 20], [9, 2000], [0, 1, 300]))
     options = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 64, "cu_seqlens_q": cu_seqlens_q}
@@ -135,6 +153,7 @@ def _causal_conv1d_update(xp):
 CASES = {"rms_norm": _rms_norm, "layer_norm": _layer_norm, "rope": _rope, "kv_append": _kv_append,
          "kv_flatten": _kv_flatten, "paged_decode": _paged_decode, "attention": _attention,
          "split_reduce": _split_reduce, "silu_mul": _silu_mul, "quant_gemm": _quant_gemm, "embedding": _embedding,
+         "lightning_attention": _lightning_attention, "page_move": _page_move,
          "schedule": _schedule, "causal_conv1d": _causal_conv1d, "causal_conv1d_update": _causal_conv1d_update}
 
 

@@ -168,20 +168,100 @@ def test_patterns_of_ranks_and_alphas(tmp_path):
     assert found[0]["q"].scale == 0.5 and found[2]["k"].scale == 10 and found[0]["k"].scale == 4
 
 
+MLP = {f"base_model.model.model.layers.{n}.mlp.{m}_proj.lora_{half}.weight": np.zeros(shape, np.float32)
+       for n in (0, 2) for m in ("up", "down") for half, shape in (("A", (4, 64)), ("B", (96, 4)))}
+MLP["base_model.model.lm_head.weight"] = MLP["base_model.model.model.layers.0.post_attention_layernorm.weight"] = \
+    np.zeros((8, 64), np.float32)
+
+
+def test_modules_beside_attention(tmp_path):
+    """Left out only where the caller says so; the message names them and how."""
+    layer = Layer(NumpyArrays())
+    written = peft(tmp_path, layer, extra=MLP, config={"modules_to_save": ["lm_head"]})
+    with pytest.raises(NotImplementedError, match=r"skip_others must be True for .*, to leave out what is not of "
+                       "attention, got False for lm_head, mlp.down_proj, mlp.up_proj, post_attention_layernorm$"):
+        load_lora(tmp_path)
+    found = load_lora(tmp_path, skip_others=True)
+    assert sorted(found) == [0, 2] and set(found[0]) == set("qkvo")
+    assert np.array_equal(found[2]["v"].b, written[2]["v"].b)
+    with pytest.raises(TypeError, match="load_lora: skip_others must be True or False, got 1"):
+        load_lora(tmp_path, skip_others=1)
+    with pytest.raises(TypeError, match="load_lora: scaling must be a number, got str"):
+        load_lora(tmp_path, scaling="1")
+
+
+def test_defaults_of_peft(tmp_path):
+    """r and lora_alpha are 8 where the file does not say; fields that mean nothing for the result are not looked at."""
+    layer = Layer(NumpyArrays())
+    peft(tmp_path, layer, rank=4, config={"rank_pattern": {}, "alpha_pattern": None, "lora_dropout": 0.1,
+                                          "layer_replication": None, "use_dora": None, "loftq_config": {},
+                                          "init_lora_weights": "gaussian", "target_modules": ["q_proj"],
+                                          "inference_mode": True, "layers_to_transform": [0, 2]})
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    del config["lora_alpha"]
+    file.write_text(json.dumps(config))
+    assert load_lora(tmp_path)[0]["q"].scale == 2
+    del config["r"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="must have the rank 8 of adapter_config.json, got 4"):
+        load_lora(tmp_path)
+    peft(tmp_path, layer, rank=8)
+    file.write_text("{}")
+    assert load_lora(tmp_path)[2]["o"].scale == 1
+    file.write_text('{"rank_pattern": {"o_proj": 8}, "r": 8, "use_rslora": true, "alpha_pattern": {"v_proj": 16}}')
+    found = load_lora(tmp_path)[0]
+    assert (found["v"].scale, found["q"].scale) == (16 / 8**0.5, 8 / 8**0.5)
+
+
+def tensor(name, *shape):
+    return {"extra": {f"base_model.model.{name}": np.zeros(shape or (4, 64), np.float32)}}
+
+
 @pytest.mark.parametrize(("change", "error", "message"), [
     ({"config": {"peft_type": "IA3"}}, NotImplementedError, "peft_type of .* must be 'LORA', got 'IA3'"),
     ({"config": {"use_dora": True}}, NotImplementedError, "use_dora of .* must be False"),
     ({"config": {"bias": "all"}}, NotImplementedError, "bias of .* must be 'none', got 'all'"),
+    ({"config": {"bias": "lora_only"}}, NotImplementedError, "bias of .* must be 'none', got 'lora_only'"),
+    ({"config": {"lora_bias": True}}, NotImplementedError, "lora_bias of .* must be False, got True"),
+    ({"config": {"layer_replication": [[0, 4], [2, 5]]}}, NotImplementedError,
+     r"layer_replication of .* must be None, got \[\[0, 4\], \[2, 5\]\]"),
+    ({"config": {"alora_invocation_tokens": [1]}}, NotImplementedError, "alora_invocation_tokens of .* must be None"),
+    ({"config": {"use_qalora": True}}, NotImplementedError, "use_qalora of .* must be False"),
+    ({"config": {"init_lora_weights": "pissa_niter_16"}}, NotImplementedError,
+     "init_lora_weights of .* must leave the model's own weights as they are, got 'pissa_niter_16'"),
     ({"config": {"r": 8}}, ValueError, "_proj.lora_A.weight must have the rank 8 of adapter_config.json, got 4"),
+    ({"config": {"rank_pattern": {"layers.2.*o_proj": 16}}}, ValueError,
+     "layers.2.self_attn.o_proj.lora_A.weight must have the rank 16 of"),
+    ({"config": {"rank_pattern": {"(": 16}}}, ValueError, r"rank_pattern of .* must hold regular expressions, got"),
+    ({"config": {"lora_alpha": "16"}}, TypeError, "lora_alpha of adapter_config.json must be a number, got str"),
     ({"drop": ["base_model.model.model.layers.2.self_attn.v_proj.lora_B.weight"]}, ValueError,
      "must have lora_B beside .*layers.2.self_attn.v_proj.lora_A.weight, got none"),
-    ({"extra": {"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": np.zeros((4, 8), np.float32)}},
-     NotImplementedError, "tensors of .* must be lora_A and lora_B of q_proj, .*, got .*mlp.up_proj.lora_A.weight"),
-    ({"extra": {"base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight": np.zeros((128, 3), np.float32)}},
-     ValueError, r"lora_A.weight must be \[rank, in\] and .* \[out, rank\], got \[4, 64\] and \[128, 3\]")])
+    (tensor("model.layers.0.mlp.up_proj.lora_A.weight"), NotImplementedError,
+     "skip_others must be True .* got False for mlp.up_proj$"),
+    (tensor("model.layers.0.self_attn.q_proj.lora_B.weight", 128, 3),
+     ValueError, r"lora_A.weight must be \[rank, in\] and .* \[out, rank\], got \[4, 64\] and \[128, 3\]"),
+    *((tensor(f"model.layers.0.{name}") | {"skip": True}, NotImplementedError,
+       f"tensors of attention in .* must be lora_A and lora_B of q_proj, .*, got .*{name}")
+      for name in ("self_attn.q_proj.lora_magnitude_vector", "self_attn.q_proj.lora_B.bias", "self_attn.q_proj.bias",
+                   "self_attn.qkv_proj.lora_A.weight", "self_attn.out_proj.lora_A.weight",
+                   "encoder_attn.q_proj.lora_A.weight", "linear_attn.in_proj.lora_A.weight")),
+    (tensor("vision.layers.0.self_attn.q_proj.lora_A.weight") | {"skip": True}, ValueError,
+     "must have one adapter for q_proj of layer 0, got .*model.layers.0.* and .*vision.layers.0")])
 def test_files_refused(tmp_path, change, error, message):
+    change = dict(change)
+    skip_others = change.pop("skip", False)
     peft(tmp_path, Layer(NumpyArrays()), **change)
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=f"load_lora: .*{message}"):
+        load_lora(tmp_path, skip_others=skip_others)
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "adapter_config.json must be JSON, got "),
+                                               ("[]", "adapter_config.json must hold an object, got list")])
+def test_configs_that_are_none(tmp_path, text, message):
+    peft(tmp_path, Layer(NumpyArrays()))
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"load_lora: .*{message}"):
         load_lora(tmp_path)
 
 

@@ -46,6 +46,16 @@ def _conv_update(state=None, out=None):
     cupyattn.causal_conv1d_update(X, np.zeros((2, 16, 3), np.float32) if state is None else state, X.T, out=out)
 
 
+def _lightning_attention(out=None, state=None):
+    state = np.zeros((2, 2, 16, 16), np.float32) if state is None else state
+    cupyattn.lightning_attention(HEADS, HEADS, HEADS, state, X[0, :2], out=out)
+
+
+def _page_move(pools):
+    pools[1] = 1
+    cupyattn.page_move(pools, np.int32([1]), np.int32([0]))
+
+
 CASES = {
     "rms_norm out": (_rms_norm, X.shape),
     "rms_norm residual": (lambda a: _rms_norm(residual=a), X.shape),
@@ -60,8 +70,11 @@ CASES = {
     "kv_append k_cache": (_kv_append, PLANES.shape),
     "kv_append v_cache": (lambda a: _kv_append(v_cache=a), PLANES.shape),
     "kv_flatten out": (_kv_flatten, (2, 2, 3, 16)),
+    "page_move pools": (_page_move, PLANES.shape),
     "paged_decode out": (_paged_decode, HEADS.shape),
     "paged_decode lse": (lambda a: _paged_decode(lse=a), HEADS.shape[:2]),
+    "lightning_attention out": (_lightning_attention, HEADS.shape),
+    "lightning_attention state": (lambda a: _lightning_attention(state=a), (2, 2, 16, 16)),
     "split_reduce out": (_split_reduce, PLANES.shape[1:]),
     "split_reduce lse": (lambda a: _split_reduce(lse=a), PLANES.shape[1:3]),
 }

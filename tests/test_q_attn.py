@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QAttn against a float64 layer of its dequantized weights, with every switch; its halves and its refusals."""
-
-from concurrent.futures import ThreadPoolExecutor
+"""QAttn against a float64 layer of its dequantized weights, with every switch; its halves."""
 
 import numpy as np
 import pytest
-from attention_layers import MAX_POSITIONS, Layer
+from attention_layers import MAX_POSITIONS, Layer, contiguous
 from compare import assert_same_bits
 from conftest import CupyArrays, NumpyArrays
 
 import cupyattn
-from cupyattn import CaptureError, PagedCache, PagedParams, Params, QAttn, attention, kv_append
-from cupyattn.graphs import capture
+from cupyattn import PagedCache, PagedParams, Params, QAttn, attention, kv_append
 from cupyattn.q_attn_weights import tables as converted_tables
 from cupyattn.runtime.cpu import settings
 
@@ -20,11 +17,6 @@ from cupyattn.runtime.cpu import settings
 def here(request):
     """As `xp`, without the stand-in: it would compile every kernel of every case with NVRTC."""
     return NumpyArrays() if request.param == "numpy" else CupyArrays()
-
-
-def contiguous(layer, batch, max_seq_len=64, layers=1, **options):
-    return PagedCache.contiguous(layers, batch, max_seq_len, layer.kv_heads, layer.dim, dtype=layer.dtype,
-                                 xp=layer.xp.module, **options)
 
 
 def run(layer, steps, batch, cache, params_of, factor=1.0, reference=None, **options):
@@ -54,6 +46,10 @@ SWITCHES = {
     "partial gptj": {"rotary_dim": 8, "rope_style": "gptj", "dtype": "float16"},
     "head norms": {"head_norm": "shared"}, "head norms of each head": {"head_norm": "heads", "dtype": "float16"},
     "layer norms of heads": {"head_norm": "heads", "headnorm_is_rms": False},
+    "layer norms of heads and x": {"head_norm": "shared", "headnorm_is_rms": False, "norm": "layer", "post": True},
+    "head norms, no norm": {"head_norm": "heads", "norm": None, "norm_epsilon": 0.5},
+    "head norms of 24 dims": {"heads": 3, "kv_heads": 1, "dim": 24, "hidden": 72, "head_norm": "heads"},
+    "head norms of 256 dims": {"heads": 2, "kv_heads": 1, "dim": 256, "head_norm": "shared", "rope_style": "gptj"},
     "post-norm": {"post": True}, "post-norm with bias": {"post": True, "norm": "layer", "dtype": "float16"},
     "no residual": {"has_residual": False}, "post-norm, no residual": {"has_residual": False, "post": True},
     "fp32 residual": {"dtype": "float16", "residual_fp32": True},
@@ -226,6 +222,22 @@ def test_masks(here, shape, kind):
     layer.check(got, want)
 
 
+def test_masks_windows_and_softcap_together(here):
+    """ExLlamaV2's paths without flash-attn drop one or the other, or cut the same keys from all queries."""
+    layer = Layer(here)
+    cache, past = contiguous(layer, 2), 7
+    first = layer.inputs(2, past)
+    _, keys, values = layer.expected(first, layer.no_past(2), layer.no_past(2))
+    layer.attn.forward(here.array(first), Params(2, past, 0), cache, 0, **layer.tables)
+    mask = np.ones((2, 12), bool)
+    mask[0, :6] = mask[1, 8:10] = False
+    x, options = layer.inputs(2, 5), {"window_size": 4, "softcap": 1.5, "softmax_scale": 0.4}
+    want, _, _ = layer.expected(x, keys, values, mask=mask[:, None, None], **options)
+    got = here.array(x)
+    layer.attn.forward(got, Params(2, 5, past, mask), cache, 0, **layer.tables, **options)
+    layer.check(got, want)
+
+
 def test_not_causal(here):
     layer = Layer(here)
     cache = contiguous(layer, 2)
@@ -256,6 +268,57 @@ def test_no_cache(here):
     run(layer, (6,), 2, None, plain(2))
     with pytest.raises(ValueError, match="cache must be given for 3 cached tokens, got None"):
         layer.attn.forward(here.array(layer.inputs(1, 1)), Params(1, 1, 3), None, 0, **layer.tables)
+
+
+def test_no_cache_with_masks_and_offsets(here):
+    """As encoders and left-padded batches have it, in both directions or one."""
+    layer = Layer(here, head_norm="heads")
+    x, offsets, mask = layer.inputs(2, 7), np.int32([[-3], [2]]), np.ones((2, 7), bool)
+    mask[0, :3] = False
+    positions = np.maximum(offsets + np.arange(7), 0)
+    for causal in (True, False):
+        want, _, _ = layer.expected(x, layer.no_past(2), layer.no_past(2), positions, mask=mask[:, None, None],
+                                    causal=causal)
+        got = here.array(x)
+        layer.attn.forward(got, Params(2, 7, None, mask, offsets, non_causal_attn=not causal), **layer.tables)
+        seen = mask[..., None].astype(float) if causal else 1.0   # a query of the padding sees nothing it should
+        layer.check(here.array(here.numpy(got) * np.float32(seen)), want * seen)
+
+
+@pytest.mark.parametrize("alt", ["tuple", "dict"])
+def test_offsets_of_both_kinds_and_other_tables(xp, alt):
+    """position = past + position_offset + rope_offset + t, at least 0, also with past; in the tables of params."""
+    layer = Layer(xp, dtype="float32")
+    cos, sin = cupyattn.RopeParams(rotary_dim=32, base=7.0).tables(MAX_POSITIONS)
+    other = (sin, cos) if alt == "tuple" else {"cpu": (sin, cos)}
+    cache, keys, values = contiguous(layer, 2), layer.no_past(2), layer.no_past(2)
+    for q_len in (4, 1):
+        x, past = layer.inputs(2, q_len), len(keys[0])
+        positions = np.maximum(past + np.int32([[-6], [1]]) + 4 + np.arange(q_len), 0)
+        want, keys, values = layer.expected(x, keys, values, positions, sin=sin, cos=cos)
+        got = xp.array(x)
+        params = Params(2, q_len, past, position_offsets=[-6, 1], rope_offsets=[4], alt_rope_embed=other)
+        layer.attn.forward(got, params, cache, 0, **layer.tables)
+        layer.check(got, want)
+
+
+def test_several_histories_with_masks_and_windows(here):
+    """A list of caches; each sequence has its row of the mask."""
+    layer = Layer(here)
+    caches, mask = [contiguous(layer, 1) for _ in range(2)], np.ones((2, 9), bool)
+    mask[0, 2:4] = mask[1, 0] = False
+    keys, values = [], []
+    for cache, n in zip(caches, (5, 2), strict=True):
+        past = layer.inputs(1, n)
+        _, (k,), (v,) = layer.expected(past, layer.no_past(1), layer.no_past(1))
+        layer.attn.forward(here.array(past), Params(1, n, 0), cache, 0, **layer.tables)
+        keys.append(k)
+        values.append(v)
+    x, options = layer.inputs(2, 4), {"window_size": 5, "softcap": 2.0}
+    want, _, _ = layer.expected(x, keys, values, mask=mask[:, None, None], **options)
+    got = here.array(x)
+    layer.attn.forward(got, Params(2, 4, [5, 2], mask), caches, 0, **layer.tables, **options)
+    layer.check(got, want)
 
 
 @pytest.mark.parametrize("listed", [False, True])
@@ -430,18 +493,42 @@ def test_checked():
 
 
 def test_scores_past_float16(here):
-    """Qwen2-like activations: q · k is far beyond 65504, the result is not."""
-    layer = Layer(here, dtype="float16", biases=True)
-    layer.vectors["k_bias"][:] = 300.0
+    """Qwen2-like activations: q · k is far beyond 65504, the result is what float64 says of the same q, k and v."""
+    layer = Layer(here, dtype="float16", biases=True, rope_style="none", norm=None)
+    biases = {n: np.full(size, 300.0, np.float32) for n, size in (("q_bias", 128), ("k_bias", 64))}
     attn = QAttn(**{f"q_{n}_proj": m for n, m in layer.matrices.items()}, hidden_size=64, num_heads=4, num_kv_heads=2,
-                 head_dim=32, rope_style="none", xp=here.module,
-                 **layer.vectors | {"q_bias": np.full(128, 300.0, np.float32)})
-    layer.style, layer.attn, layer.tables = None, attn, {}
-    layer.vectors["q_bias"] = np.full(128, 300.0, np.float32)
-    x = layer.inputs(1, 4)
+                 head_dim=32, rope_style="none", xp=here.module, **layer.vectors | biases)
+    x = layer.inputs(1, 6)
+    q, k, v = (here.numpy(a).astype(np.float64)[0] for a in attn.forward_1(here.array(x), 1, 6, 0))
+    scores = np.einsum("qhd,khd->hqk", q, k.repeat(2, 1))
+    assert scores.min() > 2 * 65504
+    scores = np.where(np.tri(6, dtype=bool), scores * 32**-0.5, -np.inf)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    mixed = np.einsum("hqk,khd->qhd", p / p.sum(-1, keepdims=True), v.repeat(2, 1)).reshape(1, 6, 128)
     got = here.array(x)
-    attn.forward(got, Params(1, 4, 0), contiguous(layer, 1), 0)
-    assert np.isfinite(here.numpy(got).astype(np.float64)).all()
+    attn.forward(got, Params(1, 6, 0), contiguous(layer, 1), 0)
+    layer.check(got, x + mixed @ layer.exact["o_proj"].T.astype(np.float64) + layer.vectors["o_bias"])
+
+
+@pytest.mark.parametrize("formats", ["float16", "int4-g32"])
+def test_the_same_prompt_everywhere_in_a_batch(here, formats):
+    """Each copy gets the same bits, prefill and decode, beside other prompts, and again in a second run."""
+    layer = Layer(here, dtype="float16", formats=formats)
+    prompts, first = [layer.inputs(1, n).repeat(5, 0) for n in (9, 1, 1)], None
+    for rows in prompts:
+        rows[3] += 1   # another one among them
+    for _ in range(2):
+        cache, found, past = contiguous(layer, 5), [], 0
+        for rows in prompts:
+            x = here.array(rows)
+            layer.attn.forward(x, Params(5, rows.shape[1], past), cache, 0, **layer.tables, invariant=True)
+            past += rows.shape[1]
+            found.append(here.numpy(x))
+            for b in (1, 2, 4):
+                assert_same_bits(found[-1][b], found[-1][0])
+        for mine, other in zip(found, first or found, strict=True):
+            assert_same_bits(mine, other)
+        first = found
 
 
 def test_wide_attention_outgrows_no_scratch(here):
@@ -504,170 +591,6 @@ def test_float32_residual_over_pages(here, options):
     run(layer, (6, 1), 2, cache, paged(4))
 
 
-def test_a_captured_step_sees_what_changes():
-    """Lengths, pages and input change on the device; nothing is allocated, read or compiled meanwhile."""
-    from standin import install
-
-    with install() as xp:
-        layer = Layer(xp, dtype="float16", head_norm="heads")
-        caches = [PagedCache(1, 10, 4, 2, 32, xp=xp.module) for _ in range(2)]
-        filled = np.random.default_rng(0).standard_normal((10, 4, 2, 32)).astype(np.float16)
-        for cache in caches:
-            for pool in (cache.k[0], cache.v[0]):
-                pool[...] = xp.array(filled)
-        params = PagedParams(2, PAGE_TABLE, [5, 9], 9, page_size=4, q_len=2)
-        x, stream = xp.array(layer.inputs(2, 2)), xp.module.cuda.Stream(non_blocking=True)
-        sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "q_len": 2, "max_k_len": 20}
-        lengths = params.get_cache_seqlens_after(0)
-        with stream:
-            layer.attn.forward(x, params, caches[0], 0, **layer.tables)
-            stream.begin_capture()
-            with pytest.raises(CaptureError, match="schedule must be given, with room .* is captured, got None"):
-                layer.attn.forward(x, params, caches[0], 0, **layer.tables)
-            stream.end_capture()
-            plan = cupyattn.schedule(lengths, **sizes)
-            layer.attn.forward(x, params, caches[0], 0, **layer.tables, schedule=plan)
-            before = xp.events["allocations"]
-            stream.begin_capture()
-            cupyattn.schedule(lengths, **sizes, out=plan)
-            layer.attn.forward(x, params, caches[0], 0, **layer.tables, schedule=plan)
-            graph = stream.end_capture()
-            assert xp.events["allocations"] == before
-        for new_lengths, table in (([3, 14], PAGE_TABLE), ([0, 7], PAGE_TABLE[::-1].copy())):
-            rows = layer.inputs(2, 2)
-            x.set(rows)
-            params.get_cache_seqlens(0).set(np.int32(new_lengths))
-            lengths.set(np.int32(new_lengths) + np.int32(2))
-            params.get_block_index(0).set(table)
-            for cache in caches:
-                for pool in (cache.k[0], cache.v[0]):
-                    pool[...] = xp.array(filled)
-            graph.launch(stream)
-            eager = xp.array(rows)
-            layer.attn.forward(eager, PagedParams(2, table, new_lengths, 14, page_size=4, q_len=2), caches[1], 0,
-                               **layer.tables)
-            layer.check(x, xp.numpy(eager).astype(np.float64), 0.5)
-            assert_same_bits(xp.numpy(caches[0].k[0]), xp.numpy(caches[1].k[0]))
-
-
-def test_a_call_made_again_sees_what_changes(xp):
-    """The same objects again and again, with other contents, are as new ones."""
-    layer = Layer(xp, dtype="float16", formats="int4-g32")
-    caches = [PagedCache(1, 10, 4, 2, 32, xp=xp.module) for _ in range(2)]
-    params = PagedParams(2, PAGE_TABLE, [5, 9], 9, page_size=4, q_len=1)
-    for cache in caches:
-        for pool in (cache.k[0], cache.v[0]):
-            pool[...] = xp.array(np.full(pool.shape, 0.5, np.float16))
-    x = xp.array(layer.inputs(2, 1))
-    for _ in range(5):
-        rows = layer.inputs(2, 1)
-        x[...] = xp.array(rows)
-        assert layer.attn.forward(x, params, caches[0], 0, **layer.tables) is x
-        fresh = xp.array(rows)
-        layer.attn.forward(fresh, PagedParams(2, PAGE_TABLE, [5, 9], 9, page_size=4, q_len=1), caches[1], 0,
-                           **{name: table[:] for name, table in layer.tables.items()})
-        assert_same_bits(xp.numpy(x), xp.numpy(fresh))
-
-
-def test_captured_on_the_host():
-    """`graphs.capture` over NumPy arrays: lengths, pages and input change between replays."""
-    layer = Layer(NumpyArrays(), dtype="float16")
-    caches = [PagedCache(1, 10, 4, 2, 32) for _ in range(2)]
-    for cache in caches:
-        cache.k[0][...] = cache.v[0][...] = 0.5
-    params = PagedParams(2, PAGE_TABLE, [5, 9], 9, page_size=4, q_len=1)
-    x, lengths = layer.inputs(2, 1), params.get_cache_seqlens_after()
-    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 32}
-    plan = cupyattn.schedule(lengths, **sizes, max_k_len=20)
-
-    def step():
-        cupyattn.schedule(lengths, **sizes, out=plan)
-        return layer.attn.forward(x, params, caches[0], 0, **layer.tables, schedule=plan)
-
-    with pytest.raises(CaptureError, match="schedule must be given, with room .* is captured, got None"):
-        capture(lambda: layer.attn.forward(x, params, caches[0], 0, **layer.tables), xp=np)
-    moved = PagedParams(2, PAGE_TABLE, [5, 9], 9, page_size=4, q_len=1, rope_offsets=[1, 2])
-    with pytest.raises(CaptureError, match="params must have no rope_offsets while a step over a"):
-        capture(lambda: layer.attn.forward(x, moved, caches[0], 0, **layer.tables, schedule=plan), xp=np)
-    graph = capture(step, xp=np)
-    for new in ([5, 14], [0, 9]):
-        rows = x[...] = layer.inputs(2, 1)
-        rows = rows.copy()
-        caches[1].k[0][...], caches[1].v[0][...] = caches[0].k[0], caches[0].v[0]
-        params.get_cache_seqlens()[...], lengths[...] = new, np.int32(new) + 1
-        assert graph.replay() is x
-        layer.attn.forward(rows, PagedParams(2, PAGE_TABLE, new, 14, page_size=4, q_len=1), caches[1], 0,
-                           **layer.tables)
-        layer.check(x, rows.astype(np.float64), 0.5)
-        assert_same_bits(caches[0].k[0], caches[1].k[0])
-
-
-def test_threads_share_a_layer():
-    """Each with a cache of its own, again and again with the same objects and with new ones."""
-    layer = Layer(NumpyArrays(), dtype="float16")
-    inputs = [layer.inputs(1, 1) for _ in range(4)]
-
-    def work(rows):
-        cache, params, x, found = contiguous(layer, 1), Params(1, 1, 0), rows.copy(), []
-        for n in range(30):
-            x[...] = rows
-            layer.attn.forward(x, params if n % 5 else Params(1, 1, 0), cache, 0, **layer.tables)
-            found.append(x.copy())
-        return found
-
-    want = [work(rows)[0] for rows in inputs]
-    with ThreadPoolExecutor(4) as pool:
-        for found, right in zip(pool.map(work, inputs), want, strict=True):
-            for x in found:
-                assert_same_bits(x, right)
-
-
-def test_a_refused_call_writes_nothing(xp):
-    """Not even to the cache."""
-    layer = Layer(xp, dtype="float16")
-    cache = PagedCache(1, 10, 4, 2, 32, xp=xp.module)
-    for pool in (cache.k[0], cache.v[0]):
-        pool[...] = xp.array(np.full(pool.shape, 0.5, np.float16))
-    x = xp.array(layer.inputs(2, 1))
-    rows, params = xp.numpy(x), PagedParams(2, PAGE_TABLE, [5, 9], 9, page_size=4, q_len=1)
-    for message, change in (
-            ("sinks must be float32, got float16", {"sinks": xp.array(np.zeros(4, np.float16))}),
-            ("sinks must be \\[num_heads\\] = \\[4\\], got \\[3\\]", {"sinks": xp.array(np.zeros(3, np.float32))}),
-            ("window_size must be an int32 of at least 0, got -1", {"window_size": -1}),
-            ("softcap must be a finite float32 of at least 0, got -1", {"softcap": -1}),
-            ("softmax_scale must be a finite float32, got nan", {"softmax_scale": np.nan}),
-            ("schedule must be a Schedule, got int", {"schedule": 5}),
-            ("invariant must be True or False, got 2", {"invariant": 2}),
-            ("layer must be one of the cache's 1, got 1", {"layer": 1}),
-            ("layer must be an integer, got str", {"layer": "0"}),
-            ("cache must have 2 heads of 32, got 1 of 32",
-             {"cache": PagedCache(1, 10, 4, 1, 32, xp=xp.module)})):
-        with pytest.raises((TypeError, ValueError), match=f"QAttn: {message}"):
-            layer.attn.forward(**{"x": x, "params": params, "cache": cache, "layer": 0, **layer.tables, **change})
-        assert_same_bits(xp.numpy(x), rows)
-        assert (xp.numpy(cache.k[0]) == 0.5).all() and (xp.numpy(cache.v[0]) == 0.5).all()
-
-
-def test_other_layouts_are_refused():
-    """As many numbers in another order of axes."""
-    layer = Layer(NumpyArrays(), dtype="float16")
-    cache, params = contiguous(layer, 2), Params(2, 3, 0)
-    x = layer.inputs(2, 3)
-    with pytest.raises(ValueError, match=r"x must be \[batch_size=2, q_len=3, 64\], got \[3, 2, 64\]"):
-        layer.attn.forward(np.ascontiguousarray(x.transpose(1, 0, 2)), params, cache, 0, **layer.tables)
-    square = np.zeros((2, 3, 128), np.float16)
-    wide = QAttn(**_arguments(q_o_proj=np.zeros((128, 128), np.float16), hidden_size=128,
-                              q_q_proj=np.zeros((128, 128), np.float16), q_k_proj=np.zeros((64, 128), np.float16),
-                              q_v_proj=np.zeros((64, 128), np.float16), layernorm=None))
-    with pytest.raises(ValueError, match="attn_output must be another array than x, which is written"):
-        wide.forward_2(square, square, 2, 3)
-    mixed = np.zeros((2, 4, 3, 32), np.float16)
-    with pytest.raises(ValueError, match=r"attn_output must be .*, got \[2, 4, 3, 32\]"):
-        layer.attn.forward_2(x, mixed, 2, 3)
-    with pytest.raises(ValueError, match=r"k must be .*, got \[2, 2, 3, 32\]"):
-        layer.attn.forward_1(x, 2, 3, 0, k=np.zeros((2, 2, 3, 32), np.float16), **layer.tables)
-
-
 def test_tables_are_read_for_the_dims_turned():
     """The same full-width table, of half as many dims the second time."""
     table = np.random.default_rng(0).standard_normal((16, 32)).astype(np.float16)
@@ -675,82 +598,3 @@ def test_tables_are_read_for_the_dims_turned():
         cos, sin = converted_tables(table, table, "neox", rotary_dim, np)
         assert_same_bits(cos, table[:, :rotary_dim // 2].astype(np.float32))
         assert_same_bits(cos, sin)
-
-
-# ---- refusals --------------------------------------------------------------------------------------------
-
-
-def _arguments(**change):
-    w = {"q_q_proj": (128, 64), "q_k_proj": (64, 64), "q_v_proj": (64, 64), "q_o_proj": (64, 128)}
-    given = {name: np.zeros(shape, np.float16) for name, shape in w.items()}
-    return given | {"hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32,
-                    "layernorm": np.ones(64, np.float32)} | change
-
-
-@pytest.mark.parametrize(("change", "error", "message"), [
-    ({"q_k_proj": np.zeros((128, 64), np.float16)}, ValueError,
-     r"q_k_proj must be \[num_kv_heads \* head_dim, hidden_size\] = \[64, 64\], got \[128, 64\]"),
-    ({"q_o_proj": np.zeros((128, 64), np.float16)}, ValueError, r"q_o_proj must be .* = \[64, 128\]"),
-    ({"q_q_proj": 5}, TypeError, "q_q_proj must be a QMatrix or an array, got int"),
-    ({"num_kv_heads": 3}, ValueError, "num_kv_heads must divide the 4 heads, got 3"),
-    ({"layernorm": np.ones(63, np.float32)}, ValueError, r"layernorm must be \[64\], got \[63\]"),
-    ({"layernorm": np.ones(64)}, TypeError, "layernorm must be a float16, bfloat16, float32 array, got float64"),
-    ({"layernorm_bias": np.ones(64, np.float32)}, ValueError, "layernorm_bias must come with a layernorm that is"),
-    ({"q_norm": np.ones((2, 32), np.float32)}, ValueError, r"q_norm must be \[32\] or \[4, 32\], got \[2, 32\]"),
-    ({"q_bias": np.ones(64, np.float32)}, ValueError, r"q_bias must be \[128\], got \[64\]"),
-    ({"rope_style": 3}, ValueError, r"rope_style must be 0 \(none\), 1 \(GPT-J\), 2 \(NeoX\)"),
-    ({"sincos_size": 34}, ValueError, "sincos_size must be even and at most head_dim 32, got 34"),
-    ({"dtype": "float64"}, ValueError, "dtype must be float16, bfloat16, float32, got 'float64'"),
-    ({"norm_epsilon": -1.0}, ValueError, "norm_epsilon must be"),
-    ({"max_rows": 10, "temp_state": np.zeros(10 * 127)}, ValueError, "temp_state must have at least 1280 elements"),
-    ({"temp_dq": np.zeros(128 * 64 - 1)}, ValueError, "temp_dq must have at least 8192 elements"),
-    ({"hidden_size": 0}, ValueError, "hidden_size must be an int32 of at least 1, got 0")])
-def test_constructor_refuses(change, error, message):
-    with pytest.raises(error, match=f"QAttn: {message}"):
-        QAttn(**_arguments(**change))
-
-
-def test_calls_refuse():
-    attn = QAttn(**_arguments(max_rows=8, max_seq_len=10))
-    cos, sin = cupyattn.RopeParams(rotary_dim=32).tables(32)
-    cache = PagedCache.contiguous(2, 2, 16, 2, 32)
-    x, tables = np.zeros((2, 3, 64), np.float16), {"sin": sin, "cos": cos}
-
-    def refused(error, message, x=x, params=None, cache=cache, layer=0, **change):
-        with pytest.raises(error, match=message):
-            attn.forward(x, params or Params(2, 3, 0), cache, layer, **tables | change)
-
-    refused(TypeError, "x must be float16, got float32", x.astype(np.float32))
-    refused(ValueError, r"x must be \[batch_size=2, q_len=3, 64\], got \[2, 3, 32\]", x[..., :32])
-    refused(ValueError, "x must have at most max_rows 8 tokens, got 10", np.zeros((2, 5, 64), np.float16),
-            Params(2, 5, 0))
-    refused(ValueError, "at most max_seq_len 10 tokens, got 11", params=Params(2, 3, 8))
-    refused(ValueError, "layer must be one of the cache's 2, got 2", layer=2)
-    refused(ValueError, "layer must be one of the cache's 2, got -1", layer=-1)
-    refused(TypeError, "params must be Params or PagedParams, got dict", params={"x": 1})
-    refused(ValueError, "sin and cos must be given with rope_style neox, got neither", sin=None, cos=None)
-    refused(ValueError, r"sin must be \[positions, 16\] or \[1, 1, positions, 32\]", sin=sin[:, :8], cos=cos[:, :8])
-    refused(ValueError, "cache must have a page for each of the 2 sequences, got 1",
-            cache=PagedCache.contiguous(1, 1, 16, 2, 32))
-    refused(ValueError, "cache must be a list exactly with a past_len for each of its caches", cache=[cache, cache])
-    refused(ValueError, "params must have the page_size 16 of the cache, got 8",
-            params=PagedParams(2, [[0], [1]], [0, 0], 0, 8, q_len=3))
-    refused(ValueError, "params must have page ids below the 2 pages of the cache, got 2",
-            params=PagedParams(2, [[0], [2]], [0, 0], 0, 16, q_len=3))
-    refused(ValueError, "params must have a seq_len", params=Params(2))
-    blocks = Params(2, 3, 0)
-    blocks.block_diag_layers = {0}
-    refused(ValueError, "params must have cu_seqlens for block-diagonal layer 0, got None", params=blocks)
-    blocks.cu_seqlens = [0, 5]
-    refused(ValueError, r"params must have cu_seqlens up to its 6 tokens, got \[0, 5\]", params=blocks)
-    for change, message in (({"past_len": -2}, "past_len must be"), ({"past_len": -1}, "past_lens must be given"),
-                            ({"past_lens": np.zeros(3, np.int32)}, r"past_lens must be int32 \[batch_size=2\]"),
-                            ({"past_len": 8}, "past_len \\+ q_len must be at most max_seq_len 10, got 11"),
-                            ({"q": np.zeros((2, 3, 2, 32), np.float16)}, r"q must be \[batch_size=2, q_len=3, 4, 32\]"),
-                            ({"k": np.zeros((2, 2, 3, 32), np.float16).transpose(0, 2, 1, 3)}, "k must have one")):
-        with pytest.raises(ValueError, match=message):
-            attn.forward_1(x, 2, 3, **{"past_len": 0} | tables | change)
-    with pytest.raises(TypeError, match="q must be float16, got float32"):
-        attn.forward_1(x, 2, 3, 0, q=np.zeros((2, 3, 4, 32), np.float32), **tables)
-    with pytest.raises(ValueError, match="attn_output must be"):
-        attn.forward_2(x, np.zeros((2, 3, 64), np.float16), 2, 3)

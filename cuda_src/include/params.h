@@ -595,4 +595,68 @@ struct KvFlattenArgs {
   int32_t tile;                  // rows of the outputs that a block fills
 };
 
+struct LightningAttentionArgs {
+  const HeadView q;            // T [tokens, heads, key_dim] queries
+  const HeadView k;            // T [tokens, heads, key_dim] keys
+  const HeadView v;            // T [tokens, heads, value_dim] values
+  HeadView out;                // T [tokens, heads, value_dim] scale * q . state
+  void* state;                 // S [num_slots, heads, key_dim, value_dim] last axis contiguous, updated in place
+  const float* slopes;         // float32 [heads] a state fades by exp(-slope) a token
+  const int32_t* cu_seqlens;   // int32 [batch + 1] first token of every sequence; null: one token each
+  const int32_t* slots;        // int32 [batch] whose state; outside [0, num_slots): none, zeros; null: slot b
+  const uint8_t* has_state;    // bool [batch] 0: start from zeros; null: all go on
+  const uint8_t* mask;         // bool [tokens] 0: the token's key and value are zeros; null: none is
+  int64_t stride_slot;         // elements of state between slots
+  int64_t stride_state_head;   // elements of state between heads
+  int64_t stride_key;          // elements of state between dims of the key
+  int64_t stride_slope;        // elements between entries of slopes
+  int64_t stride_start;        // elements between entries of cu_seqlens
+  int64_t stride_sequence;     // elements between entries of slots
+  int64_t stride_has;          // elements between entries of has_state
+  int64_t stride_mask;         // elements between entries of mask
+  int32_t tokens;              // rows of q, k, v and out
+  int32_t heads;               // heads per token
+  int32_t key_dim;             // of q and k, a multiple of 8
+  int32_t value_dim;           // of v and out, a multiple of 8
+  int32_t num_slots;           // states of the pool
+  int32_t slices;              // blocks of a sequence's head, which share its value dims
+  int32_t columns;             // value dims of a block, a multiple of 8; the last one may have fewer
+  int32_t tile;                // tokens that a prefill block holds at a time, a multiple of 8
+  int32_t block_size;          // tokens between two updates of the state
+  float scale;                 // of the output
+};
+
+struct PagePools {
+  void* pool0;  // as many are used as the grid is high
+  void* pool1;  // second
+  void* pool2;  // third
+  void* pool3;  // fourth
+  void* pool4;  // fifth
+  void* pool5;  // sixth
+  void* pool6;  // seventh
+  void* pool7;  // eighth
+};
+
+struct PageMoveArgs {
+  PagePools pools;              // bytes [num_pages, page_size, outer, inner, row], all laid out alike
+  const int32_t* sources;       // int32 [moves] page to copy; outside [0, num_pages): none
+  const int32_t* destinations;  // int32 [moves] page to write; outside [0, num_pages): none
+  const int32_t* tokens;        // int32 [moves] tokens to copy, from the page's first; null for all
+  int64_t stride_source;        // elements between entries of sources
+  int64_t stride_destination;   // elements between entries of destinations
+  int64_t stride_tokens;        // elements between entries of tokens
+  int64_t stride_page;          // bytes between pages
+  int64_t stride_token;         // bytes between tokens
+  int64_t stride_outer;         // bytes between the parts of a token
+  int64_t stride_inner;         // bytes between the rows of such a part
+  int32_t num_pages;            // of every pool
+  int32_t page_size;            // tokens per page
+  int32_t outer;                // parts of a token
+  int32_t inner;                // rows of a part
+  int32_t pieces;               // accesses to a row, whose bytes are adjacent
+  int32_t slices;               // blocks of a move in one pool
+  int32_t is_flat;              // 1: the bytes of a page are adjacent
+  int32_t reserved;             // zero
+};
+
 #endif  // CUPYATTN_PARAMS_H

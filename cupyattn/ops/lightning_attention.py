@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear attention with a decay per head over a recurrent state. Kernels: ``cuda_src/lightning_attention.cu``."""
+
+import functools
+import itertools
+
+import numpy as np
+
+from ..devices import to_host
+from ..runtime import Plan, Specialisation, arch_of, env, launch, make_args
+from ..runtime.arrays import alignment, array_namespace, dtype_name, head_view, strides
+from ..runtime.checks import FLOATS, check_array, check_number, check_writeable
+
+MAX_DIM, MAX_BLOCK = 256, 256
+TILE = 32            # tokens a prefill block holds at a time, and the default of block_size
+CONVENTIONS = ("minimax", "easydel", "fla")
+_OP = "lightning_attention"
+
+
+def _spec(x, state, vec, prefill, on_cpu=False):
+    """The CPU's versions have more work for a thread: a fiber costs more than a few more numbers."""
+    chunks = 8 if on_cpu and not prefill else 1
+    if prefill:
+        rows = 8 if on_cpu else 4
+    else:
+        rows = 1 if on_cpu else 4 if state != "float32" and vec > 1 else 8
+    return Specialisation(_OP, f"{_OP}_prefill" if prefill else _OP, "LightningAttentionArgs",
+                          {"T": x, "S": state, "VEC": vec, "CHUNKS": chunks, "ROWS": rows, "PREFILL": int(prefill)})
+
+
+CORE = [_spec(*case) for case in (
+    ("float16", "float32", 4, False), ("bfloat16", "float32", 4, False), ("float32", "float32", 4, False),
+    ("float16", "float16", 8, False), ("bfloat16", "bfloat16", 8, False), ("float32", "float16", 1, False),
+    ("bfloat16", "float32", 8, False, True), ("float16", "bfloat16", 1, False, True),
+    ("float32", "float32", 8, True), ("bfloat16", "float32", 8, True), ("float16", "float16", 8, True),
+    ("float16", "float32", 1, True), ("float32", "bfloat16", 1, True), ("float16", "float32", 8, True, True),
+)]
+
+
+def more_specs():
+    """Every legal one."""
+    for x, state, on_cpu in itertools.product(FLOATS, FLOATS, (False, True)):
+        wide = 4 if state == "float32" and not on_cpu else 8
+        for vec in (1, wide):
+            yield _spec(x, state, vec, False, on_cpu)
+        for vec in (1, 8):
+            yield _spec(x, state, vec, True, on_cpu)
+
+
+def _divisor(number, most):
+    """Largest divisor of `number` up to `most`."""
+    return max(n for n in range(1, most + 1) if number % n == 0)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_lightning_attention(batch, heads, key_dim, value_dim, x, state, align, arch):
+    """(Plan, columns of a block) for one token per sequence, from sizes, dtype names, alignment in bytes and arch."""
+    on_cpu = arch == "cpu"
+    vec = (4 if state == "float32" and not on_cpu else 8) if align == 16 else 1
+    note = "16-byte accesses" if align == 16 else f"one element per access: alignment {align}"
+    spec = _spec(x, state, vec, False, on_cpu)
+    if on_cpu:
+        lanes, groups = 1, 1
+    else:
+        # few states: more blocks of 128 bytes of a row each; many: whole rows
+        lanes = _divisor(value_dim // vec, 8 if batch * heads < 512 else 32)
+        groups = _divisor(key_dim // dict(spec.constants)["ROWS"], 128 // lanes)
+    columns = lanes * vec * dict(spec.constants)["CHUNKS"]
+    slices = -(-value_dim // columns)
+    return Plan(spec, arch, (batch * heads * slices,), (lanes, groups), shared_bytes=4 * columns * groups,
+                note=note), columns
+
+
+def _shared_bytes(block_size, tile, key_dim, columns):
+    """Of `BlockMemory`."""
+    floats = -(-(block_size + 1) // 4) * 4 + tile * (key_dim + 4) + key_dim * (tile + 4) + tile * (tile + 4)
+    return 4 * (floats + (tile + key_dim + tile * (block_size > tile)) * columns)
+
+
+def _most_shared_bytes(arch):
+    """Of a block's dynamic shared memory, by generation; the CPU takes what suits its caches."""
+    if arch == "cpu":
+        return 227 * 1024
+    number = int(arch[3:].rstrip("af"))
+    return 1024 * (64 if number < 80 else 163 if number in (80, 87) else 99 if number < 90 or number >= 120 else 227)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_lightning_attention_prefill(batch, heads, key_dim, value_dim, block_size, x, state, align, arch):
+    """(Plan, columns and tile of a block) for any number of tokens per sequence; arguments as above."""
+    on_cpu = arch == "cpu"
+    vec = 8 if align == 16 else 1
+    most = _most_shared_bytes(arch)
+    tile, columns = next(
+        (tile, columns) for tile, columns in ((TILE, 64), (TILE, 32), (16, 32), (16, 16), (8, 8))
+        if _shared_bytes(block_size, tile, key_dim, columns) <= most)
+    tile, columns = min(tile, -(-block_size // 8) * 8), min(columns, value_dim)
+    note = f"{'16-byte accesses' if vec > 1 else f'one element per access: alignment {align}'}, tiles of {tile} tokens"
+    return Plan(_spec(x, state, vec, True, on_cpu), arch, (batch * heads * -(-value_dim // columns),),
+                (1 if on_cpu else 128,), shared_bytes=_shared_bytes(block_size, tile, key_dim, columns),
+                note=note), columns, tile
+
+
+def _check_dims(q, v):
+    for name, dim, axis in (("q", q.shape[2], "key_dim"), ("v", v.shape[2], "value_dim")):
+        if not 0 < dim <= MAX_DIM or dim % 8:
+            raise ValueError(f"{_OP}: {name} must have a {axis} that is a multiple of 8 up to {MAX_DIM}, got {dim}")
+
+
+def _check_lists(batch, tokens, cu_seqlens, slots, has_state, mask):
+    """Dtypes, shapes and strides of what is given per sequence or token."""
+    for name, array, dtypes, shape, axes in (
+            ("cu_seqlens", cu_seqlens, "int32", (batch + 1,), "[batch + 1]"),
+            ("slots", slots, "int32", (batch,), "[batch]"),
+            ("has_state", has_state, ("bool", "uint8"), (batch,), "[batch]"),
+            ("mask", mask, ("bool", "uint8"), (tokens,), "[tokens]")):
+        if array is not None:
+            check_array(_OP, name, array, dtypes, shape, axes, contiguous=False)
+
+
+def _check_content(batch, tokens, num_slots, cu_seqlens, slots):
+    """Offsets do not decrease and lie within the tokens; no two sequences share a state. Copies CuPy arrays."""
+    if cu_seqlens is not None:
+        starts = to_host(cu_seqlens).astype(np.int64)
+        if starts[0] < 0 or starts[-1] > tokens or (np.diff(starts) < 0).any():
+            raise ValueError(f"{_OP}: cu_seqlens must not decrease and be within 0 and the {tokens} tokens of q, got "
+                             f"{starts.tolist() if len(starts) < 20 else f'{starts[0]} to {starts[-1]}'}")
+    if slots is not None:
+        used = to_host(slots)
+        used = np.sort(used[used >= 0])
+        if used.size and used[-1] >= num_slots:
+            raise ValueError(f"{_OP}: slots must be below the {num_slots} slots of state, or negative for none, got "
+                             f"{used[-1]}")
+        twice = used[1:][used[1:] == used[:-1]]
+        if twice.size:
+            raise ValueError(f"{_OP}: slots must differ from sequence to sequence, got {twice[0]} twice")
+
+
+def _as_bytes(flags):
+    return None if flags is None else flags.view("uint8")
+
+
+def _stride(array):
+    return 0 if array is None else strides(array)[0]
+
+
+def lightning_attention(q, k, v, state, slopes, /, *, scale=1.0, cu_seqlens=None, slots=None, has_state=None, mask=None,
+                        block_size=None, out=None):
+    """Linear attention with a decay per head (MiniMax's Lightning attention): a step, or a prefill in blocks.
+
+    For the tokens t of a sequence in order, and every head h:
+
+    state[h] <- exp(-slopes[h]) * state[h] + outer(k[t, h], v[t, h]),   out[t, h] = scale * q[t, h] @ state[h]
+
+    Without `cu_seqlens` every sequence has one new token, the decode step; with it any number. There is no softmax, no
+    normaliser and no scale of its own. The state of a sequence takes the place of a KV cache.
+
+    Parameters
+    ----------
+    q, k : ndarray [tokens, heads, key_dim], float16, bfloat16 or float32
+        Queries and keys after the model's activation, of all sequences one after the other. Any strides with a
+        contiguous last axis; key_dim is a multiple of 8 up to 256.
+    v : ndarray [tokens, heads, value_dim], dtype of q
+        Values; value_dim is a multiple of 8 up to 256, and may differ from key_dim.
+    state : ndarray [num_slots, heads, key_dim, value_dim], float32, float16 or bfloat16
+        Updated in place. Any strides with a contiguous last axis. float32 is recommended: what a 16-bit state rounds
+        away at every call adds up.
+    slopes : ndarray [heads], float32
+        Decay of each head; 0 keeps everything, infinity forgets at once. See `lightning_slopes`.
+    scale : float
+        Of the output. Default 1, as in MiniMax; flash-linear-attention uses ``key_dim ** -0.5``.
+    cu_seqlens : ndarray [batch + 1], int32, optional
+        Tokens of sequence b are ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``; none leave its state alone. Rows of `out`
+        that belong to no sequence stay as they are. Default: one token each, ``batch = tokens``.
+    slots : ndarray [batch], int32, optional
+        Which state each sequence has; negative for none, which gives zeros (padding of a batch). Default: state b.
+    has_state : ndarray [batch], bool or uint8, optional
+        False: the sequence starts here, from zeros, and its old state is not read. Default: all go on.
+    mask : ndarray [tokens], bool or uint8, optional
+        False: key and value of the token count as zeros, whatever they hold. Since zeros do not fade, padding on the
+        left of a fresh sequence is exact; leave padding on the right out by `cu_seqlens`.
+    block_size : int, optional
+        Tokens between two updates of the state in a prefill, 1 to 256. Changes rounding and speed, nothing else.
+        Default 32.
+    out : ndarray [tokens, heads, value_dim], dtype of q, optional
+        Where to write. Must overlap no input.
+
+    Returns
+    -------
+    out : ndarray [tokens, heads, value_dim], dtype of q
+
+    Raises
+    ------
+    TypeError
+        NumPy and CuPy arrays mixed, or an unsupported dtype.
+    ValueError
+        Shapes or strides that do not fit, or numbers out of range. For NumPy arrays also offsets that decrease, and
+        slots past the pool or named twice; for CuPy arrays only with ``CUPYATTN_CHECK=1``, else a slot past the pool is
+        none.
+
+    Notes
+    -----
+    Computed in float32 on CUDA cores with one rounding on each store, never TF32. States of other slots are neither
+    read nor written. A step reads and writes each number of a state once; a prefill does so once per call. The bits of
+    a sequence do not depend on the batch around it; a step and a prefill of one token differ by rounding. An infinity
+    or NaN in a key or value reaches earlier tokens of its block in a prefill. On CuPy arrays asynchronous on the
+    current stream. Kernels: ``cuda_src/lightning_attention.cu``.
+
+    References
+    ----------
+    MiniMax-01: Scaling Foundation Models with Lightning Attention, arXiv 2501.08313; Lightning Attention-2, arXiv
+    2401.04658.
+
+    Examples
+    --------
+    >>> import numpy as np, cupyattn
+    >>> x = np.ones((3, 1, 8), np.float32)                              # three tokens, one head
+    >>> state = np.zeros((1, 1, 8, 8), np.float32)
+    >>> halving = np.log(np.float32([2]))
+    >>> cupyattn.lightning_attention(x, x, x, state, halving, cu_seqlens=np.int32([0, 3]))[:, 0, 0]
+    array([ 8., 12., 14.], dtype=float32)
+    >>> cupyattn.lightning_attention(x[:1], x[:1], x[:1], state, halving)[:, 0, 0]   # the fourth
+    array([15.], dtype=float32)
+    """
+    xp = array_namespace(_OP, q=q, k=k, v=v, state=state, slopes=slopes, cu_seqlens=cu_seqlens, slots=slots,
+                         has_state=has_state, mask=mask, out=out)
+    x_type = check_array(_OP, "q", q, FLOATS, (None, None, None), "[tokens, heads, key_dim]")
+    tokens, heads, key_dim = q.shape
+    check_array(_OP, "k", k, x_type, q.shape, "[tokens, heads, key_dim]")
+    check_array(_OP, "v", v, x_type, (tokens, heads, None), "[tokens, heads, value_dim]")
+    value_dim = v.shape[2]
+    _check_dims(q, v)
+    check_array(_OP, "state", state, FLOATS, (None, heads, key_dim, value_dim),
+                "[num_slots, heads, key_dim, value_dim]")
+    check_writeable(_OP, "state", state)
+    check_array(_OP, "slopes", slopes, "float32", (heads,), "[heads]", contiguous=False)
+    check_number(_OP, "scale", scale)
+    if block_size is None:
+        block_size = TILE
+    check_number(_OP, "block_size", block_size, least=1, integer=True)
+    if block_size > MAX_BLOCK:
+        raise ValueError(f"{_OP}: block_size must be from 1 to {MAX_BLOCK}, got {block_size}")
+    if cu_seqlens is not None and cu_seqlens.ndim == 1 and not len(cu_seqlens):
+        raise ValueError(f"{_OP}: cu_seqlens must be [batch + 1], got []")
+    batch = tokens if cu_seqlens is None else len(cu_seqlens) - 1
+    _check_lists(batch, tokens, cu_seqlens, slots, has_state, mask)
+    num_slots = state.shape[0]
+    if slots is None and batch > num_slots:
+        raise ValueError(f"{_OP}: state must have a slot for each of the {batch} sequences when slots is None, got "
+                         f"{num_slots}")
+    if out is None:
+        out = xp.empty(v.shape, v.dtype)
+    check_array(_OP, "out", out, x_type, v.shape, "[tokens, heads, value_dim]")
+    check_writeable(_OP, "out", out)
+    if xp is np or env.check():
+        _check_content(batch, tokens, num_slots, cu_seqlens, slots)
+    if out.size == 0 or batch == 0:
+        return out
+    align = min(alignment(a) for a in (q, k, v, out, state))
+    tile, kinds = 0, (x_type, dtype_name(state), align, arch_of(xp))
+    if cu_seqlens is None:
+        plan, columns = _plan_lightning_attention(batch, heads, key_dim, value_dim, *kinds)
+    else:
+        plan, columns, tile = _plan_lightning_attention_prefill(batch, heads, key_dim, value_dim, int(block_size),
+                                                                *kinds)
+    slot, state_head, state_key, _ = strides(state)
+    launch(plan, make_args(
+        plan, q=head_view(q), k=head_view(k), v=head_view(v), out=head_view(out), state=state, slopes=slopes,
+        cu_seqlens=cu_seqlens, slots=slots, has_state=_as_bytes(has_state), mask=_as_bytes(mask), stride_slot=slot,
+        stride_state_head=state_head, stride_key=state_key, stride_slope=_stride(slopes),
+        stride_start=_stride(cu_seqlens), stride_sequence=_stride(slots), stride_has=_stride(has_state),
+        stride_mask=_stride(mask), tokens=tokens, heads=heads, key_dim=key_dim, value_dim=value_dim,
+        num_slots=num_slots, slices=-(-value_dim // columns), columns=columns, tile=tile, block_size=block_size,
+        scale=scale))
+    return out
+
+
+def lightning_slopes(num_heads, layer, num_layers, *, convention="minimax", xp=np):
+    """Slopes for `lightning_attention`, in one of the conventions that models were trained with.
+
+    With H heads, l the layer and L layers:
+
+    "minimax": ``2 ** (-8 * (h + 1) / H) * (1 - l / (L - 1 + 1e-5) + 1e-5)``
+
+    "easydel": ALiBi's slopes times ``1 - l / (L - 1) + 1e-5``. For H a power of two these are those of "minimax" before
+    the layer's factor; else those of the power of two below, then every second one of the power of two above.
+
+    "fla": ``8 / H * (1 - l / L) * h``; head 0 never fades. Goes with ``scale = key_dim ** -0.5``.
+
+    Parameters
+    ----------
+    num_heads : int
+    layer : int
+        From 0 on.
+    num_layers : int
+        Of the whole model, those without this attention included. With one layer "easydel" has the factor 1 + 1e-5.
+    convention : "minimax", "easydel" or "fla"
+        MiniMax's and Hugging Face's, EasyDeL's, or flash-linear-attention's and ejkernel's.
+    xp : module
+        numpy or cupy.
+
+    Returns
+    -------
+    ndarray [num_heads], float32
+
+    Raises
+    ------
+    TypeError
+        A number that is no integer.
+    ValueError
+        A number out of range, or an unknown convention.
+
+    Examples
+    --------
+    >>> import cupyattn
+    >>> cupyattn.lightning_slopes(4, 0, 9, convention="fla")
+    array([0., 2., 4., 6.], dtype=float32)
+    """
+    op = "lightning_slopes"
+    check_number(op, "num_heads", num_heads, least=1, integer=True)
+    check_number(op, "num_layers", num_layers, least=1, integer=True)
+    check_number(op, "layer", layer, least=0, integer=True)
+    if layer >= num_layers:
+        raise ValueError(f"{op}: layer must be below num_layers = {num_layers}, got {layer}")
+    if convention not in CONVENTIONS:
+        raise ValueError(f"{op}: convention must be one of {CONVENTIONS}, got {convention!r}")
+    if convention == "fla":
+        slopes = 8 / num_heads * (1 - layer / num_layers) * np.arange(num_heads)
+    elif convention == "minimax":
+        slopes = _powers(num_heads) * (1 - layer / (num_layers - 1 + 1e-5) + 1e-5)
+    else:
+        below = 1 << (int(num_heads).bit_length() - 1)
+        slopes = np.concatenate([_powers(below), _powers(2 * below)[::2][:num_heads - below]])
+        slopes = slopes * (1 - layer / max(1, num_layers - 1) + 1e-5)
+    return xp.asarray(slopes.astype(np.float32))
+
+
+def _powers(num_heads):
+    """ALiBi's slopes for a power of two, MiniMax's for any number."""
+    return 2.0 ** (-8 * np.arange(1, num_heads + 1) / num_heads)
