@@ -8,6 +8,10 @@ from .attention_params import AttentionParams
 from .cache_iterators import BlockIteratorParams, LinearIteratorParams, QuantPolicy, create_cache_iter_factory
 from .caches import (
     HBMPageManager,
+    LightningCache,
+    LightningCacheMetaData,
+    LightningCacheView,
+    LightningMetadata,
     Mamba2Cache,
     Mamba2CacheMetaData,
     Mamba2CacheView,
@@ -85,6 +89,7 @@ __all__ = [
     "merge_shards", "process_kv", "rank_result", "reduce_split_k", "round_robin",
     "Communicator", "InProcessCommunicator", "MPICommunicator", "NCCLCommunicator", "TPAttn", "TPContext",
     "TPShard", "split_heads", "tp_attn_forward_", "tp_attn_forward_paged_",
+    "LightningCache", "LightningCacheMetaData", "LightningCacheView", "LightningMetadata",
     "HBMPageManager", "Mamba2Cache", "Mamba2CacheMetaData", "Mamba2CacheView", "Mamba2Metadata",
     "MambaCache", "MambaCacheMetaData", "MambaCacheView", "MambaMetadata",
     "PagedAttentionCache", "PagedAttentionCacheMetaData", "PagedAttentionCacheView", "PagedAttentionMetadata",
