@@ -420,7 +420,7 @@ def test_standin_refuses_what_a_gpu_would_misread():
             with pytest.raises(RuntimeError, match="probe_grid takes one struct of 8 bytes"):
                 kernel((1,), (32,), arguments)
         with pytest.raises(RuntimeError, match="InsufficientDriver"):
-            xp.array(np.ones(3)) + 1   # every other CuPy kernel is out of reach
+            xp.array(np.ones(3)) * 2   # every other CuPy kernel is out of reach
 
 
 def test_standin_notices_writes_beside_an_allocation():
