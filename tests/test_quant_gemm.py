@@ -249,10 +249,11 @@ def test_the_version_and_why(format, x, arch, why):
     assert version[0] == ("core" if why else "mma")
     if why:
         plan = op._plan_quant_gemm(9, 36, segment.form.trait, x, "float32", "float32", 16, arch, version[1])
-        assert plan.spec.kernel == "quant_gemm" and why in repr(plan) and plan.spec in {*op.CORE, *op.more_specs()}
+        assert plan.spec.kernel == "quant_gemm" and why in repr(plan)
         assert plan.shared_bytes <= 49152
         if arch != "cpu":
             assert plan.grid == (36, 2, 1) and plan.block == (128, 1, 1)
+            assert plan.spec in {*op.CORE, *op.more_specs()}
 
 
 @pytest.mark.parametrize("format, dtype", [("q4_0", "float16"), ("q8_0", "float32"), ("float16", "float16"),

@@ -92,16 +92,12 @@ CORE = [*(_spec(*case) for case in (
 
 
 def more_specs():
-    """What plans pick; of the CPU's one-warp blocks those with a float32 bias, the other type is a conversion only.
-    Formats are the usual ones, and every other once."""
+    """What plans pick on a GPU, with the usual formats, and every other format once."""
     for x in FLOATS:
         yield _gather_spec(x)
         for out, bias, trait in itertools.product(FLOATS, dict.fromkeys((x, "float32")), _USUAL):
             for m_tile, vec in itertools.product((1, 2, 4, 8), (1, 4 if x == "float32" else 8)):
                 yield _spec(x, out, bias, trait, m_tile, 1, _WARPS, vec)
-                for row_tiles in (1, 2, 4, 8, 16, 32):
-                    if row_tiles * m_tile <= 64 and bias == "float32":
-                        yield _spec(x, out, bias, trait, m_tile, row_tiles, 1, vec)
     for i, trait in enumerate(TRAITS):
         yield _spec(FLOATS[i % 3], "float32", "float32", trait, 1 << i % 4, 1, _WARPS, 1)
     for x, trait, m_tile in itertools.product(FLOATS, _USUAL, (1, 2, 4, 8)):
