@@ -15,6 +15,8 @@ class Params:
     Everything array-like is copied to the host on construction, so later changes of the caller's arrays have no
     effect. The ``get_*`` methods return an array on the device asked for and keep one copy per device: only the
     first layer on a device pays for it. A device is None or ``"cpu"`` for NumPy, or an int for CuPy on that GPU.
+    The lengths are numbers of this object: a step over a cache that is captured and replayed with other lengths takes
+    `PagedParams`.
 
     Parameters
     ----------
@@ -366,7 +368,8 @@ class PagedParams(Params):
     """Batch metadata of an attention call over a paged cache, made once per forward pass.
 
     Fields and methods of `Params`, with ``seq_len = q_len``; always causal, without a mask array. Built from host or
-    device arrays, which are copied.
+    device arrays, which are copied. For the replays of a captured step the arrays of `get_block_index`,
+    `get_cache_seqlens` and `get_cache_seqlens_after` are changed in place; see `QAttn.forward`.
 
     Parameters
     ----------

@@ -101,7 +101,7 @@ class QAttn(Projections):
         for name, size in (("hidden_size", hidden_size), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads),
                            ("head_dim", head_dim), ("max_rows", max_rows), ("max_seq_len", max_seq_len),
                            ("sincos_size", sincos_size)):
-            if size is not None:
+            if size is not None or name not in ("max_rows", "max_seq_len", "sincos_size"):
                 check_number("QAttn", name, size, least=1, integer=True)
         check_number("QAttn", "norm_epsilon", norm_epsilon, least=0)
         for name, flag in (("layernorm_is_rms", layernorm_is_rms), ("has_residual", has_residual),

@@ -11,6 +11,7 @@ from conftest import CupyArrays, NumpyArrays
 
 import cupyattn
 from cupyattn import LoRA, PagedCache, Params, load_lora
+from cupyattn.graphs import capture
 from cupyattn.quant.safetensors_file import write
 
 
@@ -103,6 +104,21 @@ def test_a_sequence_gets_what_it_gets_alone(here):
     q, k, v = layer.attn.forward_1(halves, 4, 3, 0, **layer.tables, sequence_loras=chosen)
     assert_same_bits(here.numpy(halves), x)
     assert_same_bits(here.numpy(k), here.numpy(cache.k[0])[:, :3])
+
+
+def test_replays_add_the_adapters_of_the_capture(xp):
+    layer = Layer(xp, dtype="float16", formats="int4-g32")
+    layer.attn.set_loras({"a": adapter(layer, 3), "b": adapter(layer, 8, "ko", 1)})
+    params, options = Params(3, 2), {"loras": ["a"], "sequence_loras": ["b", None, "a"], **layer.tables}
+    x = xp.array(layer.inputs(3, 2))
+    graph = capture(lambda: layer.attn.forward(x, params, **options), xp=xp.module)
+    wanted = []
+    for rows in (layer.inputs(3, 2), layer.inputs(3, 2)):
+        wanted.append((rows, xp.numpy(layer.attn.forward(xp.array(rows), params, **options))))
+    layer.attn.set_loras({})
+    for rows, want in wanted:
+        x[...] = xp.array(rows)
+        assert_same_bits(xp.numpy(graph.replay()), want)
 
 
 def test_function_of_exllamav2(here):

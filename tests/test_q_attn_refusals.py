@@ -39,6 +39,7 @@ def _arguments(**change):
     ({"temp_dq": np.zeros(128 * 64 - 1)}, ValueError, "temp_dq must have at least 8192 elements"),
     ({"hidden_size": 0}, ValueError, "hidden_size must be an int32 of at least 1, got 0"),
     ({"hidden_size": 60}, ValueError, "hidden_size must be a multiple of 8, got 60"),
+    ({"num_heads": None}, TypeError, "num_heads must be an integer, got NoneType"),
     ({"hidden_size": 64.0}, TypeError, "hidden_size must be an integer, got float"),
     ({"head_dim": 12}, ValueError, "head_dim must be a multiple of 8 up to 256, got 12"),
     *(({name: np.zeros(shape)}, TypeError, f"{name} must be a QMatrix or float16, bfloat16, float32, got float64")
