@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """ExLlamaV2's functions over QAttn: same names, order of arguments and effects; objects in place of handles."""
 
-from .lora import LoRA
+from collections.abc import Mapping
+
+from .lora import LoRA, names_of
 from .q_attn import QAttn
 
 ROPE_STYLE_NONE, ROPE_STYLE_GPTJ, ROPE_STYLE_NEOX = 0, 1, 2
@@ -53,7 +55,7 @@ def free_q_attn(q_attn):
     ValueError
         From later calls of the layer.
     """
-    q_attn.close()
+    _checked("free_q_attn", q_attn).close()
 
 
 def q_attn_forward_1(q_attn, x, batch_size, q_len, past_len, past_lens, q_temp, k_temp, v_temp, sin, cos, loras=(),
@@ -79,6 +81,7 @@ def q_attn_forward_1(q_attn, x, batch_size, q_len, past_len, past_lens, q_temp, 
     TypeError, ValueError
         As `QAttn.forward_1`.
     """
+    _checked("q_attn_forward_1", q_attn)
     q_attn.forward_1(x, batch_size, q_len, past_len, past_lens, q_temp, k_temp, v_temp, sin, cos,
                      _known(q_attn, loras), loras_temp)
 
@@ -103,6 +106,7 @@ def q_attn_forward_2(q_attn, x, attn_output, batch_size, q_len, loras=(), loras_
     TypeError, ValueError
         As `QAttn.forward_2`.
     """
+    _checked("q_attn_forward_2", q_attn)
     q_attn.forward_2(x, attn_output, batch_size, q_len, _known(q_attn, loras), loras_temp)
 
 
@@ -130,18 +134,36 @@ def q_attn_set_loras(q_attn, q_proj_lora_a, q_proj_lora_b, k_proj_lora_a, k_proj
     TypeError, ValueError
         A matrix that does not fit its projection, or one of a pair without the other.
     """
+    op = "q_attn_set_loras"
+    _checked(op, q_attn)
     given = {"q": (q_proj_lora_a, q_proj_lora_b), "k": (k_proj_lora_a, k_proj_lora_b),
              "v": (v_proj_lora_a, v_proj_lora_b), "o": (o_proj_lora_a, o_proj_lora_b)}
     adapters = {}
-    for p, (a, b) in given.items():
+    for p, halves in given.items():
+        for half, matrices in zip("ab", halves, strict=True):
+            if not isinstance(matrices, Mapping):
+                raise TypeError(f"{op}: {p}_proj_lora_{half} must be a dict of key to array, got "
+                                f"{type(matrices).__name__}")
+            for key, matrix in matrices.items():
+                if getattr(matrix, "ndim", None) != 2:
+                    raise TypeError(f"{op}: {p}_proj_lora_{half}[{key!r}] must be an array of two axes, got "
+                                    f"{type(matrix).__name__}")
+        a, b = halves
         for key in (*a, *b):
             if key not in a or key not in b:
                 half, other = ("a", "b") if key in a else ("b", "a")
-                raise ValueError(f"q_attn_set_loras: {p}_proj_lora_{other} must have {key!r} like "
-                                 f"{p}_proj_lora_{half}, got none")
+                raise ValueError(f"{op}: {p}_proj_lora_{other} must have {key!r} like {p}_proj_lora_{half}, got none")
             adapters.setdefault(key, {})[p] = LoRA(a[key].T, b[key].T)
     return q_attn.set_loras(adapters)
 
 
+def _checked(op, q_attn):
+    """`q_attn`, which is a QAttn."""
+    if not isinstance(q_attn, QAttn):
+        raise TypeError(f"{op}: q_attn must be a QAttn, from make_q_attn, got {type(q_attn).__name__}")
+    return q_attn
+
+
 def _known(q_attn, loras):
-    return [key for key in loras or () if key in q_attn.loras.names]
+    names, _ = names_of(loras, None)
+    return [key for key in names if key in q_attn.loras.names]

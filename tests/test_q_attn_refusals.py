@@ -285,3 +285,28 @@ def test_adapters_of_the_wrong_kind():
         assert list(layer.attn.loras.names) == ["good"]
     with pytest.raises(ValueError, match="QAttn: loras must be among 'good', got 'bad'"):
         layer.attn.forward(layer.inputs(1, 1), Params(1, 1), **layer.tables, loras=["bad"])
+
+
+def test_functions_of_exllamav2_refuse():
+    layer = Layer(NumpyArrays(), dtype="float16")
+    x, out = layer.inputs(1, 1), [np.zeros((1, 1, n, 32), np.float16) for n in (4, 2, 2)]
+    mixed = np.zeros((1, 1, 128), np.float16)
+    a, b = np.zeros((64, 4), np.float16), np.zeros((4, 128), np.float16)
+    for op, arguments in (("free_q_attn", ()), ("q_attn_forward_1", (x, 1, 1, 0, None, *out, None, None)),
+                          ("q_attn_forward_2", (x, mixed, 1, 1)), ("q_attn_set_loras", ({},) * 8)):
+        with pytest.raises(TypeError, match=f"{op}: q_attn must be a QAttn, from make_q_attn, got int"):
+            getattr(cupyattn, op)(140123, *arguments)
+    for loras in ("name", 5):
+        with pytest.raises(TypeError, match=f"QAttn: loras must be a sequence of names, got {loras!r}"):
+            cupyattn.q_attn_forward_1(layer.attn, x, 1, 1, 0, None, *out, *layer.tables.values(), loras)
+        with pytest.raises(TypeError, match=f"QAttn: loras must be a sequence of names, got {loras!r}"):
+            cupyattn.q_attn_forward_2(layer.attn, x, mixed, 1, 1, loras)
+    assert cupyattn.q_attn_set_loras(layer.attn, {7: a}, {7: b}, *[{}] * 6) == 4
+    for error, message, change in (
+            (TypeError, "q_proj_lora_b must be a dict of key to array, got list", ({7: a}, [b])),
+            (TypeError, r"q_proj_lora_a\[7\] must be an array of two axes, got int", ({7: 5}, {7: b})),
+            (TypeError, r"q_proj_lora_b\[7\] must be an array of two axes, got ndarray", ({7: a}, {7: b[0]})),
+            (ValueError, "q_proj_lora_a must have 8 like q_proj_lora_b, got none", ({7: a}, {7: b, 8: b}))):
+        with pytest.raises(error, match=f"q_attn_set_loras: {message}"):
+            cupyattn.q_attn_set_loras(layer.attn, *change, *[{}] * 6)
+        assert list(layer.attn.loras.names) == [7]
