@@ -220,8 +220,8 @@ class BoundSteps:
     What an eager step costs on the host is nearly all in checks and in filling argument structs. Where it is called
     with the very arrays of earlier calls, only its bound launches are needed: the second call keeps them, and all later
     ones do nothing else. Keep the object with what the steps share, the metadata of a batch for instance, so that it
-    does not outlive their arrays. Steps whose ranks are several GPUs of this process are refused by a `CaptureError` the
-    second time; with a process for each GPU what ranks exchange is kept, too.
+    does not outlive their arrays. Steps whose ranks are several GPUs of this process are refused by a `CaptureError`
+    the second time; with a process for each GPU what ranks exchange is kept, too.
 
     Parameters
     ----------
