@@ -89,9 +89,10 @@ def attention(q, k, v, /, *, cu_seqlens_q, cu_seqlens_k=None, cache_seqlens=None
         Cut keys only at multiples of 1024: the bits of a row depend neither on the batch around it, nor on how its
         sequence is cut into chunks of prefill, nor on the number of multiprocessors.
     schedule : Schedule, optional
-        From `cupyattn.schedule`, made once per step for all layers, with the very lengths and options of this call.
-        Default: the op makes its own. What a schedule of other lengths leaves out stays unwritten; where lengths are
-        read, with NumPy arrays or ``CUPYATTN_CHECK=1``, one made from lengths in host memory is refused.
+        From `cupyattn.schedule`, made once per step for all layers, with the very lengths and options of this call;
+        `mask` and `alibi_slopes` have no say in it, so that calls with and without them share one. Default: the op
+        makes its own. What a schedule of other lengths leaves out stays unwritten; where lengths are read, with NumPy
+        arrays or ``CUPYATTN_CHECK=1``, one made from lengths in host memory is refused.
     partials : (ndarray [num_splits, tokens, num_heads, head_dim_v], ndarray [num_splits, tokens, num_heads]), optional
         float32. Receive the normalised result and lse of every split, without sinks, in place of `out`; for
         `split_reduce`. Needs `num_splits`.
