@@ -50,6 +50,12 @@ class Prepared:
             self._remembered[key] = found
         return found, flat, addresses
 
+    def launch(self, arrays, *options):
+        """Launch the Template that `prepare` returns for `arrays` and `options`; None is nothing to launch."""
+        template, flat, addresses = self(arrays, *options)
+        if template is not None:
+            template.launch(flat, addresses)
+
 
 def _look_at(arrays, facts, flat, addresses):
     """Appends what makes `arrays` alike, and all arrays and their addresses; whether some are on a GPU."""
