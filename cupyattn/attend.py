@@ -30,7 +30,7 @@ from .quantized_kv import kv_side
 from .runtime import Template, arch_of, env, make_args, workspace
 from .runtime.arrays import address, alignment, array_namespace, dtype_name, strides
 from .runtime.capturing import refuse_to_keep
-from .runtime.checks import check_dtype, check_last_axis, check_shape
+from .runtime.checks import check_array
 from .runtime.known import Known
 
 
@@ -38,9 +38,7 @@ def prepare_keys(op, xp, num_heads, head_dim, k, v, block_table, cu_seqlens_k, b
     """Keys of a call: ragged arrays with `cu_seqlens_k`, caches with `block_table` (an array or a PageTable)."""
     if cu_seqlens_k is not None:
         sides = [ragged_side(op, name, array) for name, array in zip(names, (k, v), strict=True)]
-        check_dtype(op, "cu_seqlens_k", cu_seqlens_k, "int32")
-        check_shape(op, "cu_seqlens_k", cu_seqlens_k, (batch + 1,), "[batch + 1]")
-        check_last_axis(op, "cu_seqlens_k", cu_seqlens_k)
+        check_array(op, "cu_seqlens_k", cu_seqlens_k, "int32", (batch + 1,), "[batch + 1]")
         pages, capacity = None, k.shape[0]
         fields = {**NO_PAGES, "row_starts": cu_seqlens_k, "max_pages": capacity}
     else:

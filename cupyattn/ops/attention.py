@@ -16,7 +16,7 @@ from ..attention_args import (
 from ..attention_plans import PREFILL_CORE, prefill_specs
 from ..runtime import Prepared, env
 from ..runtime.arrays import array_namespace, dtype_name
-from ..runtime.checks import FLOATS, check_dtype, check_element_strides, check_last_axis, check_number, check_shape
+from ..runtime.checks import FLOATS, check_array, check_number
 from .split_reduce import check_outputs, split_out
 
 CORE, more_specs = PREFILL_CORE, prefill_specs
@@ -168,13 +168,8 @@ def _prepared_queries(q, cu_seqlens_q):
     """True: the queries, and what says which are whose, fit."""
     op = "attention"
     array_namespace(op, q=q, cu_seqlens_q=cu_seqlens_q)
-    check_dtype(op, "q", q, FLOATS)
-    check_shape(op, "q", q, (None, None, None), _AXES)
-    check_element_strides(op, "q", q)
-    check_last_axis(op, "q", q)
-    check_dtype(op, "cu_seqlens_q", cu_seqlens_q, "int32")
-    check_shape(op, "cu_seqlens_q", cu_seqlens_q, (None,), "[batch + 1]")
-    check_last_axis(op, "cu_seqlens_q", cu_seqlens_q)
+    check_array(op, "q", q, FLOATS, (None, None, None), _AXES)
+    check_array(op, "cu_seqlens_q", cu_seqlens_q, "int32", (None,), "[batch + 1]")
     if len(cu_seqlens_q) == 0:
         raise ValueError(f"{op}: cu_seqlens_q must be [batch + 1], got []")
     return True
@@ -241,10 +236,7 @@ def _check_tree_mask(op, tree_mask, tokens, max_q_len):
     """tree_mask, if any, has a bit for each new token of a sequence."""
     if tree_mask is None:
         return
-    check_dtype(op, "tree_mask", tree_mask, "uint32")
-    check_shape(op, "tree_mask", tree_mask, (tokens, None), "[tokens, words]")
-    check_element_strides(op, "tree_mask", tree_mask)
-    check_last_axis(op, "tree_mask", tree_mask)
+    check_array(op, "tree_mask", tree_mask, "uint32", (tokens, None), "[tokens, words]")
     if 32 * tree_mask.shape[1] < max_q_len:
         raise ValueError(f"{op}: tree_mask must have a bit for each of the {max_q_len} new tokens of a sequence, got "
                          f"{tree_mask.shape[1]} words; with CuPy arrays say max_q_len")

@@ -12,6 +12,7 @@ from ..quantized_kv import FLOATS, FORMATS, BlockKV, kv_side
 from ..runtime import Plan, Specialisation, arch_of, env, launch, make_args
 from ..runtime.arrays import alignment, array_namespace, dtype_name, dtype_of, head_view, strides
 from ..runtime.checks import (
+    check_array,
     check_dtype,
     check_element_strides,
     check_last_axis,
@@ -67,13 +68,9 @@ def _plan_kv_flatten(tokens, num_kv_heads, head_dim, head_dim_v, k, v, out, alig
 
 
 def _check_lists(batch, cu_seqlens_k, cache_seqlens):
-    check_dtype("kv_flatten", "cu_seqlens_k", cu_seqlens_k, "int32")
-    check_shape("kv_flatten", "cu_seqlens_k", cu_seqlens_k, (batch + 1,), "[batch + 1]")
-    check_element_strides("kv_flatten", "cu_seqlens_k", cu_seqlens_k)
+    check_array("kv_flatten", "cu_seqlens_k", cu_seqlens_k, "int32", (batch + 1,), "[batch + 1]", contiguous=False)
     if cache_seqlens is not None:
-        check_dtype("kv_flatten", "cache_seqlens", cache_seqlens, "int32")
-        check_shape("kv_flatten", "cache_seqlens", cache_seqlens, (batch,), "[batch]")
-        check_element_strides("kv_flatten", "cache_seqlens", cache_seqlens)
+        check_array("kv_flatten", "cache_seqlens", cache_seqlens, "int32", (batch,), "[batch]", contiguous=False)
 
 
 def _check_caches(table, k, v):

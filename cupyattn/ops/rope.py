@@ -10,6 +10,7 @@ from ..runtime import Plan, Prepared, Specialisation, Template, arch_of, env, ma
 from ..runtime.arrays import alignment, array_namespace, head_view, strides
 from ..runtime.checks import (
     FLOATS,
+    check_array,
     check_dtype,
     check_element_strides,
     check_last_axis,
@@ -168,9 +169,7 @@ def _prepared(x, cos, sin, positions, out, style, rotary_dim):
     _check_table("sin", sin, rotary_dim)
     max_pos, width = cos.shape
     table_stride = 2 if style == "interleaved" and width == rotary_dim else 1
-    check_dtype("rope", "positions", positions, "int32")
-    check_shape("rope", "positions", positions, (tokens,), "[tokens]")
-    check_element_strides("rope", "positions", positions)
+    check_array("rope", "positions", positions, "int32", (tokens,), "[tokens]", contiguous=False)
     if x.size == 0:
         return None
     plan = _plan_rope(tokens, heads, head_dim, rotary_dim, dtype, table, style, table_stride,

@@ -27,14 +27,7 @@ from ..quantized_kv import FORMATS
 from ..runtime import arch_of
 from ..runtime.arrays import array_namespace
 from ..runtime.capturing import refuse_to_keep, tape
-from ..runtime.checks import (
-    check_dtype,
-    check_element_strides,
-    check_flag,
-    check_last_axis,
-    check_number,
-    check_shape,
-)
+from ..runtime.checks import check_array, check_flag, check_number, check_shape
 from ..runtime.plan import CUDA_TYPES
 from ..work_list import WorkList
 
@@ -308,11 +301,8 @@ def _check_arrays(op, cache_seqlens, cu_seqlens_q, finished, **per_sequence):
             ("cache_seqlens", cache_seqlens, "int32", batch), ("cu_seqlens_q", cu_seqlens_q, "int32", batch + 1),
             ("finished", finished, "bool", batch), *((n, a, "int32", batch) for n, a in per_sequence.items())):
         if array is not None:
-            check_dtype(op, name, array, dtype)
-            check_shape(op, name, array, (size,), "[batch + 1]" if size > batch else "[batch]")
-            check_element_strides(op, name, array)
-            if name not in ("cache_seqlens", "cache_starts"):
-                check_last_axis(op, name, array)
+            check_array(op, name, array, dtype, (size,), "[batch + 1]" if size > batch else "[batch]",
+                        contiguous=name not in ("cache_seqlens", "cache_starts"))
     if isinstance(cu_seqlens_q, np.ndarray) and (np.diff(cu_seqlens_q) < 0).any():
         raise ValueError(f"{op}: cu_seqlens_q must not decrease, got {cu_seqlens_q.tolist()}")
 
