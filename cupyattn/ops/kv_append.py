@@ -20,7 +20,7 @@ from ..kv_places import (
 )
 from ..kv_steps import STYLES, check_q_len, check_queries, check_rope, check_steps, rows_on_host
 from ..page_table import PageTable
-from ..quantized_kv import FORMATS, BlockKV, QuantizedKV, kv_side
+from ..quantized_kv import FORMATS, PLAIN_TAGS, BlockKV, QuantizedKV, kv_side
 from ..runtime import Plan, Prepared, Specialisation, Template, arch_of, env, make_args
 from ..runtime.arrays import alignment, array_namespace, head_view, row_view, strides
 from ..runtime.checks import FLOATS, check_array, check_flag, check_number, check_shape, check_writeable
@@ -28,9 +28,6 @@ from ..runtime.plan import CUDA_TYPES
 from ..runtime.structs import address
 
 MAX_DIM = 1024   # longest row that lanes can hold
-
-
-PLAIN = {name: f"KvPlain<{CUDA_TYPES[name]}>" for name in FLOATS}
 COPY = {"STAGES": 0, "INTERLEAVED": 0, "LANES": 1, "CHUNKS": 1}   # constants of the version that moves bits
 
 
@@ -38,8 +35,8 @@ def _spec(new, k_format, v_format, wide, *, gain=None, style="", lanes=0, chunks
     """`style` "" is a launch without bias, norm, RoPE and queries; 0 `lanes` the one that copies rows."""
     held = {"STAGES": int(style != ""), "INTERLEAVED": int(style == "interleaved"), "LANES": lanes, "CHUNKS": chunks}
     return Specialisation("kv_append", "kv_append", "KvAppendArgs",
-                          {"T": new, "W": gain or new, "K": PLAIN.get(k_format, k_format),
-                           "V": PLAIN.get(v_format, v_format), "WIDE": int(wide),
+                          {"T": new, "W": gain or new, "K": PLAIN_TAGS.get(k_format, k_format),
+                           "V": PLAIN_TAGS.get(v_format, v_format), "WIDE": int(wide),
                            **(held if lanes else COPY)},
                           spill_bytes=64 * chunks if lanes == 1 else 0)   # the CPU's version holds rows in memory
 
@@ -92,7 +89,7 @@ def _is_wide(vec, head_dim, head_dim_v, rotary_dim, style, align):
 def _plan_kv_append(tokens, num_heads, num_kv_heads, head_dim, head_dim_v, rotary_dim, new, gain, k_format, v_format,
                     style, align, arch):
     """Plan from sizes, dtype and format names, the common alignment in bytes, and arch; `style` as in `_spec`."""
-    plain = {tag: name for name, tag in PLAIN.items()}
+    plain = {tag: name for name, tag in PLAIN_TAGS.items()}
     copy = style == "" and k_format in plain and v_format in plain
     vec = 4 if copy and "float32" in (new, plain[k_format], plain[v_format]) else 8
     wide = _is_wide(vec, head_dim, head_dim_v, rotary_dim, style, align)
@@ -343,7 +340,7 @@ def _prepared(k, v, k_cache, v_cache, q, q_out, cos, sin, q_bias, k_bias, v_bias
     steps = [a for a in (q, q_out, cos, sin, *biases.values(), *norms.values()) if a is not None]
     plan = _plan_kv_append(
         tokens, heads, kv_heads, head_dim, head_dim_v, rotary_dim, dtype, gain,
-        *([side.tag for side in sides] or [PLAIN[dtype]] * 2), style if steps else "",
+        *([side.tag for side in sides] or [PLAIN_TAGS[dtype]] * 2), style if steps else "",
         min([*(alignment(a) for a in (k, v, *steps) if a is not None),
              *(_alignment(side, places.table) for side in sides)]), arch_of(xp))
     args = make_args(

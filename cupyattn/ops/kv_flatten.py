@@ -8,7 +8,7 @@ import numpy as np
 
 from ..devices import to_host
 from ..page_table import PageTable
-from ..quantized_kv import FLOATS, FORMATS, BlockKV, kv_side
+from ..quantized_kv import FLOATS, FORMATS, PLAIN_TAGS, BlockKV, kv_side
 from ..runtime import Plan, Specialisation, arch_of, env, launch, make_args
 from ..runtime.arrays import alignment, array_namespace, dtype_name, dtype_of, head_view, strides
 from ..runtime.checks import (
@@ -23,8 +23,7 @@ from ..runtime.checks import (
 from ..runtime.plan import CUDA_TYPES
 
 _TAGS = tuple(dict.fromkeys(
-    [f"KvPlain<{CUDA_TYPES[t]}>" for t in FLOATS] +
-    [f.tag.format(CUDA_TYPES[t]) for f in FORMATS.values() for t in f.scale_dtypes]))
+    list(PLAIN_TAGS.values()) + [f.tag.format(CUDA_TYPES[t]) for f in FORMATS.values() for t in f.scale_dtypes]))
 
 
 def _spec(k, v, out, aligned, whole_groups):

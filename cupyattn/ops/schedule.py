@@ -23,7 +23,7 @@ from ..planning import (
     list_ranges,
     store_lists,
 )
-from ..quantized_kv import FORMATS
+from ..quantized_kv import FORMATS, PLAIN_TAGS
 from ..runtime import arch_of
 from ..runtime.arrays import array_namespace
 from ..runtime.capturing import refuse_to_keep, tape
@@ -259,7 +259,7 @@ def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, head_dim_v=
 
 def _tiling(xp, lengths, dims, dtype, kv_format, num_workers, most):
     """Tiling of this device, or of one with `num_workers` multiprocessors."""
-    tag = FORMATS[kv_format].tag if kv_format in FORMATS else f"KvPlain<{CUDA_TYPES[kv_format]}>"
+    tag = FORMATS[kv_format].tag if kv_format in FORMATS else PLAIN_TAGS[kv_format]
     facts = Facts(dtype, tag, tag, 16, lengths.num_kv_heads, lengths.heads_per_kv, *dims, False,
                   arch_of(xp))
     if num_workers is None:
