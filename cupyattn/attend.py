@@ -175,25 +175,26 @@ def attend(op, call, arrays, addresses, *, cache_seqlens, block_table=None, cu_s
     lengths = Lengths(same.num_kv_heads, same.heads_per_kv, cache_seqlens, cu_seqlens_k, cu_seqlens_q, same.q_len,
                       cache_starts, finished, key_offsets, key_counts, same.key_stride, same.key_offset, same.causal,
                       same.window_size)
-    if keys.pages is not None:
-        keys = keys._replace(pages=block_table if isinstance(block_table, PageTable) else PageTable(block_table))
+    pages = block_table   # of the arrays themselves
+    if block_table is not None and not isinstance(block_table, PageTable):
+        pages = keys.pages.with_parts(block_table, None, None)
     reads = xp is np or env.check()
     if reads:
-        _check_content(op, keys, lengths if xp is np else lengths.on_host())
+        _check_content(op, keys, pages, lengths if xp is np else lengths.on_host())
     if call.empty:
         return
     if schedule is None:
-        lists = _make_lists(op, xp, call.facts, lengths, call.policy, q_lens, keys, call.limits)
+        lists = _make_lists(op, call, lengths, q_lens, pages)
     else:
         lists = _lists_of(op, call, schedule)
         if schedule.made_from is not None:
-            schedule.made_from.check(op, lengths, keys.pages)
+            schedule.made_from.check(op, lengths, pages)
             if reads:
-                schedule.made_from.check_contents(op, lengths, q_lens, keys.pages, keys.table["page_size"])
+                schedule.made_from.check_contents(op, lengths, q_lens, pages, keys.table["page_size"])
     for work, plan in zip(lists, (plan_decode, plan_prefill), strict=True):
         if work is not None:
             launch_work(op, plan(call.facts, work.rows, work.workers), work, call, arrays, addresses, scratch,
-                        () if keys.pages is None else keys.pages.buffers)
+                        () if pages is None else pages.buffers)
 
 
 def launch_work(op, plan, work, call, arrays, addresses, scratch, buffers=()):
@@ -214,12 +215,13 @@ def launch_work(op, plan, work, call, arrays, addresses, scratch, buffers=()):
         raise
 
 
-def _make_lists(op, xp, facts, lengths, policy, q_lens, keys, limits):
+def _make_lists(op, call, lengths, q_lens, pages):
     """(decode, prefill) work lists of one call: in NumPy, or by a kernel from lengths that stay on the device."""
+    xp, facts, policy, limits = call.xp, call.facts, call.policy, call.limits
     if xp is np:
         refuse_to_keep(f"call {op} without schedule, which is then made on the host")
         tiles = tiling(facts, lengths.packed_range()[1], sm_count(xp))
-        prefixes = () if keys.pages is None else find_prefixes(lengths, policy, keys.pages, keys.table["page_size"])
+        prefixes = () if pages is None else find_prefixes(lengths, policy, pages, call.keys.table["page_size"])
         return exact_lists(lengths, tiles, policy, prefixes)
     if xp.cuda.get_current_stream().is_capturing():   # a graph would keep the addresses of arrays that are freed
         raise ValueError(f"{op}: schedule must be given while a CUDA graph is captured, got None")
@@ -248,7 +250,7 @@ def _lists_of(op, call, schedule):
     return schedule.decode, schedule.prefill
 
 
-def _check_content(op, keys, lengths):
+def _check_content(op, keys, pages, lengths):
     """Lengths fit, and every page with a visible token exists."""
     starts = lengths.row_starts
     if starts is not None and starts.size and (
@@ -256,7 +258,7 @@ def _check_content(op, keys, lengths):
         raise ValueError(f"{op}: cu_seqlens_k must not decrease and be within 0 and the {keys.capacity} tokens of k, "
                          f"got {starts.tolist() if len(starts) < 20 else f'{starts[0]} to {starts[-1]}'}")
     check_lengths(op, lengths, keys.capacity)
-    if starts is None and lengths.batch and not keys.pages.all_entries_are_pages(
+    if starts is None and lengths.batch and not pages.all_entries_are_pages(
             lengths.cache_seqlens, *keys.k.shape[:2]):
         begin, end = lengths.visible_keys()
-        keys.pages.check(op, end, *keys.k.shape[:2], keys.block_bytes, starts=begin)
+        pages.check(op, end, *keys.k.shape[:2], keys.block_bytes, starts=begin)

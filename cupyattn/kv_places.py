@@ -25,10 +25,12 @@ class Places(NamedTuple):
     key_offset: int = 0
     q_len: int | None = None   # tokens of each sequence, of the first of which positions are; None: of all tokens
 
-    @property
-    def buffers(self):
-        """Arrays behind block pointers."""
-        return () if self.table is None else self.table.buffers
+    def of_call(self, slots, block_table, positions, batch_indices, readonly_tokens):
+        """Places of a call's own arrays, where these here stand for all that are alike."""
+        if self.table is not None and not isinstance(block_table, PageTable):
+            block_table = self.table.with_parts(block_table, None, None)
+        return Places(slots, block_table, positions, batch_indices, readonly_tokens, self.key_stride, self.key_offset,
+                      self.q_len)
 
     def fields(self, cache):
         """Fields of the kernel's struct, positions apart, for an array, QuantizedKV or BlockKV `cache`."""

@@ -284,9 +284,7 @@ def kv_append(k, v, k_cache, v_cache, /, *, slots=None, block_table=None, positi
             rows = rows_on_host(found.tokens, positions, rope_rows, q_len, rope_base)
             check_range(name, rows, -1, cos.shape[0], "the rows of cos and sin or -1 to skip the token")
         if k is not None:
-            table = block_table if is_table or block_table is None else PageTable(block_table)
-            check_places(found.places._replace(slots=slots, table=table, positions=positions,
-                                               batch_indices=batch_indices, readonly_tokens=readonly_tokens),
+            check_places(found.places.of_call(slots, block_table, positions, batch_indices, readonly_tokens),
                          (k_cache, v_cache))
     found.template.launch(*where, buffers=block_table.buffers if is_table else ())
     return q_out
