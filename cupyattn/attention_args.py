@@ -3,10 +3,7 @@
 
 from typing import NamedTuple
 
-import numpy as np
-
 from .quantized_kv import BlockKV, QuantizedKV, kv_side
-from .runtime import launch, make_args, workspace
 from .runtime.arrays import address, alignment, strides
 from .runtime.checks import (
     check_array,
@@ -17,6 +14,7 @@ from .runtime.checks import (
     check_number,
     check_shape,
     check_writeable,
+    value_range,
 )
 
 MAX_HEAD_DIM = 256
@@ -24,7 +22,7 @@ STEP = 8   # elements a thread handles at a time; STEP of the kernels
 NO_MASK = {"data": None, "stride_seq": 0, "stride_head": 0, "stride_query": 0, "stride_key": 0, "queries": 0, "keys": 0,
            "kind": 0}
 _MASK_KINDS = {"bool": 1, "float32": 2, "float16": 3, "bfloat16": 4}
-_NO_PARTIALS = {"out": None, "lse": None, "sum": None, "split_count": None, "stride_split": 0, "stride_token": 0,
+NO_PARTIALS = {"out": None, "lse": None, "sum": None, "split_count": None, "stride_split": 0, "stride_token": 0,
                 "stride_head": 0, "lse_split": 0, "lse_token": 0, "lse_head": 0}
 
 
@@ -43,12 +41,12 @@ class Keys(NamedTuple):
 
 
 def ragged_side(op, name, array):
-    """KvSide of `array` [tokens_k, num_kv_heads, head_dim]: one page."""
+    """KvSide of a Known `array` [tokens_k, num_kv_heads, head_dim]: one page."""
     if isinstance(array, (QuantizedKV, BlockKV)):
         raise TypeError(f"{op}: {name} must be an array with cu_seqlens_k, got {type(array).__name__}; quantized keys "
                         "go with block_table")
     check_shape(op, name, array, (None, None, None), "[tokens_k, num_kv_heads, head_dim]")
-    return kv_side(op, name, array[None])
+    return kv_side(op, name, array.with_axis(0))
 
 
 def check_sides(op, num_heads, head_dim, k, v, names):
@@ -99,6 +97,16 @@ class Partials(NamedTuple):
     lse_factor: float = 1.0
     count_sinks: bool = False
 
+    PARTS = ("out", "lse", "sum", "split_count")   # see runtime.Prepared
+
+    @property
+    def signature(self):
+        return self.lse_factor, self.count_sinks
+
+    def with_parts(self, *arrays):
+        """With other arrays alike."""
+        return Partials(*arrays, *self.signature)
+
     def fields(self):
         """Of PartialRows."""
         split, token, head, _ = strides(self.out)
@@ -108,15 +116,19 @@ class Partials(NamedTuple):
                 "lse_token": lse_token, "lse_head": lse_head}
 
 
+def as_partials(op, partials):
+    """`partials` of a call as Partials, None for none."""
+    if partials is None or isinstance(partials, Partials):
+        return partials
+    if not isinstance(partials, tuple) or len(partials) != 2:
+        raise TypeError(f"{op}: partials must be the pair (partial_out, partial_lse), got {type(partials).__name__}")
+    return Partials(*partials)
+
+
 def check_partials(op, partials, num_splits, tokens, num_heads, head_dim_v):
-    """`partials` as Partials; its arrays fit."""
+    """The arrays of Partials fit."""
     if num_splits is None:
         raise ValueError(f"{op}: num_splits must be given with partials, got None")
-    if not isinstance(partials, Partials):
-        if not isinstance(partials, tuple) or len(partials) != 2:
-            raise TypeError(f"{op}: partials must be the pair (partial_out, partial_lse), got "
-                            f"{type(partials).__name__}")
-        partials = Partials(*partials)
     for name, array, tail in (("out", partials.out, (head_dim_v,)), ("lse", partials.lse, ()),
                               ("sum", partials.sum, ())):
         if array is None and name == "sum":
@@ -131,7 +143,6 @@ def check_partials(op, partials, num_splits, tokens, num_heads, head_dim_v):
     if partials.out.size and alignment(partials.out) < 16:
         raise ValueError(f"{op}: partials.out must have rows at multiples of 16 bytes, got strides "
                          f"{partials.out.strides}")
-    return partials
 
 
 def sequence_view(array, uniform):
@@ -193,12 +204,13 @@ def check_lengths(op, lengths, capacity=None):
     seqlens, counts = lengths.seqlens(), lengths.key_counts
     if seqlens.size == 0:
         return
+    least, longest = value_range(seqlens)
     most = None
     if capacity is not None and counts is None and lengths.row_starts is None:
         most = capacity * lengths.key_stride + lengths.key_offset
-    if seqlens.min() < 0 or (most is not None and seqlens.max() > most):
+    if least < 0 or (most is not None and longest > most):
         rule = "≥ 0" if most is None else f"from 0 to {most} (max_pages * page_size)"
-        raise ValueError(f"{op}: cache_seqlens must be {rule}, got {seqlens.min()} to {seqlens.max()}")
+        raise ValueError(f"{op}: cache_seqlens must be {rule}, got {least} to {longest}")
     for name in ("cache_starts", "key_offsets", "key_counts"):
         array = getattr(lengths, name)
         if array is not None and array.min() < 0:
@@ -217,29 +229,7 @@ def check_per_head(op, num_heads, **arrays):
             check_last_axis(op, name, array)
 
 
-def launch_work(op, plan, work, values, partials, scratch, xp, head_dim_v, buffers=()):
-    """Launch one work list. `values`: fields of AttentionArgs but the partial results and the work."""
-    if partials is not None:
-        fields = partials.fields()
-    elif work.num_slots:
-        rows = work.num_slots * work.rows
-        nbytes = rows * (head_dim_v + 1) * 4
-        room = workspace(xp, nbytes) if scratch is None else _check_workspace(op, scratch, nbytes)
-        floats = room[:nbytes].view(np.float32)
-        fields = {**_NO_PARTIALS, "out": floats[:rows * head_dim_v], "lse": floats[rows * head_dim_v:],
-                  "stride_split": work.rows * head_dim_v, "stride_token": head_dim_v, "lse_split": work.rows,
-                  "lse_token": 1}
-    else:
-        fields = _NO_PARTIALS
-    args = make_args(plan, **values, partials=fields, work={name: getattr(work, name) for name in work.ARRAYS})
-    try:
-        launch(plan, args, const_buffers=buffers)
-    except BaseException:
-        work.counters[...] = 0   # an aborted launch has counted some arrivals
-        raise
-
-
-def _check_workspace(op, scratch, nbytes):
+def check_workspace(op, scratch, nbytes):
     """`scratch` if `nbytes` fit in it."""
     check_dtype(op, "workspace", scratch, "uint8")
     check_last_axis(op, "workspace", scratch)

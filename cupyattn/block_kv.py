@@ -4,7 +4,7 @@
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from .kv_formats import FLOATS, FORMATS, NO_SCALE, check_head_dim, scale_shape
+from .kv_formats import FLOATS, FORMATS, NO_SCALE, PLAIN_TAGS, check_head_dim, scale_shape
 from .runtime.arrays import dtype_name
 from .runtime.plan import CUDA_TYPES
 
@@ -154,7 +154,7 @@ class BlockKV:
     def tag(self):
         """C++ type that reads the rows."""
         if self.format in FLOATS:
-            return f"KvPlain<{CUDA_TYPES[self.format]}>"
+            return PLAIN_TAGS[self.format]
         return FORMATS[self.format].tag.format(CUDA_TYPES[self.scale_dtype])
 
     @property

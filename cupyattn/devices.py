@@ -13,6 +13,11 @@ def to_host(value):
     return np.array(value)
 
 
+def on_host(array):
+    """A NumPy array itself, or a copy of a CuPy array."""
+    return array if isinstance(array, np.ndarray) else to_host(array)
+
+
 def device_key(op, device):
     """`device` as ``"cpu"`` or an int, whichever way it was spelled."""
     if device is None or (isinstance(device, str) and device == "cpu"):

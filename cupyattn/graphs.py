@@ -14,17 +14,19 @@ from .errors import CaptureError
 from .runtime import arch_of, cpu
 from .runtime.bound import in_order
 from .runtime.capturing import taping
-from .runtime.launch import is_watched
+from .runtime.launch import is_watched, take_blocks
 from .runtime.structs import address
 
 
 class Graph:
     """The launches of a step, to be replayed. From `capture`.
 
+    Keeps alive what its launches use, scratch included; to be kept until its last replay is done. A context manager.
+
     Attributes
     ----------
     launches : tuple
-        `Bound` launches and calls of other libraries, in order. They keep the step's arrays alive.
+        `Bound` launches and calls of other libraries, in order.
     result
         What the step returned: arrays that every replay writes anew.
     """
@@ -39,10 +41,24 @@ class Graph:
         CuPy: asynchronous on the current stream. Nothing is checked: lengths, page ids and positions out of range read
         and write other memory in NumPy arrays, and are ignored or garbage in CuPy arrays as in the ops.
         """
+        if self._replay is None:
+            raise ValueError("Graph: it must not be used after close(), got a replay")
         self._replay()
         return self.result
 
+    def close(self):
+        """Let go of the step, its arrays and its scratch."""
+        self.launches, self.result, self._replay, self._kept = (), None, None, ()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
     def __repr__(self):
+        if self._replay is None:
+            return "Graph(closed)"
         return f"Graph({len(self.launches)} launches: {', '.join(map(_name, self.launches))})"
 
 
@@ -126,10 +142,19 @@ def _capture_on_host(step, args, warmups):
 
 def _capture_on_device(xp, step, args, warmups):
     stream = xp.cuda.get_current_stream()
-    if stream.ptr in (0, 1):   # the default stream
-        before = stream.record()
-        stream = xp.cuda.Stream(non_blocking=True)
-        stream.wait_event(before)
+    if stream.ptr not in (0, 1):
+        return _capture_on_stream(xp, stream, step, args, warmups)
+    before = stream.record()   # the default stream
+    stream, scratch = xp.cuda.Stream(non_blocking=True), []
+    stream.wait_event(before)
+    try:
+        return _capture_on_stream(xp, stream, step, args, warmups, scratch)
+    finally:
+        scratch += take_blocks(xp, stream)   # nobody else can use the stream
+
+
+def _capture_on_stream(xp, stream, step, args, warmups, scratch=()):
+    """Graph of a step captured on `stream`; the Graph keeps `scratch`, which may be filled later."""
     blocks = _Blocks(xp.cuda.get_allocator())
     with stream:
         with taping(arch_of(xp)):
@@ -141,7 +166,7 @@ def _capture_on_device(xp, step, args, warmups):
         with taping(arch_of(xp), keep=True, capturing=True) as tape, xp.cuda.using_allocator(blocks.reuse):
             graph, result = _captured(stream, step, args)
     blocks.check_all_used()
-    return Graph(tuple(tape.launches), result, graph.launch, (stream, blocks, step, args))
+    return Graph(tuple(tape.launches), result, graph.launch, (stream, blocks, step, args, scratch))
 
 
 def _captured(stream, step, args):
@@ -195,7 +220,8 @@ class BoundSteps:
     What an eager step costs on the host is nearly all in checks and in filling argument structs. Where it is called
     with the very arrays of earlier calls, only its bound launches are needed: the second call keeps them, and all later
     ones do nothing else. Keep the object with what the steps share, the metadata of a batch for instance, so that it
-    does not outlive their arrays.
+    does not outlive their arrays. Steps whose ranks are several GPUs of this process are refused by a `CaptureError`
+    the second time; with a process for each GPU what ranks exchange is kept, too.
 
     Parameters
     ----------

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .devices import on_host
 from .page_table import NO_PAGES, PageTable
 from .quantized_kv import FORMATS, BlockKV
 from .runtime.checks import check_array, check_number, value_range
@@ -24,10 +25,12 @@ class Places(NamedTuple):
     key_offset: int = 0
     q_len: int | None = None   # tokens of each sequence, of the first of which positions are; None: of all tokens
 
-    @property
-    def buffers(self):
-        """Arrays behind block pointers."""
-        return () if self.table is None else self.table.buffers
+    def of_call(self, slots, block_table, positions, batch_indices, readonly_tokens):
+        """Places of a call's own arrays, where these here stand for all that are alike."""
+        if self.table is not None and not isinstance(block_table, PageTable):
+            block_table = self.table.with_parts(block_table, None, None)
+        return Places(slots, block_table, positions, batch_indices, readonly_tokens, self.key_stride, self.key_offset,
+                      self.q_len)
 
     def fields(self, cache):
         """Fields of the kernel's struct, positions apart, for an array, QuantizedKV or BlockKV `cache`."""
@@ -124,8 +127,10 @@ def check_places(places, caches):
     if places.slots is None and places.table is None:
         return
     num_pages, page_size = caches[0].shape[:2]
+    if _are_certainly_right(places, num_pages, page_size):
+        return
     if places.slots is not None:
-        slots = _host(places.slots)
+        slots = on_host(places.slots)
         check_range("slots", slots, -1, num_pages * page_size, "num_pages * page_size or -1 to skip the token")
         wanted = slots[slots >= 0]
         pages, slots = wanted // page_size, wanted % page_size
@@ -139,17 +144,34 @@ def check_places(places, caches):
                 raise ValueError(f"{_OP}: places must differ from token to token, got page {page} slot {slot} twice")
 
 
+def _are_certainly_right(places, num_pages, page_size):
+    """A shortcut for one token of each of a few sequences, in host memory; False says nothing."""
+    table, positions, wanted = places.table, places.positions, []
+    if table is None or table.form != "dense" or places.batch_indices is not None or places.key_stride > 1 or \
+            not isinstance(positions, np.ndarray) or not len(positions) == table.batch <= 16:
+        return False
+    page_of = table.block_table.item
+    for sequence, position in enumerate(positions.tolist()):
+        if not 0 <= position < table.max_pages * page_size:
+            return False
+        page = page_of(sequence, position // page_size)
+        if not 0 <= page < num_pages:
+            return False
+        wanted.append((page, position % page_size))
+    return len(set(wanted)) == len(wanted)
+
+
 def _pages_of_positions(places, num_pages, page_size, caches):
     """Page id or block address, and slot, of every token that is written."""
     table, stride = places.table, places.key_stride
-    positions = _host(places.positions)
-    sequences = np.arange(table.batch) if places.batch_indices is None else _host(places.batch_indices)
+    positions = on_host(places.positions)
+    sequences = np.arange(table.batch) if places.batch_indices is None else on_host(places.batch_indices)
     if places.q_len is not None and places.q_len > 1:
         positions = np.where(positions < 0, -1, positions + np.arange(places.q_len)[:, None]).T.ravel()
         sequences = np.repeat(sequences, places.q_len)
     check_range("batch_indices", sequences, 0, table.batch, "the sequences of block_table")
-    entries = _host(table.block_table if table.block_ptrs is None else table.block_ptrs)
-    starts = None if table.indptr is None else _host(table.indptr)
+    entries = on_host(table.block_table if table.block_ptrs is None else table.block_ptrs)
+    starts = None if table.indptr is None else on_host(table.indptr)
     limits = np.int64(page_size * stride) * (table.max_pages if starts is None else np.diff(starts)[sequences])
     here = positions % stride == places.key_offset   # the other ranks' tokens need no page
     wrong = np.flatnonzero((positions < -1) | (here & (positions >= limits)))
@@ -159,7 +181,7 @@ def _pages_of_positions(places, num_pages, page_size, caches):
                          f"token, got {positions[wrong[0]]}")
     writes = here & (positions >= 0)
     if places.readonly_tokens is not None:
-        writes &= positions >= _host(places.readonly_tokens)[sequences]
+        writes &= positions >= on_host(places.readonly_tokens)[sequences]
     tokens, sequences = positions[writes] // stride, sequences[writes]
     columns = tokens // page_size
     pages = entries[sequences, columns] if starts is None else entries[starts[sequences] + columns]
@@ -170,5 +192,3 @@ def _pages_of_positions(places, num_pages, page_size, caches):
     return pages, tokens % page_size
 
 
-def _host(array):
-    return array if isinstance(array, np.ndarray) else array.get()

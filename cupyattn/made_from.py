@@ -3,7 +3,7 @@
 
 import numpy as np
 
-from .devices import to_host
+from .devices import on_host
 
 _OPTIONAL = ("cache_starts", "finished", "key_offsets", "key_counts")   # fields of Lengths
 
@@ -51,16 +51,12 @@ class MadeFrom:
                                  f"{group.tolist()} with the same pages of {keys} keys")
 
 
-def _host(array):
-    return array if isinstance(array, np.ndarray) else to_host(array)
-
-
 def _leading_pages(table, sequences, count):
     """The first `count` page ids or addresses of blocks of `sequences`: [sequences, count], in host memory."""
     if table.form == "dense":
-        return _host(table.block_table)[sequences, :count]
-    entries = _host(table.block_ptrs if table.form == "pointers" else table.block_table)
-    return entries[_host(table.indptr)[sequences, None] + np.arange(count)]
+        return on_host(table.block_table)[sequences, :count]
+    entries = on_host(table.block_ptrs if table.form == "pointers" else table.block_table)
+    return entries[on_host(table.indptr)[sequences, None] + np.arange(count)]
 
 
 def _queries(lengths):
@@ -74,11 +70,11 @@ def _given(lengths):
 def _contents(lengths, q_lens):
     """Bytes of what decides who attends what, by name: for small arrays the cheapest copy and comparison."""
     if lengths.row_starts is None:
-        found = {"cache_seqlens": _host(lengths.cache_seqlens).tobytes()}
+        found = {"cache_seqlens": on_host(lengths.cache_seqlens).tobytes()}
     else:
-        found = {"cache_seqlens": np.diff(_host(lengths.row_starts)).tobytes()}
+        found = {"cache_seqlens": np.diff(on_host(lengths.row_starts)).tobytes()}
     if lengths.cu_seqlens_q is not None:
         found["query lengths"] = q_lens.tobytes()
     for name in _given(lengths):
-        found[name] = _host(getattr(lengths, name)).tobytes()
+        found[name] = on_host(getattr(lengths, name)).tobytes()
     return found

@@ -5,7 +5,7 @@ import numpy as np
 
 from .devices import to_host
 from .runtime.arrays import array_namespace
-from .runtime.checks import check_array, check_dtype, check_last_axis, check_shape
+from .runtime.checks import check_array, check_dtype, check_last_axis, check_shape, value_range
 from .runtime.structs import address
 
 _OP = "PageTable"
@@ -260,7 +260,7 @@ class PageTable:
         ValueError
             A length past the table, an id that is no page, an address outside the buffers or not aligned.
         """
-        if self._all_entries_are_pages(lengths, num_pages, page_size):
+        if self.all_entries_are_pages(lengths, num_pages, page_size):
             return
         lengths = to_host(lengths).astype(np.int64)
         if self.form == "dense":
@@ -296,11 +296,12 @@ class PageTable:
             raise ValueError(f"{op}: cache_seqlens must be at most {columns[b] * page_size}, what block_table holds of "
                              f"sequence {b}, got {lengths[b]}")
 
-    def _all_entries_are_pages(self, lengths, num_pages, page_size):
-        """True is certain: a shortcut for small tables on the host without odd entries past the lengths."""
+    def all_entries_are_pages(self, lengths, num_pages, page_size):
+        """True is certain: a shortcut for small tables on the host without odd entries past the `lengths`."""
         table = self.block_table
         return (self.form == "dense" and isinstance(table, np.ndarray) and 0 < table.size <= 8192
-                and lengths.max() <= self.max_pages * page_size and 0 <= table.min() and table.max() < num_pages)
+                and value_range(lengths)[1] <= self.max_pages * page_size
+                and int(table.view(np.uint32).max()) < num_pages)   # a negative one is far above
 
     def _check_indptr(self, op, name, indptr):
         if indptr[0] < 0 or indptr[-1] > self.max_pages or (np.diff(indptr) < 0).any():

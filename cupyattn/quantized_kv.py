@@ -7,13 +7,12 @@ from typing import NamedTuple
 import numpy as np
 
 from .block_kv import BlockKV, BlockLayer
-from .kv_formats import FLOATS, FORMATS, NO_SCALE, check_format, check_head_dim, scale_shape
+from .kv_formats import FLOATS, FORMATS, NO_SCALE, PLAIN_TAGS, check_format, check_head_dim, scale_shape
 from .runtime.arrays import alignment, array_namespace, dtype_name, dtype_of, strides
 from .runtime.checks import check_array
 from .runtime.plan import CUDA_TYPES
 
-_PLAIN_TAGS = {name: f"KvPlain<{CUDA_TYPES[name]}>" for name in FLOATS}
-__all__ = ["FLOATS", "FORMATS", "BlockKV", "BlockLayer", "KvSide", "QuantizedKV", "kv_side"]
+__all__ = ["FLOATS", "FORMATS", "PLAIN_TAGS", "BlockKV", "BlockLayer", "KvSide", "QuantizedKV", "kv_side"]
 
 
 class KvSide(NamedTuple):
@@ -275,4 +274,4 @@ def kv_side(op, name, cache):
     check_array(op, name, cache, found, (None,) * 4, "[pages, page_size, num_kv_heads, head_dim]")
     page, token, head, _ = strides(cache)
     view = {"data": cache, "stride_page": page, "stride_token": token, "stride_head": head, "offset": 0}
-    return KvSide(_PLAIN_TAGS[found], found, shape, view, NO_SCALE, alignment(cache), 16, {name: cache})
+    return KvSide(PLAIN_TAGS[found], found, shape, view, NO_SCALE, alignment(cache), 16, {name: cache})

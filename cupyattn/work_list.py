@@ -6,10 +6,13 @@ them; a work item is a unit and a range of its key tiles. `cuda_src/schedule.cu`
 GPU, bit for bit; `cupyattn.reference.schedule` says in plain loops what they are.
 """
 
+import functools
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+
+from .runtime.structs import address
 
 KEY_TILE = 64          # keys; items are cut at its multiples, KEY_TILE in cuda_src/include/attention_work.cuh
 CHUNK_TILES = 16       # tiles of a chunk of the invariant policy: 1024 keys, as in cuda_src/schedule.cu
@@ -65,6 +68,12 @@ class WorkList:
     host: "WorkList | None" = None
 
     ARRAYS = ("items", "worker_items", "units", "pieces", "members", "counters")
+
+    @functools.cached_property
+    def array_places(self):
+        """The ARRAYS and their addresses."""
+        arrays = [getattr(self, name) for name in self.ARRAYS]
+        return arrays, [address(array) for array in arrays]
 
     @property
     def imbalance(self):

@@ -324,6 +324,18 @@ def test_mask(kind, shape):
         check(several(), mask=mask, window_size=30)
 
 
+def test_one_schedule_with_and_without_a_mask(xp):
+    """Who attends what does not depend on masks: the layers of a step may share one schedule."""
+    case = make([70, 9, 130], [3, 9, 40], dtype="float16")
+    made = cupyattn.schedule(case.lengths, num_heads=4, num_kv_heads=2, head_dim=64, cu_seqlens_q=case.cu,
+                             xp=xp.module)
+    mask = rng.random((3, 1, 1, 130)) < 0.7
+    for options in ({}, {"mask": mask}, {"alibi_slopes": SLOPES}):
+        check(case, xp, how={"schedule": made}, **options)
+        if xp.name == "numpy":
+            assert_all_same([attend(case, **options), attend(case, schedule=made, **options)])
+
+
 @pytest.mark.parametrize("kind", ["float16", "bfloat16"])
 def test_mask_of_16_bits(kind):
     check(several("bfloat16"), mask=rng.standard_normal((4, 1, 60)).astype(dtype_of(kind)))

@@ -224,6 +224,59 @@ def test_a_current_stream_is_the_one_that_captures(xp):
         np.testing.assert_allclose(xp.numpy(graph.replay()), 1, rtol=1e-6)
 
 
+def test_a_graph_takes_its_scratch_with_it():
+    """Captures on streams of their own leave no memory behind, once their graphs are gone or closed."""
+    import standin_device
+    from standin import install
+
+    with install() as xp:
+        memory = standin_device.state.memory   # of live allocations
+        decode = Decode(xp, True)
+        decode.change(1)
+        decode.step()
+        graphs = [capture(decode.step, xp=xp.module)]
+        decode.change(1)
+        want = xp.numpy(graphs[0].replay())
+        first = len(memory)
+        graphs.append(capture(decode.step, xp=xp.module))
+        each = len(memory) - first
+        assert each > 0
+        graphs += [capture(decode.step, xp=xp.module) for _ in range(3)]
+        assert len(memory) == first + 4 * each
+        graphs[1].close()
+        assert repr(graphs[1]) == "Graph(closed)" and len(memory) == first + 3 * each
+        with pytest.raises(ValueError, match=r"must not be used after close\(\)"):
+            graphs[1].replay()
+        del graphs[1:]
+        with pytest.raises(CaptureError), xp.module.cuda.Stream.null:
+            capture(_reads(xp, decode.x, None), xp=xp.module)
+        assert len(memory) == first
+        decode.change(1)
+        np.testing.assert_array_equal(xp.numpy(graphs[0].replay()), want)
+
+
+def test_steps_of_several_gpus():
+    """NCCL over GPUs of one process is not kept; with a process for each GPU it is."""
+    import standin_nccl
+    from standin import install
+
+    from cupyattn import InProcessCommunicator, NCCLCommunicator
+
+    with install(devices=2) as xp, standin_nccl.install():
+        both, one = NCCLCommunicator.local([0, 1]), NCCLCommunicator.over(InProcessCommunicator(1))
+        arrays = [xp.array(np.ones(4, np.float32))]
+        with xp.module.cuda.Device(1):
+            arrays.append(xp.array(np.ones(4, np.float32)))
+        steps = BoundSteps(xp.module)
+        steps.run(("both",), lambda: both.all_reduce(arrays))
+        with pytest.raises(CaptureError, match="must not exchange arrays between GPUs of one process"):
+            steps.run(("both",), lambda: both.all_reduce(arrays))
+        calls = []
+        for _ in range(4):
+            steps.run(("one",), lambda: calls.append(0) or one.all_reduce(arrays[:1]))
+        assert len(calls) == 2 and sum(kind == "allReduce" for _, kind, *_ in standin_nccl.log) == 2 + 4
+
+
 # ---- steps run before -------------------------------------------------------------------------------------
 
 

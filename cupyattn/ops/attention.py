@@ -3,12 +3,20 @@
 
 import numpy as np
 
-from ..attend import attend, prepare_keys
-from ..attention_args import check_options, check_partials, check_per_head, check_per_sequence, check_shards, mask_view
+from ..attend import Call, attend, new_outputs, prepare_keys
+from ..attention_args import (
+    as_partials,
+    check_options,
+    check_partials,
+    check_per_head,
+    check_per_sequence,
+    check_shards,
+    mask_view,
+)
 from ..attention_plans import PREFILL_CORE, prefill_specs
-from ..runtime import env
-from ..runtime.arrays import array_namespace
-from ..runtime.checks import FLOATS, check_dtype, check_element_strides, check_last_axis, check_number, check_shape
+from ..runtime import Prepared, env
+from ..runtime.arrays import array_namespace, dtype_name
+from ..runtime.checks import FLOATS, check_array, check_number
 from .split_reduce import check_outputs, split_out
 
 CORE, more_specs = PREFILL_CORE, prefill_specs
@@ -81,9 +89,10 @@ def attention(q, k, v, /, *, cu_seqlens_q, cu_seqlens_k=None, cache_seqlens=None
         Cut keys only at multiples of 1024: the bits of a row depend neither on the batch around it, nor on how its
         sequence is cut into chunks of prefill, nor on the number of multiprocessors.
     schedule : Schedule, optional
-        From `cupyattn.schedule`, made once per step for all layers, with the very lengths and options of this call.
-        Default: the op makes its own. What a schedule of other lengths leaves out stays unwritten; where lengths are
-        read, with NumPy arrays or ``CUPYATTN_CHECK=1``, one made from lengths in host memory is refused.
+        From `cupyattn.schedule`, made once per step for all layers, with the very lengths and options of this call;
+        `mask` and `alibi_slopes` have no say in it, so that calls with and without them share one. Default: the op
+        makes its own. What a schedule of other lengths leaves out stays unwritten; where lengths are read, with NumPy
+        arrays or ``CUPYATTN_CHECK=1``, one made from lengths in host memory is refused.
     partials : (ndarray [num_splits, tokens, num_heads, head_dim_v], ndarray [num_splits, tokens, num_heads]), optional
         float32. Receive the normalised result and lse of every split, without sinks, in place of `out`; for
         `split_reduce`. Needs `num_splits`.
@@ -133,29 +142,51 @@ def attention(q, k, v, /, *, cu_seqlens_q, cu_seqlens_k=None, cache_seqlens=None
     """
     op = "attention"
     out, lse = split_out(op, out, return_lse)
-    xp = array_namespace(op, q=q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, cache_seqlens=cache_seqlens,
-                         cache_starts=cache_starts, sinks=sinks, mask=mask, tree_mask=tree_mask,
-                         alibi_slopes=alibi_slopes, finished=finished, key_offsets=key_offsets, key_counts=key_counts,
-                         workspace=workspace, out=out, lse=lse)
-    check_dtype(op, "q", q, FLOATS)
-    check_shape(op, "q", q, (None, None, None), _AXES)
-    check_element_strides(op, "q", q)
-    check_last_axis(op, "q", q)
-    tokens, num_heads, head_dim = q.shape
-    check_dtype(op, "cu_seqlens_q", cu_seqlens_q, "int32")
-    check_shape(op, "cu_seqlens_q", cu_seqlens_q, (None,), "[batch + 1]")
-    check_last_axis(op, "cu_seqlens_q", cu_seqlens_q)
-    batch = len(cu_seqlens_q) - 1
-    if batch < 0:
-        raise ValueError(f"{op}: cu_seqlens_q must be [batch + 1], got []")
-    q_lens = _query_lengths(op, xp, cu_seqlens_q, tokens)
+    partials = as_partials(op, partials)
+    q_lens = _query_lengths(op, q, cu_seqlens_q)
     if max_q_len is None:
-        max_q_len = tokens if q_lens is None else int(q_lens.max(initial=0))
+        max_q_len = q.shape[0] if q_lens is None else int(q_lens.max(initial=0))
     else:
         check_number(op, "max_q_len", max_q_len, least=0, integer=True)
         if q_lens is not None and q_lens.max(initial=0) > max_q_len:
             raise ValueError(f"{op}: max_q_len must be at least the {q_lens.max()} query tokens of a sequence, got "
                              f"{max_q_len}")
+    out, lse = new_outputs(op, q, v, out, lse, partials, return_lse)
+    call, *where = _prepared(
+        (q, k, v, cu_seqlens_q, cu_seqlens_k, cache_seqlens, block_table, cache_starts, sinks, mask, tree_mask,
+         alibi_slopes, finished, key_offsets, key_counts, workspace, out, lse, partials),
+        causal, softmax_scale, window_size, softcap, cp_rank, cp_size, max_q_len, num_splits, invariant)
+    attend(op, call, *where, cache_seqlens=cache_seqlens, block_table=block_table, cu_seqlens_k=cu_seqlens_k,
+           cu_seqlens_q=cu_seqlens_q, q_lens=q_lens, cache_starts=cache_starts, finished=finished,
+           key_offsets=key_offsets, key_counts=key_counts, schedule=schedule, scratch=workspace)
+    result = out if partials is None else (partials.out, partials.lse)
+    return (result, lse) if return_lse else result
+
+
+@Prepared
+def _prepared_queries(q, cu_seqlens_q):
+    """True: the queries, and what says which are whose, fit."""
+    op = "attention"
+    array_namespace(op, q=q, cu_seqlens_q=cu_seqlens_q)
+    check_array(op, "q", q, FLOATS, (None, None, None), _AXES)
+    check_array(op, "cu_seqlens_q", cu_seqlens_q, "int32", (None,), "[batch + 1]")
+    if len(cu_seqlens_q) == 0:
+        raise ValueError(f"{op}: cu_seqlens_q must be [batch + 1], got []")
+    return True
+
+
+@Prepared
+def _prepared(q, k, v, cu_seqlens_q, cu_seqlens_k, cache_seqlens, block_table, cache_starts, sinks, mask, tree_mask,
+              alibi_slopes, finished, key_offsets, key_counts, workspace, out, lse, partials, causal, softmax_scale,
+              window_size, softcap, cp_rank, cp_size, max_q_len, num_splits, invariant):
+    """The Call for arrays of these kinds; q and cu_seqlens_q are checked."""
+    op = "attention"
+    xp = array_namespace(op, q=q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, cache_seqlens=cache_seqlens,
+                         cache_starts=cache_starts, sinks=sinks, mask=mask, tree_mask=tree_mask,
+                         alibi_slopes=alibi_slopes, finished=finished, key_offsets=key_offsets, key_counts=key_counts,
+                         workspace=workspace, out=out, lse=lse)
+    tokens, num_heads, head_dim = q.shape
+    batch = len(cu_seqlens_q) - 1
     if (cu_seqlens_k is None) == (cache_seqlens is None) or (cache_seqlens is None) != (block_table is None):
         given = [name for name, array in (("cu_seqlens_k", cu_seqlens_k), ("cache_seqlens", cache_seqlens),
                                           ("block_table", block_table)) if array is not None]
@@ -175,30 +206,26 @@ def attention(q, k, v, /, *, cu_seqlens_q, cu_seqlens_k=None, cache_seqlens=None
     _check_tree_mask(op, tree_mask, tokens, max_q_len)
     shape = (tokens, num_heads, keys.v.shape[3])
     if partials is not None:
-        partials = check_partials(op, partials, num_splits, tokens, num_heads, shape[2])
-    elif out is None:
-        out = xp.empty(shape, q.dtype)
-    if return_lse and lse is None:
-        lse = xp.empty(shape[:2], np.float32)
+        check_partials(op, partials, num_splits, tokens, num_heads, shape[2])
     if out is not None:
-        check_outputs(op, out, lse, shape, "[tokens, num_heads, head_dim_v]", (q.dtype.name,))
-    attend(op, xp, q, keys, cu_seqlens_q=cu_seqlens_q, q_lens=q_lens,
-           max_q_len=max_q_len, cache_seqlens=cache_seqlens, cache_starts=cache_starts, finished=finished,
-           key_stride=cp_size, key_offset=cp_rank, key_offsets=key_offsets, key_counts=key_counts, causal=causal,
-           softmax_scale=softmax_scale, window_size=window_size, softcap=softcap, sinks=sinks,
-           mask=mask_view(op, mask, batch, num_heads, max_q_len), tree_mask=tree_mask, alibi_slopes=alibi_slopes,
-           num_splits=num_splits, invariant=invariant, one_list=invariant, schedule=schedule, partials=partials,
-           scratch=workspace, out=out, lse=lse)
-    result = out if partials is None else (partials.out, partials.lse)
-    return (result, lse) if return_lse else result
+        check_outputs(op, out, lse, shape, "[tokens, num_heads, head_dim_v]", (dtype_name(q),))
+    return Call(
+        op, xp, q, keys, cu_seqlens_q=cu_seqlens_q, max_q_len=max_q_len, cache_seqlens=cache_seqlens,
+        cache_starts=cache_starts, finished=finished, key_stride=cp_size, key_offset=cp_rank, key_offsets=key_offsets,
+        key_counts=key_counts, causal=causal, softmax_scale=softmax_scale, window_size=window_size, softcap=softcap,
+        sinks=sinks, mask=mask_view(op, mask, batch, num_heads, max_q_len), tree_mask=tree_mask,
+        alibi_slopes=alibi_slopes, num_splits=num_splits, invariant=invariant, one_list=invariant, partials=partials,
+        out=out, lse=lse)
 
 
-def _query_lengths(op, xp, cu_seqlens_q, tokens):
-    """Query tokens of each sequence where they may be read, else None."""
-    if xp is not np and not env.check():
+def _query_lengths(op, q, cu_seqlens_q):
+    """Query tokens of each sequence where they may be read, else None; q and cu_seqlens_q fit."""
+    _prepared_queries((q, cu_seqlens_q))
+    on_host = isinstance(q, np.ndarray)
+    if not on_host and not env.check():
         return None
-    starts = np.asarray(cu_seqlens_q if xp is np else cu_seqlens_q.get(), np.int64)
-    lengths = np.diff(starts)
+    starts = np.asarray(cu_seqlens_q if on_host else cu_seqlens_q.get(), np.int64)
+    tokens, lengths = len(q), np.diff(starts)
     if starts[0] < 0 or starts[-1] > tokens or lengths.min(initial=0) < 0:
         raise ValueError(f"{op}: cu_seqlens_q must not decrease and be within 0 and the {tokens} tokens of q, got "
                          f"{starts.tolist() if len(starts) < 20 else f'{starts[0]} to {starts[-1]}'}")
@@ -209,10 +236,7 @@ def _check_tree_mask(op, tree_mask, tokens, max_q_len):
     """tree_mask, if any, has a bit for each new token of a sequence."""
     if tree_mask is None:
         return
-    check_dtype(op, "tree_mask", tree_mask, "uint32")
-    check_shape(op, "tree_mask", tree_mask, (tokens, None), "[tokens, words]")
-    check_element_strides(op, "tree_mask", tree_mask)
-    check_last_axis(op, "tree_mask", tree_mask)
+    check_array(op, "tree_mask", tree_mask, "uint32", (tokens, None), "[tokens, words]")
     if 32 * tree_mask.shape[1] < max_q_len:
         raise ValueError(f"{op}: tree_mask must have a bit for each of the {max_q_len} new tokens of a sequence, got "
                          f"{tree_mask.shape[1]} words; with CuPy arrays say max_q_len")

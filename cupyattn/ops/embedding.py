@@ -10,15 +10,7 @@ from ..quant import QMatrix
 from ..quant.layout import TRAITS
 from ..runtime import Plan, Specialisation, arch_of, env, launch, make_args
 from ..runtime.arrays import alignment, array_namespace, as_rows, dtype_name, row_view
-from ..runtime.checks import (
-    FLOATS,
-    check_dtype,
-    check_element_strides,
-    check_last_axis,
-    check_shape,
-    check_writeable,
-    out_dtype_or,
-)
+from ..runtime.checks import FLOATS, check_array, check_dtype, check_shape, check_writeable, out_dtype_or
 
 
 def _spec(table, out, ids, trait, vec):
@@ -106,10 +98,7 @@ def embedding(ids, table, /, *, out_dtype=None, out=None):
     xp = array_namespace("embedding", ids=ids, table=table.segments[0].codes if packed else table, out=out)
     ids_dtype = check_dtype("embedding", "ids", ids, ("int32", "int64"))
     if not packed:
-        check_dtype("embedding", "table", table, FLOATS)
-        check_shape("embedding", "table", table, (None, None), "[rows, columns]")
-        check_last_axis("embedding", "table", table)
-        check_element_strides("embedding", "table", table)
+        check_array("embedding", "table", table, FLOATS, (None, None), "[rows, columns]")
     rows, columns = table.shape
     if out is None:
         default = "float32" if packed else table.dtype

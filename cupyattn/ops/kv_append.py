@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..devices import to_host
 from ..kv_places import (
     Places,
     check_blocks,
@@ -19,19 +18,16 @@ from ..kv_places import (
     prepare_places,
     stride_of,
 )
+from ..kv_steps import STYLES, check_q_len, check_queries, check_rope, check_steps, rows_on_host
 from ..page_table import PageTable
-from ..quantized_kv import FORMATS, BlockKV, QuantizedKV, kv_side
+from ..quantized_kv import FORMATS, PLAIN_TAGS, BlockKV, QuantizedKV, kv_side
 from ..runtime import Plan, Prepared, Specialisation, Template, arch_of, env, make_args
 from ..runtime.arrays import alignment, array_namespace, head_view, row_view, strides
 from ..runtime.checks import FLOATS, check_array, check_flag, check_number, check_shape, check_writeable
 from ..runtime.plan import CUDA_TYPES
 from ..runtime.structs import address
 
-STYLES = ("neox", "interleaved")
 MAX_DIM = 1024   # longest row that lanes can hold
-
-
-PLAIN = {name: f"KvPlain<{CUDA_TYPES[name]}>" for name in FLOATS}
 COPY = {"STAGES": 0, "INTERLEAVED": 0, "LANES": 1, "CHUNKS": 1}   # constants of the version that moves bits
 
 
@@ -39,8 +35,8 @@ def _spec(new, k_format, v_format, wide, *, gain=None, style="", lanes=0, chunks
     """`style` "" is a launch without bias, norm, RoPE and queries; 0 `lanes` the one that copies rows."""
     held = {"STAGES": int(style != ""), "INTERLEAVED": int(style == "interleaved"), "LANES": lanes, "CHUNKS": chunks}
     return Specialisation("kv_append", "kv_append", "KvAppendArgs",
-                          {"T": new, "W": gain or new, "K": PLAIN.get(k_format, k_format),
-                           "V": PLAIN.get(v_format, v_format), "WIDE": int(wide),
+                          {"T": new, "W": gain or new, "K": PLAIN_TAGS.get(k_format, k_format),
+                           "V": PLAIN_TAGS.get(v_format, v_format), "WIDE": int(wide),
                            **(held if lanes else COPY)},
                           spill_bytes=64 * chunks if lanes == 1 else 0)   # the CPU's version holds rows in memory
 
@@ -93,7 +89,7 @@ def _is_wide(vec, head_dim, head_dim_v, rotary_dim, style, align):
 def _plan_kv_append(tokens, num_heads, num_kv_heads, head_dim, head_dim_v, rotary_dim, new, gain, k_format, v_format,
                     style, align, arch):
     """Plan from sizes, dtype and format names, the common alignment in bytes, and arch; `style` as in `_spec`."""
-    plain = {tag: name for name, tag in PLAIN.items()}
+    plain = {tag: name for name, tag in PLAIN_TAGS.items()}
     copy = style == "" and k_format in plain and v_format in plain
     vec = 4 if copy and "float32" in (new, plain[k_format], plain[v_format]) else 8
     wide = _is_wide(vec, head_dim, head_dim_v, rotary_dim, style, align)
@@ -124,11 +120,6 @@ def _plan_kv_append(tokens, num_heads, num_kv_heads, head_dim, head_dim_v, rotar
     return Plan(spec, arch, (-(-tokens // depth), tiles), (lanes, rows, depth), note=note)
 
 
-def _check_array(name, array, dtype, shape, axes):
-    """Dtype, shape and strides of an array whose last axis the kernel reads or writes in pieces; the dtype's name."""
-    return check_array("kv_append", name, array, dtype, shape, axes)
-
-
 def _check_new(k, v, q):
     """The three inputs; (tokens, heads, kv_heads, head_dim, head_dim_v, dtype), 0 heads for what is not there."""
     if (k is None) != (v is None) or k is q is None:
@@ -137,12 +128,12 @@ def _check_new(k, v, q):
     name, first, axes = ("q", q, "[tokens, num_heads, head_dim]") if k is None else \
         ("k", k, "[tokens, num_kv_heads, head_dim]")
     tokens, heads, head_dim = first.shape if first.ndim == 3 else (None, None, None)
-    dtype = _check_array(name, first, FLOATS, (tokens, heads, head_dim), axes)
+    dtype = check_array("kv_append", name, first, FLOATS, (tokens, heads, head_dim), axes)
     if k is None:
         return tokens, heads, 0, head_dim, head_dim, dtype
-    _check_array("v", v, dtype, (tokens, heads, None), "[tokens, num_kv_heads, head_dim_v]")
+    check_array("kv_append", "v", v, dtype, (tokens, heads, None), "[tokens, num_kv_heads, head_dim_v]")
     if q is not None:
-        _check_array("q", q, dtype, (tokens, None, head_dim), "[tokens, num_heads, head_dim]")
+        check_array("kv_append", "q", q, dtype, (tokens, None, head_dim), "[tokens, num_heads, head_dim]")
     return tokens, 0 if q is None else q.shape[1], heads, head_dim, v.shape[2], dtype
 
 
@@ -173,90 +164,6 @@ def _alignment(side, table):
     """Alignment of a side's rows in bytes, 16 where wide accesses to its codes need no more than they have."""
     found = side.alignment if table is None else min(side.alignment, table.alignment)
     return 16 if found >= side.row_align else found
-
-
-def _check_rope(entries, head_dim, cos, sin, rope_rows, positions, q_len, style, rotary_dim):
-    """The tables and their rows; returns rotary_dim, 0 without RoPE."""
-    if style not in STYLES:
-        raise ValueError(f"kv_append: style must be one of {STYLES}, got {style!r}")
-    if (cos is None) != (sin is None):
-        raise ValueError(f"kv_append: cos and sin must be given together, got {'sin' if cos is None else 'cos'} alone")
-    if cos is None:
-        for name, value in (("rope_rows", rope_rows), ("rotary_dim", rotary_dim)):
-            if value is not None:
-                raise ValueError(f"kv_append: {name} must come with cos and sin, got neither")
-        return 0
-    rotary_dim = head_dim if rotary_dim is None else rotary_dim
-    check_number("kv_append", "rotary_dim", rotary_dim, integer=True)
-    if not 0 < rotary_dim <= head_dim or rotary_dim % 2:
-        raise ValueError(f"kv_append: rotary_dim must be even and in [2, head_dim={head_dim}], got {rotary_dim}")
-    _check_array("cos", cos, "float32", (None, rotary_dim // 2), "[rows, rotary_dim / 2]")
-    _check_array("sin", sin, "float32", cos.shape, "the shape of cos")
-    if rope_rows is None and positions is None and q_len is None:
-        raise ValueError("kv_append: rope_rows or positions must be given with cos and sin, got neither")
-    if rope_rows is not None:
-        check_index("rope_rows", rope_rows, *entries)
-    return rotary_dim
-
-
-def _check_q_len(tokens, q_len, rope_base):
-    """q_len and rope_base; how many entries positions and rope_rows have, and what they are called."""
-    if q_len is None:
-        if rope_base != 0:
-            raise ValueError(f"kv_append: rope_base must come with q_len, got {rope_base} without")
-        return tokens, "[tokens]"
-    check_number("kv_append", "q_len", q_len, least=1, integer=True)
-    check_number("kv_append", "rope_base", rope_base, least=-1, integer=True)
-    if tokens % q_len:
-        raise ValueError(f"kv_append: q_len must divide the {tokens} tokens, got {q_len}")
-    return tokens // q_len, "[tokens / q_len]"
-
-
-def _host(array):
-    return array if isinstance(array, np.ndarray) else to_host(array)
-
-
-def _host_rows(tokens, positions, rope_rows, q_len, rope_base):
-    """Row of the tables of each token, on the host."""
-    if q_len is None or q_len == 1 and rope_rows is None and positions is not None:
-        return _host(positions if rope_rows is None else rope_rows)
-    if rope_rows is None and positions is not None:
-        first = to_host(positions).astype(np.int64)[:, None]
-        return np.where(first < 0, -1, first + np.arange(q_len)).ravel()
-    first = np.zeros(tokens // q_len, np.int64) if rope_rows is None else to_host(rope_rows).astype(np.int64)
-    first = np.maximum(first, 0) if rope_base < 0 else first + rope_base
-    return np.maximum(first[:, None] + np.arange(q_len), 0).ravel()
-
-
-def _check_steps(heads, kv_heads, head_dim, head_dim_v, dtype, biases, norms):
-    """Biases and gains of norms; the dtype of the gains, `dtype` without."""
-    for (name, bias), shape in zip(biases.items(), ((heads, head_dim), (kv_heads, head_dim), (kv_heads, head_dim_v)),
-                                   strict=True):
-        if bias is not None:
-            _check_array(name, bias, dtype, shape, "[heads, head_dim]")
-    gain = None
-    for name, norm in norms.items():
-        if norm is not None:
-            shape, axes = (head_dim,), "[head_dim]"
-            if norm.ndim == 2:
-                shape, axes = (heads if name == "q_norm" else kv_heads, head_dim), "[heads, head_dim]"
-            gain = _check_array(name, norm, (dtype, "float32") if gain is None else gain, shape, axes)
-    return gain or dtype
-
-
-def _check_queries(q, q_out, dtype, positions, logn_max_position):
-    """Where queries go."""
-    if q is None:
-        if q_out is not None or logn_max_position is not None:
-            raise ValueError(f"kv_append: {'q_out' if q_out is not None else 'logn_max_position'} must come with q, "
-                             "got none")
-        return
-    if logn_max_position is not None:
-        check_number("kv_append", "logn_max_position", logn_max_position, least=2, integer=True)
-        if positions is None:
-            raise ValueError("kv_append: positions must be given with logn_max_position, got none")
-    _check_array("q_out", q_out, dtype, q.shape, "the shape of q")
-    check_writeable("kv_append", "q_out", q_out)
 
 
 def kv_append(k, v, k_cache, v_cache, /, *, slots=None, block_table=None, positions=None, batch_indices=None, q=None,
@@ -374,12 +281,10 @@ def kv_append(k, v, k_cache, v_cache, /, *, slots=None, block_table=None, positi
     if found.on_host or env.check():
         if cos is not None:
             name = "rope_rows" if rope_rows is not None else "positions" if positions is not None else "rope_base"
-            rows = _host_rows(found.tokens, positions, rope_rows, q_len, rope_base)
+            rows = rows_on_host(found.tokens, positions, rope_rows, q_len, rope_base)
             check_range(name, rows, -1, cos.shape[0], "the rows of cos and sin or -1 to skip the token")
         if k is not None:
-            table = block_table if is_table or block_table is None else PageTable(block_table)
-            check_places(found.places._replace(slots=slots, table=table, positions=positions,
-                                               batch_indices=batch_indices, readonly_tokens=readonly_tokens),
+            check_places(found.places.of_call(slots, block_table, positions, batch_indices, readonly_tokens),
                          (k_cache, v_cache))
     found.template.launch(*where, buffers=block_table.buffers if is_table else ())
     return q_out
@@ -410,7 +315,7 @@ def _prepared(k, v, k_cache, v_cache, q, q_out, cos, sin, q_bias, k_bias, v_bias
     xp = array_namespace("kv_append", k=k, v=v, q=q, q_out=q_out, cos=cos, sin=sin, **biases, **norms, **indices,
                          **tables, **{name: array for side in sides for name, array in side.arrays.items()})
     tokens, heads, kv_heads, head_dim, head_dim_v, dtype = _check_new(k, v, q)
-    entries = _check_q_len(tokens, q_len, rope_base)
+    entries = check_q_len(tokens, q_len, rope_base)
     if positions is not None:
         check_index("positions", positions, *entries)
     if k is None:
@@ -423,17 +328,17 @@ def _prepared(k, v, k_cache, v_cache, q, q_out, cos, sin, q_bias, k_bias, v_bias
         places = prepare_places(slots, block_table, positions, batch_indices, readonly_tokens, key_stride, key_offset,
                                 tokens, q_len)
         check_blocks(places, k_cache=k_cache, v_cache=v_cache)
-    rotary_dim = _check_rope(entries, head_dim, cos, sin, rope_rows, positions, q_len, style, rotary_dim)
-    gain = _check_steps(heads, kv_heads, head_dim, head_dim_v, dtype, biases, norms)
+    rotary_dim = check_rope(entries, head_dim, cos, sin, rope_rows, positions, q_len, style, rotary_dim)
+    gain = check_steps(heads, kv_heads, head_dim, head_dim_v, dtype, biases, norms)
     check_number("kv_append", "norm_eps", norm_eps, least=0)
     check_flag("kv_append", "norm_is_rms", norm_is_rms)
-    _check_queries(q, q_out, dtype, positions, logn_max_position)
+    check_queries(q, q_out, dtype, positions, logn_max_position)
     if tokens == 0 or head_dim == 0 or heads + kv_heads == 0:
         return None
     steps = [a for a in (q, q_out, cos, sin, *biases.values(), *norms.values()) if a is not None]
     plan = _plan_kv_append(
         tokens, heads, kv_heads, head_dim, head_dim_v, rotary_dim, dtype, gain,
-        *([side.tag for side in sides] or [PLAIN[dtype]] * 2), style if steps else "",
+        *([side.tag for side in sides] or [PLAIN_TAGS[dtype]] * 2), style if steps else "",
         min([*(alignment(a) for a in (k, v, *steps) if a is not None),
              *(_alignment(side, places.table) for side in sides)]), arch_of(xp))
     args = make_args(

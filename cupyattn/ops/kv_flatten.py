@@ -8,10 +8,11 @@ import numpy as np
 
 from ..devices import to_host
 from ..page_table import PageTable
-from ..quantized_kv import FLOATS, FORMATS, BlockKV, kv_side
+from ..quantized_kv import FLOATS, FORMATS, PLAIN_TAGS, BlockKV, kv_side
 from ..runtime import Plan, Specialisation, arch_of, env, launch, make_args
 from ..runtime.arrays import alignment, array_namespace, dtype_name, dtype_of, head_view, strides
 from ..runtime.checks import (
+    check_array,
     check_dtype,
     check_element_strides,
     check_last_axis,
@@ -22,8 +23,7 @@ from ..runtime.checks import (
 from ..runtime.plan import CUDA_TYPES
 
 _TAGS = tuple(dict.fromkeys(
-    [f"KvPlain<{CUDA_TYPES[t]}>" for t in FLOATS] +
-    [f.tag.format(CUDA_TYPES[t]) for f in FORMATS.values() for t in f.scale_dtypes]))
+    list(PLAIN_TAGS.values()) + [f.tag.format(CUDA_TYPES[t]) for f in FORMATS.values() for t in f.scale_dtypes]))
 
 
 def _spec(k, v, out, aligned, whole_groups):
@@ -67,13 +67,9 @@ def _plan_kv_flatten(tokens, num_kv_heads, head_dim, head_dim_v, k, v, out, alig
 
 
 def _check_lists(batch, cu_seqlens_k, cache_seqlens):
-    check_dtype("kv_flatten", "cu_seqlens_k", cu_seqlens_k, "int32")
-    check_shape("kv_flatten", "cu_seqlens_k", cu_seqlens_k, (batch + 1,), "[batch + 1]")
-    check_element_strides("kv_flatten", "cu_seqlens_k", cu_seqlens_k)
+    check_array("kv_flatten", "cu_seqlens_k", cu_seqlens_k, "int32", (batch + 1,), "[batch + 1]", contiguous=False)
     if cache_seqlens is not None:
-        check_dtype("kv_flatten", "cache_seqlens", cache_seqlens, "int32")
-        check_shape("kv_flatten", "cache_seqlens", cache_seqlens, (batch,), "[batch]")
-        check_element_strides("kv_flatten", "cache_seqlens", cache_seqlens)
+        check_array("kv_flatten", "cache_seqlens", cache_seqlens, "int32", (batch,), "[batch]", contiguous=False)
 
 
 def _check_caches(table, k, v):

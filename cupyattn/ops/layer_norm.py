@@ -4,7 +4,7 @@
 import functools
 import itertools
 
-from ..runtime import Plan, Specialisation, arch_of, launch, make_args
+from ..runtime import Plan, Prepared, Specialisation, Template, arch_of, make_args
 from ..runtime.arrays import alignment, array_namespace, as_rows, row_view
 from ..runtime.checks import FLOATS, check_dtype, check_last_axis, check_number, check_shape, check_writeable
 
@@ -88,27 +88,34 @@ def layer_norm(x, weight, bias=None, /, *, eps=1e-5, out_dtype=None, out=None):
     >>> cupyattn.layer_norm(np.float32([[1, 3]]), np.ones(2, np.float32), np.float32([0, 10]), eps=0.0)
     array([[-1., 11.]], dtype=float32)
     """
+    if out is None:
+        xp = array_namespace("layer_norm", x=x)
+        out = xp.empty(x.shape, x.dtype if out_dtype is None else out_dtype)
+    _prepared.launch((x, weight, bias, out), eps)
+    return out
+
+
+@Prepared
+def _prepared(x, weight, bias, out, eps):
+    """The launch for arrays of these kinds; None where there is nothing to do."""
     xp = array_namespace("layer_norm", x=x, weight=weight, bias=bias, out=out)
-    check_dtype("layer_norm", "x", x, FLOATS)
+    x_type = check_dtype("layer_norm", "x", x, FLOATS)
     hidden = x.shape[-1] if x.ndim else 0
-    check_dtype("layer_norm", "weight", weight, ("float32", x.dtype.name))
+    weight_type = check_dtype("layer_norm", "weight", weight, ("float32", x_type))
     channels = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     for name, array in channels.items():
         check_shape("layer_norm", name, array, (hidden,), "[hidden]")
-        check_dtype("layer_norm", name, array, weight.dtype.name)
+        check_dtype("layer_norm", name, array, weight_type)
         check_last_axis("layer_norm", name, array)
-    if out is None:
-        out = xp.empty(x.shape, x.dtype if out_dtype is None else out_dtype)
-    check_dtype("layer_norm", "out", out, FLOATS)
+    out_type = check_dtype("layer_norm", "out", out, FLOATS)
     check_shape("layer_norm", "out", out, x.shape, "[..., hidden]")
     check_writeable("layer_norm", "out", out)
     check_number("layer_norm", "eps", eps, least=0)
     x_rows, out_rows = as_rows("layer_norm", "x", x), as_rows("layer_norm", "out", out)
     if x.size == 0:
-        return out
+        return None
     plan = _plan_layer_norm(
-        x_rows.shape[0], hidden, x.dtype.name, weight.dtype.name, out.dtype.name, bias is not None,
+        x_rows.shape[0], hidden, x_type, weight_type, out_type, bias is not None,
         min(alignment(a) for a in (x_rows, out_rows, *channels.values())), arch_of(xp))
-    launch(plan, make_args(plan, x=row_view(x_rows), weight=weight, bias=bias, out=row_view(out_rows),
-                           rows=x_rows.shape[0], hidden=hidden, eps=eps, reserved=0))
-    return out
+    return Template(plan, make_args(plan, x=row_view(x_rows), weight=weight, bias=bias, out=row_view(out_rows),
+                                    rows=x_rows.shape[0], hidden=hidden, eps=eps, reserved=0))

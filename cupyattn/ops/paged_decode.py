@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of new tokens over a paged cache. Kernel: ``cuda_src/paged_decode.cu``."""
 
-import numpy as np
-
-from ..attend import attend, prepare_keys
-from ..attention_args import check_options, check_partials, check_per_head, check_per_sequence
+from ..attend import Call, attend, new_outputs, prepare_keys
+from ..attention_args import as_partials, check_options, check_partials, check_per_head, check_per_sequence
 from ..attention_plans import DECODE_CORE, decode_specs
+from ..runtime import Prepared
 from ..runtime.arrays import array_namespace
 from ..runtime.checks import FLOATS, check_array, check_dtype
 from .split_reduce import check_outputs, split_out
@@ -107,6 +106,22 @@ def paged_decode(q, k_cache, v_cache, /, *, block_table, cache_seqlens, cache_st
     """
     op = "paged_decode"
     out, lse = split_out(op, out, return_lse)
+    partials = as_partials(op, partials)
+    out, lse = new_outputs(op, q, v_cache, out, lse, partials, return_lse)
+    call, *where = _prepared(
+        (q, k_cache, v_cache, block_table, cache_seqlens, cache_starts, sinks, workspace, out, lse,
+         partials), softmax_scale, window_size, softcap, num_splits, invariant)
+    attend(op, call, *where, cache_seqlens=cache_seqlens, block_table=block_table, cache_starts=cache_starts,
+           schedule=schedule, scratch=workspace)
+    result = out if partials is None else (partials.out, partials.lse)
+    return (result, lse) if return_lse else result
+
+
+@Prepared
+def _prepared(q, k_cache, v_cache, block_table, cache_seqlens, cache_starts, sinks, workspace, out, lse, partials,
+              softmax_scale, window_size, softcap, num_splits, invariant):
+    """The Call for arrays of these kinds."""
+    op = "paged_decode"
     xp = array_namespace(op, q=q, cache_seqlens=cache_seqlens, cache_starts=cache_starts, sinks=sinks,
                          workspace=workspace, out=out, lse=lse)
     dtype = check_dtype(op, "q", q, FLOATS)
@@ -114,7 +129,7 @@ def paged_decode(q, k_cache, v_cache, /, *, block_table, cache_seqlens, cache_st
         raise ValueError(f"{op}: q must be {_AXES[3]} or {_AXES[4]} with q_len from 1 to {MAX_Q_LEN}, got "
                          f"{list(q.shape)}")
     check_array(op, "q", q, dtype, q.shape, _AXES[q.ndim])
-    queries = q if q.ndim == 4 else q[:, None]
+    queries = q if q.ndim == 4 else q.with_axis(1)
     batch, q_len, num_heads, head_dim = queries.shape
     keys = prepare_keys(op, xp, num_heads, head_dim, k_cache, v_cache, block_table, None, batch,
                         ("k_cache", "v_cache"))
@@ -124,16 +139,11 @@ def paged_decode(q, k_cache, v_cache, /, *, block_table, cache_seqlens, cache_st
     softmax_scale = check_options(op, True, softmax_scale, window_size, softcap, head_dim)
     shape = (*q.shape[:-1], keys.v.shape[3])
     if partials is not None:
-        partials = check_partials(op, partials, num_splits, batch * q_len, num_heads, shape[-1])
-    elif out is None:
-        out = xp.empty(shape, q.dtype)
-    if return_lse and lse is None:
-        lse = xp.empty(shape[:-1], np.float32)
+        check_partials(op, partials, num_splits, batch * q_len, num_heads, shape[-1])
     if out is not None:
         check_outputs(op, out, lse, shape, _AXES[q.ndim], dtype)
-    attend(op, xp, queries, keys, cache_seqlens=cache_seqlens, cache_starts=cache_starts, max_q_len=q_len,
-           softmax_scale=softmax_scale, window_size=window_size, softcap=softcap, sinks=sinks, num_splits=num_splits,
-           invariant=invariant, one_list=False, schedule=schedule, partials=partials, scratch=workspace,
-           out=out if out is None or out.ndim == 4 else out[:, None], lse=lse)
-    result = out if partials is None else (partials.out, partials.lse)
-    return (result, lse) if return_lse else result
+    return Call(
+        op, xp, queries, keys, cache_seqlens=cache_seqlens, cache_starts=cache_starts, max_q_len=q_len,
+        softmax_scale=softmax_scale, window_size=window_size, softcap=softcap, sinks=sinks, num_splits=num_splits,
+        invariant=invariant, one_list=False, partials=partials,
+        out=out if out is None or out.ndim == 4 else out.with_axis(1), lse=lse)

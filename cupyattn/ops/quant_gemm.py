@@ -35,15 +35,7 @@ from ..runtime import (
     workspace,
 )
 from ..runtime.arrays import alignment, array_namespace, as_rows, dtype_name, row_view
-from ..runtime.checks import (
-    FLOATS,
-    check_dtype,
-    check_element_strides,
-    check_flag,
-    check_last_axis,
-    check_shape,
-    check_writeable,
-)
+from ..runtime.checks import FLOATS, check_array, check_dtype, check_flag, check_shape, check_writeable
 from ..runtime.launch import on_host
 
 _MAX_TOKENS = 2**18        # rows of x per launch: grid.y ends at 65535 tiles
@@ -217,9 +209,9 @@ def quant_gemm(x, qmatrix, /, *, expert_offsets=None, bias=None, accumulate=Fals
         raise ValueError(f"quant_gemm: x must be [..., in_features={columns}], got {list(x.shape)}")
     check_flag("quant_gemm", "accumulate", accumulate)
     if bias is not None:
-        bias_dtype = check_dtype("quant_gemm", "bias", bias, tuple(dict.fromkeys(("float32", dtype))))
-        check_shape("quant_gemm", "bias", bias, (*experts, rows), f"[{'experts, ' if experts else ''}out_features]")
-        check_element_strides("quant_gemm", "bias", bias)
+        bias_dtype = check_array("quant_gemm", "bias", bias, tuple(dict.fromkeys(("float32", dtype))),
+                                 (*experts, rows), "[experts, out_features]" if experts else "[out_features]",
+                                 contiguous=False)
     if out is None:
         if accumulate:
             raise ValueError("quant_gemm: out must be given with accumulate=True, got None")
@@ -291,9 +283,7 @@ def _check_offsets(x, qmatrix, offsets):
     if x.ndim != 2 or len(x) > _MAX_TOKENS:
         raise ValueError(f"quant_gemm: x must be [tokens, in_features] of at most {_MAX_TOKENS} tokens with "
                          f"expert_offsets, got {list(x.shape)}")
-    check_dtype("quant_gemm", "expert_offsets", offsets, "int32")
-    check_shape("quant_gemm", "expert_offsets", offsets, (len(qmatrix) + 1,), "[experts + 1]")
-    check_last_axis("quant_gemm", "expert_offsets", offsets)
+    check_array("quant_gemm", "expert_offsets", offsets, "int32", (len(qmatrix) + 1,), "[experts + 1]")
     if isinstance(offsets, np.ndarray) or env.check():
         host = offsets if isinstance(offsets, np.ndarray) else offsets.get()
         if host[0] < 0 or host[-1] > len(x) or (np.diff(host) < 0).any():

@@ -99,9 +99,7 @@ def rms_norm(x, weight, /, *, eps=1e-6, residual=None, out_dtype=None, out=None)
     if out is None:
         xp = array_namespace("rms_norm", x=x)
         out = xp.empty(x.shape, out_dtype_or("rms_norm", out_dtype, x.dtype))
-    found, *where = _prepared((x, weight, residual, out), eps)
-    if found is not None:
-        found.launch(*where)
+    _prepared.launch((x, weight, residual, out), eps)
     return out
 
 

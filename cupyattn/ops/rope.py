@@ -6,10 +6,11 @@ import itertools
 
 import numpy as np
 
-from ..runtime import Plan, Specialisation, arch_of, env, launch, make_args
+from ..runtime import Plan, Prepared, Specialisation, Template, arch_of, env, make_args
 from ..runtime.arrays import alignment, array_namespace, head_view, strides
 from ..runtime.checks import (
     FLOATS,
+    check_array,
     check_dtype,
     check_element_strides,
     check_last_axis,
@@ -133,6 +134,19 @@ def rope(x, /, *, cos, sin, positions, style="neox", rotary_dim=None, out=None):
     <BLANKLINE>
            [[-4.,  3.]]], dtype=float32)
     """
+    if out is None:
+        out = array_namespace("rope", x=x).empty(x.shape, x.dtype)
+    found, *where = _prepared((x, cos, sin, positions, out), style, rotary_dim)
+    if found is not None:
+        if isinstance(x, np.ndarray) or env.check():
+            _check_positions(positions, len(cos))
+        found.launch(*where)
+    return out
+
+
+@Prepared
+def _prepared(x, cos, sin, positions, out, style, rotary_dim):
+    """The launch for arrays of these kinds; None where there is nothing to do."""
     xp = array_namespace("rope", x=x, cos=cos, sin=sin, positions=positions, out=out)
     dtype = check_dtype("rope", "x", x, FLOATS)
     check_shape("rope", "x", x, (None, None, None), "[tokens, num_heads, head_dim]")
@@ -143,8 +157,6 @@ def rope(x, /, *, cos, sin, positions, style="neox", rotary_dim=None, out=None):
     check_number("rope", "rotary_dim", rotary_dim, integer=True)
     if not 0 < rotary_dim <= head_dim or rotary_dim % 2:
         raise ValueError(f"rope: rotary_dim must be even and in [2, head_dim={head_dim}], got {rotary_dim}")
-    if out is None:
-        out = xp.empty(x.shape, x.dtype)
     check_dtype("rope", "out", out, dtype)
     check_shape("rope", "out", out, x.shape, "[tokens, num_heads, head_dim]")
     check_writeable("rope", "out", out)
@@ -157,17 +169,12 @@ def rope(x, /, *, cos, sin, positions, style="neox", rotary_dim=None, out=None):
     _check_table("sin", sin, rotary_dim)
     max_pos, width = cos.shape
     table_stride = 2 if style == "interleaved" and width == rotary_dim else 1
-    check_dtype("rope", "positions", positions, "int32")
-    check_shape("rope", "positions", positions, (tokens,), "[tokens]")
-    check_element_strides("rope", "positions", positions)
+    check_array("rope", "positions", positions, "int32", (tokens,), "[tokens]", contiguous=False)
     if x.size == 0:
-        return out
-    if xp is np or env.check():
-        _check_positions(positions, max_pos)
+        return None
     plan = _plan_rope(tokens, heads, head_dim, rotary_dim, dtype, table, style, table_stride,
                       min(alignment(a) for a in (x, out, cos, sin)), arch_of(xp))
-    launch(plan, make_args(
+    return Template(plan, make_args(
         plan, x=head_view(x), out=head_view(out), cos=cos, sin=sin, positions=positions, stride_cos=strides(cos)[0],
         stride_sin=strides(sin)[0], stride_position=strides(positions)[0], tokens=tokens, heads=heads,
         head_dim=head_dim, rotary_dim=rotary_dim, max_pos=max_pos, reserved=0))
-    return out

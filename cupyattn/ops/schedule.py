@@ -23,18 +23,11 @@ from ..planning import (
     list_ranges,
     store_lists,
 )
-from ..quantized_kv import FORMATS
+from ..quantized_kv import FORMATS, PLAIN_TAGS
 from ..runtime import arch_of
 from ..runtime.arrays import array_namespace
 from ..runtime.capturing import refuse_to_keep, tape
-from ..runtime.checks import (
-    check_dtype,
-    check_element_strides,
-    check_flag,
-    check_last_axis,
-    check_number,
-    check_shape,
-)
+from ..runtime.checks import check_array, check_flag, check_number, check_shape
 from ..runtime.plan import CUDA_TYPES
 from ..work_list import WorkList
 
@@ -266,7 +259,7 @@ def schedule(cache_seqlens, /, *, num_heads, num_kv_heads, head_dim, head_dim_v=
 
 def _tiling(xp, lengths, dims, dtype, kv_format, num_workers, most):
     """Tiling of this device, or of one with `num_workers` multiprocessors."""
-    tag = FORMATS[kv_format].tag if kv_format in FORMATS else f"KvPlain<{CUDA_TYPES[kv_format]}>"
+    tag = FORMATS[kv_format].tag if kv_format in FORMATS else PLAIN_TAGS[kv_format]
     facts = Facts(dtype, tag, tag, 16, lengths.num_kv_heads, lengths.heads_per_kv, *dims, False,
                   arch_of(xp))
     if num_workers is None:
@@ -308,11 +301,8 @@ def _check_arrays(op, cache_seqlens, cu_seqlens_q, finished, **per_sequence):
             ("cache_seqlens", cache_seqlens, "int32", batch), ("cu_seqlens_q", cu_seqlens_q, "int32", batch + 1),
             ("finished", finished, "bool", batch), *((n, a, "int32", batch) for n, a in per_sequence.items())):
         if array is not None:
-            check_dtype(op, name, array, dtype)
-            check_shape(op, name, array, (size,), "[batch + 1]" if size > batch else "[batch]")
-            check_element_strides(op, name, array)
-            if name not in ("cache_seqlens", "cache_starts"):
-                check_last_axis(op, name, array)
+            check_array(op, name, array, dtype, (size,), "[batch + 1]" if size > batch else "[batch]",
+                        contiguous=name not in ("cache_seqlens", "cache_starts"))
     if isinstance(cu_seqlens_q, np.ndarray) and (np.diff(cu_seqlens_q) < 0).any():
         raise ValueError(f"{op}: cu_seqlens_q must not decrease, got {cu_seqlens_q.tolist()}")
 

@@ -3,7 +3,7 @@
 
 import functools
 
-from ..runtime import Plan, Specialisation, arch_of, launch, make_args
+from ..runtime import Plan, Prepared, Specialisation, Template, arch_of, make_args
 from ..runtime.arrays import alignment, array_namespace, as_rows, row_view
 from ..runtime.checks import FLOATS, check_dtype, check_shape, check_writeable
 
@@ -67,20 +67,26 @@ def silu_mul(gate, up, /, *, out=None):
     >>> cupyattn.silu_mul(gate_up[:, :2], gate_up[:, 2:])
     array([[ 0.     , 17.61594]], dtype=float32)
     """
-    xp = array_namespace("silu_mul", gate=gate, up=up, out=out)
-    check_dtype("silu_mul", "gate", gate, FLOATS)
     if out is None:
-        out = xp.empty(gate.shape, gate.dtype)
+        out = array_namespace("silu_mul", gate=gate).empty(gate.shape, gate.dtype)
+    _prepared.launch((gate, up, out))
+    return out
+
+
+@Prepared
+def _prepared(gate, up, out):
+    """The launch for arrays of these kinds; None where there is nothing to do."""
+    xp = array_namespace("silu_mul", gate=gate, up=up, out=out)
+    dtype = check_dtype("silu_mul", "gate", gate, FLOATS)
     rows = {"gate": gate, "up": up, "out": out}
     for name, array in rows.items():
-        check_dtype("silu_mul", name, array, gate.dtype.name)
+        check_dtype("silu_mul", name, array, dtype)
         check_shape("silu_mul", name, array, gate.shape, "[..., cols]")
         rows[name] = as_rows("silu_mul", name, array)
     check_writeable("silu_mul", "out", out)
     if gate.size == 0:
-        return out
+        return None
     num_rows, cols = rows["gate"].shape
-    plan = _plan_silu_mul(num_rows, cols, gate.dtype.name, min(alignment(a) for a in rows.values()), arch_of(xp))
-    launch(plan, make_args(plan, gate=row_view(rows["gate"]), up=row_view(rows["up"]), out=row_view(rows["out"]),
-                           rows=num_rows, cols=cols))
-    return out
+    plan = _plan_silu_mul(num_rows, cols, dtype, min(alignment(a) for a in rows.values()), arch_of(xp))
+    return Template(plan, make_args(plan, gate=row_view(rows["gate"]), up=row_view(rows["up"]),
+                                    out=row_view(rows["out"]), rows=num_rows, cols=cols))

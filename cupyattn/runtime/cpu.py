@@ -300,8 +300,9 @@ def bind(plan, args, buffers=(), const_buffers=()):
     options = _settings.get()
     checking = options.checking()
     kernel = _kernel(plan.spec, _flavour(options), options.cxx)
-    request = _Launch(kernel.entry, args.data, len(args.data), plan.grid, plan.block, plan.shared_bytes,
-                      options.num_workers(), _SCHEDULES[options.schedule], options.seed, checking, checking)
+    request = _Launch.from_buffer_copy(_request(kernel.entry, plan.grid, plan.block, plan.shared_bytes,
+                                                options.schedule, options.seed, checking))
+    request.args, request.args_bytes, request.workers = args.data, len(args.data), options.num_workers()
     if checking:
         known = _known_arrays(args, buffers, const_buffers)
         request.num_buffers, request.buffers = len(known), _ranges(known)
@@ -313,6 +314,12 @@ def bind(plan, args, buffers=(), const_buffers=()):
         _drive(plan, args, (), kernel, ca_launch, by_reference, error)
 
     return run
+
+
+@functools.lru_cache(maxsize=1024)
+def _request(entry, grid, block, shared_bytes, schedule, seed, checking):
+    """Bytes of the _Launch of a kernel without what each call has of its own."""
+    return bytes(_Launch(entry, None, 0, grid, block, shared_bytes, 0, _SCHEDULES[schedule], seed, checking, checking))
 
 
 def _launch_nothing():

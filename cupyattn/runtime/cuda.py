@@ -25,14 +25,9 @@ _BLOCK_LIMITS = (1024, 1024, 64)
 
 def arch():
     """``"sm_80"``, ``"sm_90a"``, ... : what kernels for the current device are compiled for."""
-    return _arch(current_device())
-
-
-def current_device():
-    """Number of the current device."""
     import cupy
 
-    return cupy.cuda.runtime.getDevice()
+    return _arch(cupy.cuda.runtime.getDevice())
 
 
 @functools.lru_cache(maxsize=64)

@@ -18,7 +18,7 @@ _recorder = contextvars.ContextVar("cupyattn_recorder", default=None)
 _profiler = contextvars.ContextVar("cupyattn_profiler", default=None)
 _host_workspaces = threading.local()
 # (use, device, stream, thread) -> blocks, the newest last; an older one may be part of a captured graph, which is why
-# they outlive their threads
+# they outlive their threads. A graph captured on a stream of its own takes that stream's
 _gpu_workspaces = {}
 
 
@@ -223,6 +223,12 @@ def arrival_counters(xp, count):
     if xp is np:
         found[:count] = 0   # an aborted launch has counted some arrivals
     return found
+
+
+def take_blocks(xp, stream):
+    """The blocks made so far on a stream of the current device, which are its ops' no more: a list of uint8 arrays."""
+    of_stream = xp.cuda.runtime.getDevice(), stream.ptr
+    return [block for key in list(_gpu_workspaces) if key[1:3] == of_stream for block in _gpu_workspaces.pop(key)]
 
 
 def _block(xp, use, nbytes):

@@ -11,7 +11,7 @@ from .known import Known, KnownOnHost
 from .launch import launch
 from .structs import Args, address
 
-_MOST = 4096
+_MOST = 512   # calls of different kinds
 
 
 class Prepared:
@@ -39,7 +39,7 @@ class Prepared:
         facts, flat, addresses = [], [], []
         try:
             on_device = _look_at(arrays, facts, flat, addresses)
-            key = (*facts, on_device and cuda.current_device(), *options, *map(type, options))
+            key = (*facts, on_device and cuda.arch(), *options, *map(type, options))
             found = self._remembered.get(key)
         except (AttributeError, TypeError):   # no array, or an option that is no number: `prepare` says which
             return self._prepare(*_known(arrays, []), *options), flat, addresses
@@ -49,6 +49,12 @@ class Prepared:
                 self._remembered.clear()
             self._remembered[key] = found
         return found, flat, addresses
+
+    def launch(self, arrays, *options):
+        """Launch the Template that `prepare` returns for `arrays` and `options`; None is nothing to launch."""
+        template, flat, addresses = self(arrays, *options)
+        if template is not None:
+            template.launch(flat, addresses)
 
 
 def _look_at(arrays, facts, flat, addresses):
