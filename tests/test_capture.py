@@ -4,6 +4,7 @@
 import numpy as np
 import pytest
 from ggml_blocks import quantized
+from selective_models import Model
 
 import cupyattn
 
@@ -150,11 +151,19 @@ def _causal_conv1d_update(xp):
     return lambda: cupyattn.causal_conv1d_update(x, state, weight, out=out), [out, state]
 
 
+def _selective_state_update(xp):
+    model = Model(heads=2, channels=8, states=16)
+    inputs = {name: xp.array(a) for name, a in model.inputs(2).items()}
+    state, out = xp.array(model.pool(2, np.arange(2))), xp.module.zeros((2, 2, 8), np.float32)
+    return lambda: cupyattn.selective_state_update(state, **inputs, dt_softplus=True, out=out), [out, state]
+
+
 CASES = {"rms_norm": _rms_norm, "layer_norm": _layer_norm, "rope": _rope, "kv_append": _kv_append,
          "kv_flatten": _kv_flatten, "paged_decode": _paged_decode, "attention": _attention,
          "split_reduce": _split_reduce, "silu_mul": _silu_mul, "quant_gemm": _quant_gemm, "embedding": _embedding,
          "lightning_attention": _lightning_attention, "page_move": _page_move,
-         "schedule": _schedule, "causal_conv1d": _causal_conv1d, "causal_conv1d_update": _causal_conv1d_update}
+         "schedule": _schedule, "causal_conv1d": _causal_conv1d, "causal_conv1d_update": _causal_conv1d_update,
+         "selective_state_update": _selective_state_update}
 
 
 @pytest.mark.parametrize("xp", ["standin", pytest.param("cupy", marks=pytest.mark.gpu)], indirect=True)

@@ -56,6 +56,11 @@ def _page_move(pools):
     cupyattn.page_move(pools, np.int32([1]), np.int32([0]))
 
 
+def _state_update(state=None, out=None):
+    state = np.zeros((2, 16, 4), np.float32) if state is None else state
+    cupyattn.selective_state_update(state, X, X, X.T[:, :1] - np.ones(4, np.float32), X[:, :4], X[:, :4], out=out)
+
+
 CASES = {
     "rms_norm out": (_rms_norm, X.shape),
     "rms_norm residual": (lambda a: _rms_norm(residual=a), X.shape),
@@ -65,6 +70,8 @@ CASES = {
     "causal_conv1d out": (lambda a: cupyattn.causal_conv1d(X, X.T[:, :1], out=a), X.shape),
     "causal_conv1d_update out": (lambda a: _conv_update(out=a), X.shape),
     "causal_conv1d_update conv_state": (lambda a: _conv_update(state=a), (2, 16, 3)),
+    "selective_state_update out": (lambda a: _state_update(out=a), X.shape),
+    "selective_state_update state": (lambda a: _state_update(state=a), (2, 16, 4)),
     "embedding out": (lambda a: cupyattn.embedding(np.int32([0, 1]), X, out=a), X.shape),
     "quant_gemm out": (lambda a: cupyattn.quant_gemm(X, cupyattn.QMatrix.from_dense(X), out=a), (2, 2)),
     "kv_append k_cache": (_kv_append, PLANES.shape),

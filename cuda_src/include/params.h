@@ -430,6 +430,51 @@ struct CausalConv1dArgs {
   int32_t reserved;               // zero
 };
 
+struct StepView {
+  void* data;            // T [tokens, heads, head_dim] any strides, 0 where dims share
+  int64_t stride_token;  // elements between tokens
+  int64_t stride_head;   // elements between heads
+  int64_t stride_dim;    // elements between dims
+};
+
+struct PerChannel {
+  const float* data;    // float32 [heads, head_dim, ...] the last axis, if there is one, contiguous; null for none
+  int64_t stride_head;  // elements between heads
+  int64_t stride_dim;   // elements between dims, 0 where they share
+};
+
+// A selective state space model's token; Mamba-1's is one head of all channels.
+struct SelectiveInputs {
+  HeadView x;               // T [tokens, heads, head_dim] input
+  HeadView z;               // T like x, gate; null for none
+  HeadView B;               // T [tokens, groups, state_size] input to state
+  HeadView C;               // T [tokens, groups, state_size] state to output
+  StepView dt;              // DT [tokens, heads, head_dim] step before bias and softplus
+  PerChannel A;             // float32 [heads, head_dim(, state_size)] negative rates
+  PerChannel D;             // float32 [heads, head_dim] input to output
+  PerChannel dt_bias;       // float32 [heads, head_dim] added to dt
+  int32_t heads;            // heads of x
+  int32_t head_dim;         // dims of a head
+  int32_t state_size;       // states of a dim
+  int32_t heads_per_group;  // heads that share B and C
+  int32_t softplus;         // 1: step is softplus(dt + dt_bias)
+  float dt_min;             // smallest step
+  float dt_max;             // largest step
+  int32_t reserved;         // zero
+};
+
+struct SelectiveStateUpdateArgs {
+  const SelectiveInputs in;  // one token of every row of the batch
+  HeadView out;              // T [batch, heads, head_dim]
+  void* state;               // S [num_slots, heads, head_dim, state_size] last axis contiguous
+  const int32_t* slots;      // int32 [batch] slot of every row, one outside the pool skips it; null: its number
+  int64_t stride_slot;       // elements between slots of state
+  int64_t stride_head;       // elements between heads of state
+  int64_t stride_dim;        // elements between dims of state
+  int32_t batch;             // rows
+  int32_t num_slots;         // slots of the pool
+};
+
 // ---- TurboMind's parameters, for C callers; no kernel here reads them ------------------------------------
 //
 // The layout of the C struct with its own types (char**, bool, pointers to T): what its compiler pads is spelled out.

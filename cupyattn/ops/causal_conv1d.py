@@ -90,7 +90,7 @@ def _state_layout(state, vec):
 
 def _check_weights(op, weight, bias, channels, x_type):
     check_shape(op, "weight", weight, (channels, None), "[channels, width]")
-    weight_type = check_dtype(op, "weight", weight, ("float32", x_type))
+    weight_type = check_dtype(op, "weight", weight, tuple(dict.fromkeys(("float32", x_type))))
     check_element_strides(op, "weight", weight)
     if weight.shape[1] < 1:
         raise ValueError(f"{op}: weight must have at least one tap, got {list(weight.shape)}")

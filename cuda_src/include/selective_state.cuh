@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+// selective_state.cuh - what a selective state space model reads for a token, and how its state decays.
+//
+//   step = dt + dt_bias, with softplus log1p(exp(step)), limited to [dt_min, dt_max]
+//   state[p,n] <- exp(step * A) * state[p,n] + step * x[p] * B[n],   y[p] = sum_n state[p,n] * C[n] + D * x[p]
+//   out = y * z * sigmoid(z)
+#ifndef CUPYATTN_SELECTIVE_STATE_CUH
+#define CUPYATTN_SELECTIVE_STATE_CUH
+
+#include "eight_floats.cuh"
+#include "params.h"
+
+constexpr float LOG2_E = 1.4426950408889634f;
+
+__device__ __forceinline__ const float* channel(const PerChannel& values, int head, int dim) {
+  return values.data + head * values.stride_head + dim * values.stride_dim;
+}
+
+// N numbers as floats, from and to memory in accesses of at most 16 bytes.
+template <int N, typename T>
+__device__ __forceinline__ Floats<N> load_floats(const T* p) { return Floats<N>::from(load_vec<T, N>(p)); }
+template <int N>
+__device__ __forceinline__ Floats<N> load_floats(const float* p) { return Floats<N>::load(p); }
+template <int N, typename T>
+__device__ __forceinline__ void store_floats(T* p, const Floats<N>& x) { store_vec(p, x.template to<T>()); }
+template <int N>
+__device__ __forceinline__ void store_floats(float* p, const Floats<N>& x) { x.store(p); }
+
+// Comparisons that are false for NaN, which so stays.
+template <typename DT>
+__device__ __forceinline__ float step_size(const SelectiveInputs& in, int64_t token, int head, int dim) {
+  float step = to_float(static_cast<const DT*>(in.dt.data)[token * in.dt.stride_token + head * in.dt.stride_head +
+                                                           dim * in.dt.stride_dim]);
+  if (in.dt_bias.data != nullptr) step += *channel(in.dt_bias, head, dim);
+  if (in.softplus && !(step > 20.0f)) step = log1pf(expf(step));
+  return step < in.dt_min ? in.dt_min : step > in.dt_max ? in.dt_max : step;
+}
+
+// 2^a of any number; the host's exp2 wants it below 128.
+template <int N>
+__device__ __forceinline__ Floats<N> decay(Floats<N> a) {
+#if CA_CPU
+  a.x = a.x > 128.0f ? 128.0f - typename Floats<N>::Numbers{} : a.x;
+#endif
+  return exp2(a);
+}
+
+__device__ __forceinline__ float gate(float y, float z) { return y * (z / (1.0f + expf(-z))); }
+
+#endif  // CUPYATTN_SELECTIVE_STATE_CUH

@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+// selective_state_update.cu - the next token of a selective state space model (Mamba, Mamba-2).
+//
+//   per row b of the batch, head h and dim p, with g = h / heads_per_group and slot = slots[b]:
+//     step = dt[b,h,p] + dt_bias[h,p], with softplus log1p(exp(step)), limited to [dt_min, dt_max]
+//     state[slot,h,p,n] <- exp(step * A[h,p,n]) * state[slot,h,p,n] + step * x[b,h,p] * B[b,g,n]
+//     out[b,h,p] = (sum_n state[slot,h,p,n] * C[b,g,n] + D[h,p] * x[b,h,p]) * z[b,h,p] * sigmoid(z[b,h,p])
+//   Math in float32; out is summed from the state before it is rounded to S. A row without a slot gives zeros.
+//
+// launch     grid (batch, any, any), block (any whole number of LANES; whole warps if LANES > 1). The blocks of a row
+//            share its heads (y) and their dims (z): LANES neighbours hold the states of ROWS dims at a time.
+//            Shared memory 0, barriers none, ROWS * log2(LANES) shuffles per tile of dims
+// aliasing   none
+// traffic    batch * heads * head_dim * (2 * state_size * sizeof(S) + a few) bytes: every element of the state is read
+//            once and written once. A with an axis of states is read for every row of the batch, from L2
+// in flight  ROWS * VEC * sizeof(S) = 64 bytes of state per thread before the first is used; with 4 blocks of 128
+//            threads per SM 32 KiB (16-bit states: 3 blocks, 24 KiB), and an H200 wants about 29
+#include "prelude.cuh"
+#include "params.h"
+#include "selective_state.cuh"
+#include "sequences.cuh"
+#include "warp.cuh"
+
+using T = CA_T;                                    // x, z, B, C and out
+using DT = CA_DT;                                  // dt
+using S = CA_S;                                    // state
+constexpr int VEC = CA_VEC;                        // states per access; divides state_size and the strides of state, B, C, A
+constexpr int LANES = CA_LANES;                    // threads that share the states of a dim
+constexpr int ROWS = CA_ROWS;                      // dims of a thread at a time
+constexpr bool STATE_DECAYS = CA_STATE_DECAYS;     // A has an axis of states
+static_assert(sizeof(SelectiveStateUpdateArgs) == CA_SIZEOF_ARGS, "selective_state_update: Python and CUDA disagree");
+
+using States = Floats<VEC>;
+constexpr int MIN_BLOCKS = VEC == 8 ? 3 : 4;  // of 128 threads per SM
+
+CA_KERNEL __launch_bounds__(128, MIN_BLOCKS)
+void selective_state_update(const __grid_constant__ SelectiveStateUpdateArgs args) {
+  const SelectiveInputs& in = args.in;
+  const int64_t b = blockIdx.x;
+  const int64_t slot = find_slot(args.slots, args.batch, args.num_slots, blockIdx.x);
+  const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES, groups = blockDim.x / LANES;
+  const int step_tile = gridDim.z * groups * ROWS;
+  for (int head = blockIdx.y; head < in.heads; head += gridDim.y) {
+    const int64_t bc_head = head / in.heads_per_group;
+    const T* B = static_cast<const T*>(in.B.data) + b * in.B.stride_token + bc_head * in.B.stride_head;
+    const T* C = static_cast<const T*>(in.C.data) + b * in.C.stride_token + bc_head * in.C.stride_head;
+    const T* x = static_cast<const T*>(in.x.data) + b * in.x.stride_token + head * in.x.stride_head;
+    const T* z = static_cast<const T*>(in.z.data) + b * in.z.stride_token + head * in.z.stride_head;
+    T* out = static_cast<T*>(args.out.data) + b * args.out.stride_token + head * args.out.stride_head;
+    const bool one_step = in.dt.stride_dim == 0 && (in.dt_bias.data == nullptr || in.dt_bias.stride_dim == 0);
+
+    for (int tile = blockIdx.z * groups * ROWS; tile < in.head_dim; tile += step_tile) {
+      const int first = tile + group;  // the thread's dims are first + i * groups
+      if (slot < 0) {
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) {
+          if (lane == 0 && first + i * groups < in.head_dim) out[first + i * groups] = from_float<T>(0.0f);
+        }
+        continue;
+      }
+
+      // 1. what depends on the dim alone
+      S* state = static_cast<S*>(args.state) + slot * args.stride_slot + head * args.stride_head;
+      float inputs[ROWS], steps[ROWS], decays[ROWS];
+#pragma unroll
+      for (int i = 0; i < ROWS; ++i) {
+        const int dim = first + i * groups;
+        inputs[i] = steps[i] = decays[i] = 0.0f;
+        if (dim < in.head_dim) {
+          inputs[i] = to_float(x[dim]);
+          steps[i] = i > 0 && one_step ? steps[0] : step_size<DT>(in, b, head, dim);
+          if (!STATE_DECAYS) decays[i] = expf(steps[i] * *channel(in.A, head, dim));
+        }
+      }
+
+      // 2. the states, VEC of every dim at a time
+      States sums[ROWS];
+#pragma unroll
+      for (int i = 0; i < ROWS; ++i) sums[i] = States::all(0.0f);
+      for (int n = lane * VEC; n < in.state_size; n += LANES * VEC) {
+        States old[ROWS], rates[ROWS];
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) {
+          const int dim = first + i * groups;
+          if (dim >= in.head_dim) continue;
+          old[i] = load_floats<VEC>(state + dim * args.stride_dim + n);
+          if (STATE_DECAYS) rates[i] = load_floats<VEC>(channel(in.A, head, dim) + n);
+        }
+        const States b_states = load_floats<VEC>(B + n), c_states = load_floats<VEC>(C + n);
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) {
+          const int dim = first + i * groups;
+          if (dim >= in.head_dim) continue;
+          if (STATE_DECAYS) {
+            rates[i] *= steps[i] * LOG2_E;
+            old[i] *= decay(rates[i]);
+          } else {
+            old[i] *= decays[i];
+          }
+          old[i].add_product(steps[i] * inputs[i], b_states);
+          store_floats<VEC>(state + dim * args.stride_dim + n, old[i]);
+          sums[i].add_product(old[i], c_states);
+        }
+      }
+
+      // 3. the outputs: lane i % LANES writes dim i
+      float y[ROWS];
+#pragma unroll
+      for (int i = 0; i < ROWS; ++i) {
+        y[i] = sums[i].x[0];
+#pragma unroll
+        for (int j = 1; j < VEC; ++j) y[i] += sums[i].x[j];
+      }
+      if constexpr (LANES > 1) group_sum<LANES>(y);
+#pragma unroll
+      for (int i = 0; i < ROWS; ++i) {
+        const int dim = first + i * groups;
+        if (lane != i % LANES || dim >= in.head_dim) continue;
+        if (in.D.data != nullptr) y[i] = fmaf(*channel(in.D, head, dim), inputs[i], y[i]);
+        if (in.z.data != nullptr) y[i] = gate(y[i], to_float(z[dim]));
+        out[dim] = from_float<T>(y[i]);
+      }
+    }
+  }
+}
