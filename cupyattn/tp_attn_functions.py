@@ -12,11 +12,12 @@ from .ops.rms_norm import rms_norm
 from .q_attn import QAttn
 from .q_attn_buffers import row_numbers
 from .q_attn_weights import Linear, matrix, vector
+from .rank_lists import array_module, each_rank
 from .runtime.arrays import array_namespace, dtype_name
 from .runtime.checks import FLOATS, check_dtype, check_number, check_shape, check_writeable
 from .runtime.launch import run_library
 from .tensor_parallel import TPContext
-from .tp_attn import array_module, copy, each_rank
+from .tp_attn import copy
 
 _MOST_LAYERS = 512   # whose weights a context keeps prepared
 
