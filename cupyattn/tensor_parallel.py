@@ -219,6 +219,10 @@ class TPContext:
         -------
         dict
         """
+        for loras in (adapters, *(adapters.values() if isinstance(adapters, dict) else ())):
+            if not isinstance(loras, dict):
+                raise TypeError("TPContext: adapters must be a dict of names to dicts of projections to LoRA, got "
+                                f"{type(loras).__name__}")
         return {name: {projection: self._shard_lora(lora, projection, rank, features)
                        for projection, lora in loras.items()} for name, loras in adapters.items()}
 
@@ -230,6 +234,9 @@ class TPContext:
         first, last = (self.head_dim * n for n in self.heads(rank, kind))
         size = self.head_dim * (self.num_heads if kind == "q" else self.num_kv_heads)
         inputs, outputs = (size, self.hidden_size) if projection == "o" else (self.hidden_size, size)
+        if not (hasattr(lora.a, "shape") and hasattr(lora.b, "shape")):
+            raise TypeError(f"TPContext: adapters must have arrays a and b for {projection!r}, got "
+                            f"{type(lora.a).__name__} and {type(lora.b).__name__}")
         if lora.a.ndim != 2 or lora.b.ndim != 2 or (lora.a.shape[1], lora.b.shape[0]) != (inputs, outputs):
             raise ValueError(f"TPContext: adapters must have a [rank, {inputs}] and b [{outputs}, rank] for "
                              f"{projection!r}, got {list(lora.a.shape)} and {list(lora.b.shape)}")

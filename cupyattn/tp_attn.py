@@ -14,8 +14,8 @@ from .rank_lists import array_module, check_alike, check_apart, check_list, chec
 from .runtime import layer_workspace
 from .runtime.arrays import as_rows
 from .runtime.checks import check_dtype, check_number, check_writeable
-from .runtime.launch import run_library
 from .tensor_parallel import TPContext
+from .tp_attn_rank import copy
 
 # what all ranks' shards and caches have in common
 _ALIKE = ("has_residual", "has_post_norm", "dtype", "x_dtype", "norm_epsilon", "layernorm_is_rms", "headnorm_is_rms",
@@ -352,8 +352,3 @@ def _pools(cache, layer):
             yield from ((f"{part} of {name}", array) for part, array in pool.arrays.items())
         else:
             yield name, pool
-
-
-def copy(target, source):
-    """``target[...] = source``, arrays of one kind; in a captured step with every replay."""
-    run_library("copy", "cpu" if isinstance(target, np.ndarray) else "gpu", lambda: target.__setitem__(..., source))
