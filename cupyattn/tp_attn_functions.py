@@ -6,7 +6,7 @@ import numpy as np
 from .attention_args import check_options
 from .page_table import PageTable
 from .q_attn_weights import rope_style_of, tables
-from .quantized_kv import kv_side
+from .quantized_kv import QuantizedKV, kv_side
 from .rank_lists import array_module, check_alike, check_apart, check_list, check_place, each_rank
 from .runtime.arrays import array_namespace, dtype_name
 from .runtime.checks import FLOATS, check_dtype, check_number, check_shape, check_writeable
@@ -188,9 +188,9 @@ def _forward(op, *, tp_context, hidden_states, temp_bc0_, temp_bc1_, temp_bc2_, 
         pre_layernorm = None
     style, loras, rotary_dim = rope_style_of(rope_style, op=op), tuple(loras), rotary_dim or head_dim
     layer = _layer_of(op, tp_context, {
-        "q_proj": q_proj, "k_proj": k_proj, "v_proj": v_proj, "o_proj": o_proj, "post_layernorm": post_layernorm,
-        "pre_layernorm": pre_layernorm, "q_norm": q_norm, "k_norm": k_norm,
-        "q_bias": q_bias, "k_bias": k_bias, "v_bias": v_bias, "o_bias": o_bias,
+        "pre_layernorm": pre_layernorm, "q_proj": q_proj, "k_proj": k_proj, "v_proj": v_proj, "q_bias": q_bias,
+        "k_bias": k_bias, "v_bias": v_bias, "q_norm": q_norm, "k_norm": k_norm, "o_proj": o_proj, "o_bias": o_bias,
+        "post_layernorm": post_layernorm,
     }, {"dtype": dtype, "style": style, "rotary_dim": rotary_dim, "norm_epsilon": norm_epsilon})
     communicator, hidden = tp_context.communicator, hidden_states.reshape(batch_size * q_len, tp_context.hidden_size)
     rows = _rows(op, tp_context, layer, len(hidden), dtype, {
@@ -200,7 +200,7 @@ def _forward(op, *, tp_context, hidden_states, temp_bc0_, temp_bc1_, temp_bc2_, 
     lengths = _lengths(op, communicator, batch_size, past_lens, block_index, position_offsets)
     written += _check_caches(op, tp_context, k_cache, v_cache, batch_size, q_len, lengths)
     check_apart(op, written, [("hidden_states", hidden)])
-    turns = _tables(op, communicator, style, rotary_dim, sin, cos)
+    turns = _tables(op, communicator, style, rotary_dim, sin, cos, q_len, lengths)
     layer.set_loras(loras)
 
     _spread(communicator, hidden, [mine.x for mine in rows])
@@ -328,6 +328,8 @@ def _check_caches(op, context, k_cache, v_cache, batch_size, q_len, lengths):
             side = kv_side(op, f"{name}[{n}]", cache)
             for array in side.arrays.values():
                 check_place(op, name, array, device)
+            if not isinstance(cache, QuantizedKV):   # which says itself what of it is written
+                check_writeable(op, f"{name}[{n}]", cache)
             pages = pages or side.shape[:2]
             check_shape(op, f"{name}[{n}]", side, (*pages, context.kv_heads[rank], context.head_dim),
                         "pages, page_size, KV heads of the rank, head_dim")
@@ -348,8 +350,8 @@ def _check_caches(op, context, k_cache, v_cache, batch_size, q_len, lengths):
     return arrays
 
 
-def _tables(op, communicator, style, rotary_dim, sin, cos):
-    """(cos, sin) of each rank as kernels take them, None without RoPE."""
+def _tables(op, communicator, style, rotary_dim, sin, cos, q_len, lengths):
+    """(cos, sin) of each rank as kernels take them, with a row for every position; None without RoPE."""
     if style is None:
         return [(None, None)] * len(communicator.ranks)
     for name, given in (("sin", sin), ("cos", cos)):
@@ -358,4 +360,9 @@ def _tables(op, communicator, style, rotary_dim, sin, cos):
              for n, _ in each_rank(communicator, communicator.ranks)]
     for name, arrays in zip(("cos", "sin"), zip(*found, strict=True), strict=True):
         check_alike(op, name, arrays, communicator.devices)
+    _, past, offsets = (of_ranks and of_ranks[0] for of_ranks in lengths)
+    if isinstance(past, np.ndarray):
+        last = (past if offsets is None else past.astype(np.int64) + offsets).max() + q_len - 1
+        if last >= len(found[0][0]):
+            raise ValueError(f"{op}: sin and cos must have a row for position {last}, got {len(found[0][0])} rows")
     return found

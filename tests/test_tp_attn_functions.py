@@ -297,6 +297,11 @@ REFUSED = {   # change of the Lists of two ranks and of the Params: error, and w
     "cos: rows": (lambda s, p: s.tables.update(cos=[s.tables["cos"][0], s.tables["cos"][1][:5]],
                                                sin=[s.tables["sin"][0], s.tables["sin"][1][:5]]), ValueError,
                   "cos must be of one shape on all ranks, got [128, 4] and [5, 4]"),
+    "cos: short": (lambda s, p: s.tables.update({name: [t[:2] for t in s.tables[name]] for name in ("sin", "cos")}),
+                   ValueError, "sin and cos must have a row for position 3, got 2 rows"),
+    "k_cache: read-only": (lambda s, p: caches(s, k=[np.broadcast_to(c, c.shape) for c in s.caches[0]]), ValueError,
+                           "k_cache[0] must be writeable, got a read-only array"),
+    "k_cache: none": (lambda s, p: caches(s, k=[None, None]), TypeError, "k_cache[0] must be a NumPy or CuPy array"),
     "loras": (lambda s, p: s.keywords.update(loras=[{"x": None}]), ValueError, "adapters must hold a LoRA for q, k, v"),
     "loras: a name": (lambda s, p: s.keywords.update(loras="all"), TypeError, "adapters must be a dict of names to"),
 }
