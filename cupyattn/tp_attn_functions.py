@@ -131,7 +131,8 @@ def tp_attn_forward_paged_(tp_context, hidden_states, temp_bc0_, temp_bc1_, temp
     Notes
     -----
     Where ExLlamaV2 ignores head norms, post-norms, partial rotation, position offsets, softcap and windows, this does
-    what they say. The residual is added once, by the rank that has the features.
+    what they say. The residual is added once, by the rank that has the features. A step of which CUDA graphs are made
+    is `TPAttn`'s: this one has no place for a `Schedule` and makes its own.
     """
     return _forward(PAGED, **locals())
 

@@ -84,10 +84,10 @@ def context_parallel(communicator, folder):
 
 
 def layers(communicator, folder):
-    """Attention layers spread over the ranks."""
+    """Attention layers spread over the ranks, then decoding over keys that are, by the same communicator."""
     from test_tp_attn import spread
 
-    results = {}
+    (results,) = context_parallel(communicator, folder)
     for name in ("fp16", "fp32", "int4 and everything"):
         for paged in (True, False):
             (steps,) = spread(name, paged, communicator)
@@ -97,13 +97,14 @@ def layers(communicator, folder):
 
 def functions(communicator, folder):
     """The tensor-parallel functions of ExLlamaV2."""
-    from test_tp_attn_functions import spread
+    from test_tp_attn_functions import MPI_LAYERS, spread
 
     results = {}
-    for paged in (True, False):
-        returned, columns = spread("fp32, uneven", paged, communicator)
-        results |= {f"returned {paged} {n}": x for n, x in enumerate(returned)}
-        results |= {f"columns {paged} {n}": x for n, (x,) in enumerate(columns)}
+    for name in MPI_LAYERS:
+        for paged in (True, False):
+            returned, columns = spread(name, paged, communicator)
+            results |= {f"{name} returned {paged} {n}": x for n, x in enumerate(returned)}
+            results |= {f"{name} columns {paged} {n}": x for n, (x,) in enumerate(columns)}
     return [results]
 
 

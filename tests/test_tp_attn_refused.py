@@ -120,7 +120,7 @@ def test_layers_refused():
          lambda: TPAttn(replaced(three_ranks(dtype="float16")[2].shards, 2,
                                  three_ranks(dtype="float16", residual_fp32=True)[2].shards[2]), context)),
         (ValueError, "shards must be alike in has_post_norm, got False and True",
-         lambda: TPAttn(replaced(attn.shards, 2, three_ranks(post_layernorm=np.ones(48, np.float32))[2].shards[2]),
+         lambda: TPAttn(replaced(attn.shards, 2, three_ranks(post=True)[2].shards[2]),
                         context)),
         (ValueError, "shards must be where their ranks are, 0 for rank 0, got 'cpu'",
          lambda: TPAttn(attn.shards, TPContext(InProcessCommunicator(3, device=0), num_heads=6, num_kv_heads=3,
