@@ -2,7 +2,10 @@
 """An attention layer spread over ranks gives what one rank gives: in one process, over MPI, on the device."""
 
 import contextlib
+import doctest
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ import standin_nccl
 from attention_layers import Layer
 from compare import assert_same_bits
 from conftest import NumpyArrays
-from mpi_ranks import run
+from mpi_ranks import mpiexec, run
 from standin import install
 from test_context_parallel import decoded_by
 
@@ -27,6 +30,7 @@ from cupyattn import (
 )
 from cupyattn.graphs import BoundSteps, capture, place
 
+README = Path(__file__).parent.parent / "README.md"
 CLOSE = {"float32": 1e-5, "float16": 1e-3}   # of the largest number
 NUMPY = NumpyArrays()
 LAYERS = {
@@ -157,6 +161,17 @@ def test_ranks_over_mpi(size, tmp_path):
 def test_on_the_device(xp, paged):
     communicator = InProcessCommunicator(2, device=None if xp.name == "numpy" else 0)
     assert_equal_runs(spread("fp16", paged, communicator, xp), single("fp16", paged), "float16")
+
+
+def test_the_program_of_the_readme_over_mpi(tmp_path):
+    """Only its communicator is another one."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    (block,) = (b for b in blocks if ">>> layer = cupyattn.TPAttn" in b)
+    source = "".join(example.source for example in doctest.DocTestParser().get_examples(block))
+    assert source.count("InProcessCommunicator(2)") == 1
+    program = tmp_path / "program.py"
+    program.write_text(source.replace("InProcessCommunicator(2)", "MPICommunicator()"))
+    assert mpiexec(2, program).split() == ["True", "True"]
 
 
 def test_two_gpus_of_one_process():
