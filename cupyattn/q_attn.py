@@ -246,6 +246,10 @@ class QAttn(Projections):
         lengths. Without a cache all lengths are ``seq_len``, and any Params will do.
         """
         options = Options(softmax_scale, window_size, softcap, sinks, invariant)
+        return self.checked(x, params, cache, layer, sin, cos, options, schedule, loras, sequence_loras, out)()
+
+    def checked(self, x, params, cache, layer, sin, cos, options, schedule, loras, sequence_loras, out):
+        """A function that makes this call of `forward`: all arguments are checked, nothing is written yet."""
         steps = self._steps(params, cache, layer, options)
         sizes = params.batch_size, steps[0].q_len, self.hidden_size
         rows = target = self._rows("x", x, *sizes, self._x_name, written=out is None)
@@ -257,11 +261,16 @@ class QAttn(Projections):
         parts = [prepare(self, params, step, one, layer, turn, options, schedule)
                  for step, one in zip(steps, caches, strict=True)]
         added = self._added(*names_of(loras, sequence_loras), params.batch_size, steps[0].q_len)
-        buffers = self._project(rows, added)   # nothing has been written before
-        for part in parts:
-            attend(self, part, buffers if len(parts) == 1 else buffers_of_rows(buffers, part.step.rows), turn, options)
-        self._output(buffers.mixed.reshape(buffers.tokens, -1), target, buffers, added)
-        return x if out is None else out
+
+        def step():
+            buffers = self._project(rows, added)
+            for part in parts:
+                some = buffers if len(parts) == 1 else buffers_of_rows(buffers, part.step.rows)
+                attend(self, part, some, turn, options)
+            self._output(buffers.mixed.reshape(buffers.tokens, -1), target, buffers, added)
+            return x if out is None else out
+
+        return step
 
     def _steps(self, params, cache, layer, options):
         """The Steps of a call."""

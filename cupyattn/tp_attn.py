@@ -4,23 +4,23 @@
 import numpy as np
 
 from .caches import PagedCache
+from .lora import names_of
 from .ops.layer_norm import layer_norm
 from .ops.rms_norm import rms_norm
-from .ops.schedule import Schedule
 from .q_attn import QAttn
+from .q_attn_attend import Options
 from .q_attn_weights import vector
 from .quantized_kv import QuantizedKV
 from .rank_lists import array_module, check_alike, check_apart, check_list, check_place, each_rank
 from .runtime import layer_workspace
 from .runtime.arrays import as_rows
-from .runtime.checks import check_dtype, check_number, check_writeable
+from .runtime.checks import check_number, check_writeable
 from .tensor_parallel import TPContext
 from .tp_attn_rank import copy
 
-# what all ranks' shards and caches have in common
+# what all ranks' shards have in common
 _ALIKE = ("has_residual", "has_post_norm", "dtype", "x_dtype", "norm_epsilon", "layernorm_is_rms", "headnorm_is_rms",
           "rope_style", "rotary_dim", "max_rows", "max_seq_len")
-_CACHES_ALIKE = ("num_layers", "num_pages", "page_size", "head_dim", "dtype", "k_format", "v_format")
 
 
 class TPShard:
@@ -88,16 +88,10 @@ class TPShard:
                      has_residual=rank == 0 and residual and post["post_layernorm"] is None)
         return cls(rank, attn, has_residual=residual, **post)
 
-    def start(self, x):
-        """Where this rank's part of the sum goes: float32 of the shape of x, with x in it if the rank has the residual.
-
-        In scratch of this rank that all layers share.
-        """
+    def room(self, x):
+        """Where this rank's part of the sum goes: float32 of the shape of x, in scratch that all layers share."""
         room = layer_workspace(self.attn.xp, 4 * x.size, f"sum of rank {self.rank}")
-        part = room[:4 * x.size].view(np.float32).reshape(x.shape)
-        if self.attn.has_residual:
-            copy(part, x)
-        return part
+        return room[:4 * x.size].view(np.float32).reshape(x.shape)
 
     def finish(self, x, total):
         """x from the sum of all parts."""
@@ -172,7 +166,6 @@ class TPAttn:
             if shard.device != device:
                 raise ValueError(f"TPAttn: shards must be where their ranks are, {device!r} for rank {rank}, got "
                                  f"{shard.device!r}")
-        self._x_name = self.shards[0].attn.x_dtype.name
 
     @classmethod
     def from_layer(cls, context, **layer):
@@ -232,7 +225,7 @@ class TPAttn:
         sinks : ndarray [num_heads], or list of one for each rank, optional
             Of all heads.
         schedules : list of Schedule, optional
-            For each rank, made for its heads.
+            For each rank, made for its heads: of `schedules`.
         loras, sequence_loras
             See `QAttn.forward`.
 
@@ -246,77 +239,77 @@ class TPAttn:
             As `QAttn.forward`, and for lists that do not fit the ranks, or memory that two of them would write. Nothing
             was changed then, on the ranks of this process.
         """
-        communicator, loras = self.context.communicator, tuple(loras)
-        sequence_loras = None if sequence_loras is None else tuple(sequence_loras)
-        none = [None] * len(self.shards)
-        self._check_written(x, caches, layer)
-        self._check_schedules(schedules, window_size)
+        communicator, ranks = self.context.communicator, self.context.communicator.ranks
+        none, names = [None] * len(ranks), names_of(loras, sequence_loras)
+        self._check_lists(x, caches, schedules)
         sin, cos, sinks = (self._for_each(*named) for named in (("sin", sin), ("cos", cos), ("sinks", sinks)))
-        sinks = [self.context.shard_heads(heads, rank, "q")
-                 for heads, rank in zip(sinks, communicator.ranks, strict=True)]
-        parts = []
-        for n, shard in each_rank(communicator, self.shards):   # what is wrong on all ranks the first one refuses
-            parts.append(shard.start(x[n]))
-            shard.attn.forward(x[n], params, (caches or none)[n], layer, sin=sin[n], cos=cos[n],
-                               softmax_scale=softmax_scale, window_size=window_size, softcap=softcap, sinks=sinks[n],
-                               invariant=invariant, schedule=(schedules or none)[n], loras=loras,
-                               sequence_loras=sequence_loras, out=parts[n])
+        caches, schedules = caches or none, schedules or none
+        parts, steps = [], []
+        for n, shard in each_rank(communicator, self.shards):   # all are checked before one begins
+            options = Options(softmax_scale, window_size, softcap, self.context.shard_heads(sinks[n], ranks[n], "q"),
+                              invariant)
+            parts.append(shard.room(x[n]))
+            steps.append(shard.attn.checked(x[n], params, caches[n], layer, sin[n], cos[n], options, schedules[n],
+                                            *names, parts[n]))
+        check_apart("TPAttn", [*((f"x[{n}]", array) for n, array in enumerate(x)), *_pools(caches, layer)])
+
+        for n, shard in each_rank(communicator, self.shards):
+            if shard.attn.has_residual:   # of rank 0 alone
+                copy(parts[n], x[n])
+            steps[n]()
         communicator.all_reduce(parts)
         for n, shard in each_rank(communicator, self.shards):
             shard.finish(x[n], parts[n])
         return x
 
-    # ---- checks: whatever `QAttn.forward` accepts on the first rank it then accepts on all ---------------------
+    def schedules(self, params, caches, *, window_size=0, invariant=False, out=None):
+        """`QAttn.schedule` of every rank of this process: who attends what, for ``forward(schedules=)``.
 
-    def _check_written(self, x, caches, layer):
-        """x and caches are alike on all ranks, and memory of their own."""
+        Parameters
+        ----------
+        params : Params or PagedParams
+        caches : list of PagedCache
+        window_size, invariant
+            See `QAttn.schedule`.
+        out : list of Schedule, optional
+            From an earlier call: filled again, in place.
+
+        Returns
+        -------
+        list of Schedule
+        """
+        communicator = self.context.communicator
+        for name, given in (("caches", caches), ("out", out)):
+            if given is not None or name == "caches":
+                check_list("TPAttn", name, given, communicator.ranks)
+        return [shard.attn.schedule(params, caches[n], window_size=window_size, invariant=invariant,
+                                    out=None if out is None else out[n])
+                for n, shard in each_rank(communicator, self.shards)]
+
+    # ---- checks that `QAttn.checked` has not ---------------------------------------------------------------
+
+    def _check_lists(self, x, caches, schedules):
+        """One for each rank, on its device; x of one shape and to be written, caches of the rank's heads."""
         communicator = self.context.communicator
         check_list("TPAttn", "x", x, communicator.ranks)
         check_alike("TPAttn", "x", x, communicator.devices)
         for array in x:
-            check_dtype("TPAttn", "x", array, self._x_name)
             check_writeable("TPAttn", "x", array)
             as_rows("TPAttn", "x", array)
-        written = [(f"x[{n}]", array) for n, array in enumerate(x)]
-        if caches is not None:
-            check_list("TPAttn", "caches", caches, communicator.ranks)
-            lists = [given if isinstance(given, list | tuple) else [given] for given in caches]
-            for n, (mine, rank, device) in enumerate(zip(lists, communicator.ranks, communicator.devices, strict=True)):
-                if len(mine) != len(lists[0]):
-                    raise ValueError(f"TPAttn: caches must be as many on all ranks, got {len(lists[0])} and "
-                                     f"{len(mine)}")
-                for cache, first in zip(mine, lists[0], strict=True):
-                    self._check_cache(cache, first, rank, device, layer)
-                written += [(f"caches[{n}]'s {name}", array) for cache in mine for name, array in _pools(cache, layer)]
-        check_apart("TPAttn", written)
-
-    def _check_cache(self, cache, first, rank, device, layer):
-        """A rank's cache, where the first rank has `first`."""
-        if not isinstance(cache, PagedCache):
-            raise TypeError(f"TPAttn: caches must be PagedCache objects, got {type(cache).__name__}")
-        check_number("TPAttn", "layer", layer, integer=True)
-        if not 0 <= layer < cache.num_layers:
-            raise ValueError(f"TPAttn: layer must be one of the caches' {cache.num_layers}, got {layer}")
-        if cache.num_kv_heads != self.context.kv_heads[rank]:
-            raise ValueError(f"TPAttn: caches must have {self.context.kv_heads[rank]} heads for rank {rank}, got "
-                             f"{cache.num_kv_heads}")
-        for name in _CACHES_ALIKE:
-            if getattr(cache, name) != getattr(first, name):
-                raise ValueError(f"TPAttn: caches must be alike in {name}, got {getattr(first, name)} and "
-                                 f"{getattr(cache, name)}")
-        for _, array in _pools(cache, layer):
-            check_place("TPAttn", "caches", array, device)
-
-    def _check_schedules(self, schedules, window_size):
-        if schedules is None:
+        if schedules is not None:
+            check_list("TPAttn", "schedules", schedules, communicator.ranks)
+        if caches is None:
             return
-        check_list("TPAttn", "schedules", schedules, self.context.communicator.ranks)
-        for n, (schedule, shard) in enumerate(zip(schedules, self.shards, strict=True)):
-            if not isinstance(schedule, Schedule):
-                raise TypeError(f"TPAttn: schedules must be Schedule objects, got {type(schedule).__name__}")
-            schedule.check("TPAttn", f"schedules[{n}]", device=shard.attn.xp.__name__, num_heads=shard.attn.num_heads,
-                           num_kv_heads=shard.attn.num_kv_heads, head_dim=shard.attn.head_dim,
-                           window_size=window_size)
+        check_list("TPAttn", "caches", caches, communicator.ranks)
+        for mine, rank, device in zip(caches, communicator.ranks, communicator.devices, strict=True):
+            for cache in mine if isinstance(mine, list | tuple) else [mine]:
+                if not isinstance(cache, PagedCache):
+                    raise TypeError(f"TPAttn: caches must be PagedCache objects, got {type(cache).__name__}")
+                if cache.num_kv_heads != self.context.kv_heads[rank]:
+                    raise ValueError(f"TPAttn: caches must have {self.context.kv_heads[rank]} heads for rank {rank}, "
+                                     f"got {cache.num_kv_heads}")
+                for _, array in _arrays(cache, 0):
+                    check_place("TPAttn", "caches", array, device)
 
     def _for_each(self, name, array):
         """What is read, of each rank: one array for all, or a list."""
@@ -324,10 +317,9 @@ class TPAttn:
         if not isinstance(array, list | tuple):
             array = [array] * len(communicator.ranks)
         check_list("TPAttn", name, array, communicator.ranks)
-        if array[0] is not None:
-            copied = np.ndarray if name != "sinks" else ()   # tables in host memory
-            check_alike("TPAttn", name, array, ["cpu" if isinstance(one, copied) else device for one, device in
-                                                zip(array, communicator.devices, strict=True)])
+        for one, device in zip(array, communicator.devices, strict=True):
+            if one is not None and not (name != "sinks" and isinstance(one, np.ndarray)):   # tables are copied
+                check_place("TPAttn", name, one, device)
         return array
 
     def close(self):
@@ -345,8 +337,15 @@ class TPAttn:
         return f"TPAttn({self.context!r}, {', '.join(map(repr, self.shards))})"
 
 
-def _pools(cache, layer):
-    """(name, array) of all that a layer's keys and values are."""
+def _pools(caches, layer):
+    """(name, array) of all that a layer's keys and values are, on every rank."""
+    for n, mine in enumerate(caches):
+        for cache in mine if isinstance(mine, list | tuple) else [] if mine is None else [mine]:
+            for name, array in _arrays(cache, layer):
+                yield f"caches[{n}]'s {name}", array
+
+
+def _arrays(cache, layer):
     for name, pool in (("keys", cache.k[layer]), ("values", cache.v[layer])):
         if isinstance(pool, QuantizedKV):
             yield from ((f"{part} of {name}", array) for part, array in pool.arrays.items())

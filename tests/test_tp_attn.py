@@ -447,19 +447,27 @@ def test_the_same_call_again_and_again():
 
 def test_bound_steps():
     """Steps called again with the arrays of earlier calls are their launches alone, the exchange among them."""
-    layer, context, attn, x, caches = three_ranks()
-    params, steps, calls = Params(1, 1, 4), BoundSteps(np), []
+    layer, _, attn, x, _ = three_ranks()
+    caches = caches_of(layer, True, attn.context.kv_heads)
+    params, steps, calls = PagedParams(1, PAGES[:1], [4], 4, page_size=4, q_len=1), BoundSteps(np), []
+    plans = attn.schedules(params, caches)
 
     def step():
         calls.append(1)
-        return attn.forward(x, params, caches, **layer.tables)
+        attn.schedules(params, caches, out=plans)
+        return attn.forward(x, params, caches, schedules=plans, **layer.tables)
 
-    for _ in range(5):
-        first = layer.inputs(1, 1)
+    for cache in caches:
+        cache.k[0].fill(0.5)
+        cache.v[0].fill(0.25)
+    for past in (4, 5, 9, 2):
+        first, fresh = layer.inputs(1, 1), PagedParams(1, PAGES[:1], [past], past, page_size=4, q_len=1)
         for array in x:
             array[...] = first
+        params.get_cache_seqlens("cpu")[:] = past
+        params.get_cache_seqlens_after("cpu")[:] = past + 1
         found = [array.copy() for array in steps.run(tuple(map(place, x)), step)]
-        want = attn.forward([first.copy() for _ in x], params, caches, **layer.tables)
+        want = attn.forward([first.copy() for _ in x], fresh, caches, **layer.tables)
         for mine, array in zip(found, want, strict=True):
             assert_same_bits(mine, array)
     assert len(calls) == 2

@@ -16,8 +16,8 @@ def replaced(values, n, value):
     return [*values[:n], value, *values[n + 1:]]
 
 
-def _plan(heads=2, kv_heads=1, **options):
-    return cupyattn.schedule(np.int32([1]), num_heads=heads, num_kv_heads=kv_heads, head_dim=16, dtype="float32",
+def _plan(heads=2, kv_heads=1, length=1, **options):
+    return cupyattn.schedule(np.int32([length]), num_heads=heads, num_kv_heads=kv_heads, head_dim=16, dtype="float32",
                              **options)
 
 
@@ -50,26 +50,29 @@ STEPS_REFUSED = {   # arguments from (x, caches, layer): what the message says
                              "caches must be PagedCache objects, got ndarray"),
     "caches: heads": (lambda x, c, _: dict(caches=replaced(c, 1, contiguous(2))),
                       "caches must have 1 heads for rank 1, got 2"),
-    "caches: sizes": (lambda x, c, _: dict(caches=replaced(c, 1, contiguous(1, tokens=8))),
-                      "caches must be alike in page_size, got 16 and 8"),
-    "caches: formats": (lambda x, c, _: dict(caches=replaced(c, 2, contiguous(1, dtype="float16"))),
-                        "caches must be alike in dtype, got float32 and float16"),
+    "caches: tokens": (lambda x, c, _: dict(caches=replaced(c, 1, contiguous(1, tokens=8)), params=Params(1, 1, 9)),
+                       "params must have at most the 8 tokens of the cache, got 10"),
+    "caches: head_dim": (lambda x, c, _: dict(caches=replaced(c, 2, contiguous(1, dim=8))),
+                         "cache must have 1 heads of 16, got 1 of 8"),
     "caches: lists": (lambda x, c, _: dict(caches=[[c[0]], [c[1]], [c[2], c[2]]], params=Params(1, 1, [0])),
-                      "caches must be as many on all ranks, got 1 and 2"),
-    "layer": (lambda x, c, _: dict(layer=1), "layer must be one of the caches' 1, got 1"),
+                      "cache must be a list exactly with a past_len for each of its caches, got 2 caches for past_len"),
+    "caches: some": (lambda x, c, _: dict(caches=replaced(c, 1, None)), "caches must be PagedCache objects, got None"),
+    "layer": (lambda x, c, _: dict(layer=1), "layer must be one of the cache's 1, got 1"),
     "layer: a name": (lambda x, c, _: dict(layer="first"), "layer must be an integer, got str"),
     "sin: shapes": (lambda x, c, layer: dict(sin=[layer.sin, layer.sin, layer.sin[:9]]),
-                    "sin must be of one shape on all ranks, got [128, 8] and [9, 8]"),
+                    "sin must be [positions, 8] or [1, 1, positions, 16] for 16 rotated dims, got [9, 8]"),
     "cos: too few": (lambda x, c, layer: dict(cos=[layer.cos]), "cos must be a list of one for each of the ranks"),
     "sinks: heads of a rank": (lambda x, c, _: dict(sinks=np.zeros(2, np.float32)), "array must be [6 heads, ...]"),
     "sinks: numbers": (lambda x, c, _: dict(sinks=0.5), "sinks must be a NumPy or CuPy array, got float"),
     "schedules: one": (lambda x, c, _: dict(schedules=_plan()), "schedules must be a list of one for each"),
     "schedules: other kind": (lambda x, c, _: dict(schedules=[_plan(), _plan(), 3]),
-                              "schedules must be Schedule objects, got int"),
+                              "schedule must be a Schedule, got int"),
     "schedules: of all heads": (lambda x, c, _: dict(schedules=[_plan(), _plan(), _plan(6, 3)]),
-                                "schedules[2] must be made for num_heads 2, got one for 6"),
+                                "schedule must be made for num_heads 2, got one for 6"),
     "schedules: another window": (lambda x, c, _: dict(schedules=[_plan(), _plan(), _plan(window_size=3)]),
-                                 "schedules[2] must be made for window_size 0, got one for 3"),
+                                 "schedule must be made for window_size 0, got one for 3"),
+    "schedules: other lengths": (lambda x, c, _: dict(schedules=[_plan(), _plan(), _plan(length=2)]),
+                                 "schedule must be made for"),
     "params": (lambda x, c, _: dict(params=3), "params must be Params or PagedParams, got int"),
     "too many tokens": (lambda x, c, _: dict(params=Params(1, 1, 16)), "params must have at most the 16 tokens"),
     "window": (lambda x, c, _: dict(window_size=-1), "window_size must be an int32 of at least 0, got -1"),
