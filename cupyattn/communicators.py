@@ -12,7 +12,8 @@ import sys
 import numpy as np
 
 from .devices import device_key
-from .runtime.arrays import array_namespace, dtype_name
+from .rank_lists import check_apart, check_list, check_place
+from .runtime.arrays import dtype_name
 from .runtime.checks import check_dtype, check_number, check_shape, check_writeable
 from .runtime.launch import run_library
 
@@ -36,6 +37,12 @@ class Communicator:
 
     def __init__(self, size, ranks, devices):
         self.size, self.ranks, self.devices = size, tuple(ranks), tuple(devices)
+        if not self.ranks or len(set(self.ranks)) != len(self.ranks) or not set(self.ranks) <= set(range(size)):
+            raise ValueError(f"{self._op}: ranks must be different ones of the {size}, at least one, got "
+                             f"{list(self.ranks)}")
+        if len(self.devices) != len(self.ranks):
+            raise ValueError(f"{self._op}: devices must hold one for each of the ranks {list(self.ranks)}, got "
+                             f"{list(self.devices)}")
 
     def all_reduce(self, arrays):
         """Add up the arrays of all ranks, in place.
@@ -54,6 +61,7 @@ class Communicator:
         for array in arrays:
             check_dtype(self._op, "arrays", array, _SUMMED)
             check_writeable(self._op, "arrays", array)
+        check_apart(self._op, _named("arrays", arrays))
         if arrays[0].size:
             self._do("all_reduce", lambda: self._all_reduce([array.reshape(-1) for array in arrays]))
         return arrays
@@ -119,6 +127,7 @@ class Communicator:
         for array, rank in zip(arrays, self.ranks, strict=True):
             if rank != root:
                 check_writeable(self._op, "arrays", array)
+        check_apart(self._op, _named("arrays", arrays))
         if arrays[0].size:
             self._do("broadcast", lambda: self._broadcast([array.reshape(-1) for array in arrays], root))
         return arrays
@@ -131,19 +140,10 @@ class Communicator:
 
     def _check(self, arrays, free_axis=None):
         """One array for each rank of this process, C-contiguous, alike, and where the rank has its arrays."""
-        if not isinstance(arrays, list | tuple) or len(arrays) != len(self.ranks):
-            found = f"{len(arrays)}" if isinstance(arrays, list | tuple) else type(arrays).__name__
-            raise ValueError(f"{self._op}: arrays must be a list of one for each of the ranks {list(self.ranks)}, got "
-                             f"{found}")
+        check_list(self._op, "arrays", arrays, self.ranks)
         shape = list(arrays[0].shape) if hasattr(arrays[0], "shape") else None
         for array, device in zip(arrays, self.devices, strict=True):
-            xp = array_namespace(self._op, arrays=array)
-            if (xp is np) != (device == "cpu"):
-                raise TypeError(f"{self._op}: arrays must be {'NumPy' if device == 'cpu' else 'CuPy'} arrays, got "
-                                f"{xp.__name__}")
-            if xp is not np and array.device.id != device:
-                raise ValueError(f"{self._op}: arrays must be on their ranks' GPUs {list(self.devices)}, got one on "
-                                 f"GPU {array.device.id}")
+            check_place(self._op, "arrays", array, device)
             check_dtype(self._op, "arrays", array, dtype_name(arrays[0]))
             expected = list(shape)
             if free_axis is not None and array.ndim == len(shape):
@@ -161,31 +161,16 @@ class Communicator:
     def _join(self, arrays, axis, sizes, out, root):
         """See `all_gather` and `gather`; None in place of the result of a rank that gets none."""
         ndim = getattr(arrays[0], "ndim", None) if isinstance(arrays, list | tuple) and arrays else None
+        check_number(self._op, "axis", axis, integer=True)
         if ndim is not None and not -ndim <= axis < ndim:
             raise ValueError(f"{self._op}: axis must be one of the {ndim} of the arrays, got {axis}")
         self._check(arrays, axis)
         axis %= ndim
         before, after = arrays[0].shape[:axis], arrays[0].shape[axis + 1:]
-        sizes = [arrays[0].shape[axis]] * self.size if sizes is None else [int(n) for n in sizes]
-        mine = [array.shape[axis] for array in arrays]
-        if len(sizes) != self.size or [sizes[rank] for rank in self.ranks] != mine:
-            raise ValueError(f"{self._op}: sizes must hold {mine} for the ranks {list(self.ranks)} of {self.size}, got "
-                             f"{sizes}")
+        sizes = self._sizes(sizes, [array.shape[axis] for array in arrays])
         starts = [sum(sizes[:n]) for n in range(self.size + 1)]
         shape, row = (*before, starts[-1], *after), math.prod((*before, *after))
-        outs = [None] * len(arrays) if out is None else list(out)
-        for i, rank in enumerate(self.ranks):
-            if root not in (None, rank):
-                outs[i] = None
-            elif outs[i] is None:
-                outs[i] = self._empty(i, shape, arrays[i])
-            else:
-                check_writeable(self._op, "out", outs[i])
-        taken = [o for o in outs if o is not None]
-        if len(outs) != len(arrays) or any(o.shape != shape or dtype_name(o) != dtype_name(arrays[0]) or
-                                           not o.flags.c_contiguous for o in taken):
-            raise ValueError(f"{self._op}: out must be C-contiguous {dtype_name(arrays[0])} {list(shape)} for each "
-                             f"rank, got {[f'{dtype_name(o)} {list(o.shape)}' for o in taken]}")
+        outs = self._outs(arrays, out, shape, root)
         if starts[-1] * row == 0:
             return outs
         in_order = math.prod(before) == 1   # what one rank sends is one run of the result
@@ -203,6 +188,38 @@ class Communicator:
         self._do("all_gather" if root is None else "gather", exchange)
         return outs
 
+    def _sizes(self, sizes, mine):
+        """Length of every rank's array, `mine` of those here; by default all the same."""
+        if sizes is None:
+            return [mine[0]] * self.size
+        sizes = list(sizes)
+        for size in sizes:
+            check_number(self._op, "sizes", size, least=0, integer=True)
+        if len(sizes) != self.size or [sizes[rank] for rank in self.ranks] != mine:
+            raise ValueError(f"{self._op}: sizes must hold {mine} for the ranks {list(self.ranks)} of {self.size}, got "
+                             f"{sizes}")
+        return [int(size) for size in sizes]
+
+    def _outs(self, arrays, given, shape, root):
+        """Where the ranks' results go, None for a rank that gets none."""
+        outs = [None] * len(arrays)
+        if given is not None:
+            check_list(self._op, "out", given, self.ranks)
+            outs = [out if root in (None, rank) else None for out, rank in zip(given, self.ranks, strict=True)]
+        for i, out in enumerate(outs):
+            if out is None:
+                continue
+            check_place(self._op, "out", out, self.devices[i])
+            check_dtype(self._op, "out", out, dtype_name(arrays[0]))
+            check_shape(self._op, "out", out, shape, "all ranks' arrays side by side")
+            check_writeable(self._op, "out", out)
+            if not out.flags.c_contiguous:
+                raise ValueError(f"{self._op}: out must be C-contiguous, got strides {out.strides} for shape "
+                                 f"{list(out.shape)}")
+        check_apart(self._op, _named("out", [out for out in outs if out is not None]), _named("arrays", arrays))
+        return [self._empty(i, shape, arrays[i]) if out is None and root in (None, rank) else out
+                for i, (out, rank) in enumerate(zip(outs, self.ranks, strict=True))]
+
     def _do(self, name, exchange):
         """Now, or whenever what is captured now is replayed."""
         run_library(name, "cpu" if self.devices[0] == "cpu" else "gpu", exchange)
@@ -217,6 +234,10 @@ class Communicator:
 
     def __repr__(self):
         return f"{self._op}(size={self.size}, ranks={list(self.ranks)}, devices={list(self.devices)})"
+
+
+def _named(name, arrays):
+    return [(f"{name}[{n}]", array) for n, array in enumerate(arrays)]
 
 
 def _sum_in_order(parts):

@@ -4,7 +4,9 @@
 import numpy as np
 
 from .attention_params import check_params
+from .communicators import Communicator
 from .ops.split_reduce import MAX_PARTS, split_out, split_reduce
+from .rank_lists import check_list
 from .runtime.arrays import array_namespace
 from .runtime.checks import check_number
 
@@ -174,9 +176,9 @@ def merge_shards(shards, /, *, communicator=None, out=None, return_lse=False):
 
 def _exchanged(shards, communicator):
     """`rank_result` of all ranks, from the shards of this process; one message each."""
-    if len(shards) != len(communicator.ranks):
-        raise ValueError(f"merge_shards: shards must hold one for each of the ranks {list(communicator.ranks)}, got "
-                         f"{len(shards)}")
+    if not isinstance(communicator, Communicator):
+        raise TypeError(f"merge_shards: communicator must be a Communicator, got {type(communicator).__name__}")
+    check_list("merge_shards", "shards", shards, communicator.ranks)
     first = shards[0]
     shape = first.token_num, first.num_heads, first.size_per_head
     cut = shape[0] * shape[1] * shape[2]

@@ -14,7 +14,7 @@ NO_PAGES = {"block_table": None, "indptr": None, "block_ptrs": None, "row_starts
             "max_pages": 0, "page_size": 1, "num_pages": 0, "reserved": 0}
 
 
-def _extent(array):
+def extent(array):
     """(first byte, one past the last byte) of an array of any strides."""
     reach = [(n - 1) * s for n, s in zip(array.shape, array.strides, strict=True)]
     start = address(array) + sum(min(0, r) for r in reach)
@@ -321,7 +321,7 @@ class PageTable:
             return
         inside = np.zeros(used.shape, bool)
         for buffer in self.buffers:
-            start, end = _extent(buffer)
+            start, end = extent(buffer)
             if end - start >= block_bytes:
                 inside |= (used >= np.uint64(start)) & (used <= np.uint64(end - block_bytes))
         if not inside.all():

@@ -11,7 +11,7 @@ from .q_attn_buffers import buffers_of_rows, head_rows, row_numbers, token_rows
 from .q_attn_projections import Projections
 from .q_attn_step import steps_of
 from .q_attn_weights import check_scratch, compute_dtype, kind_of, lengths_of, rope_style_of, tables
-from .runtime.checks import check_flag, check_number, check_writeable
+from .runtime.checks import check_dtype, check_flag, check_number, check_writeable
 from .runtime.structs import address
 
 
@@ -174,7 +174,7 @@ class QAttn(Projections):
         return schedule_on_device(self, step, cache, options, out)
 
     def forward(self, x, params, cache=None, layer=0, *, sin=None, cos=None, softmax_scale=None, window_size=0,
-                softcap=0.0, sinks=None, invariant=False, schedule=None, loras=(), sequence_loras=None):
+                softcap=0.0, sinks=None, invariant=False, schedule=None, loras=(), sequence_loras=None, out=None):
         """One step of the layer: x is changed in place, new keys and values go into the cache.
 
         Parameters
@@ -216,10 +216,14 @@ class QAttn(Projections):
         sequence_loras : sequence of length batch_size, optional
             The name of one more adapter, or None, for each sequence. Sequences of one adapter are multiplied together;
             least work is done where they stand side by side, in the order of `set_loras` and None first.
+        out : ndarray like x, `dtype` of x or float32, optional
+            Changed in place of x, which stays: with `has_residual` the result is added to what `out` holds. Must
+            overlap no input.
 
         Returns
         -------
         x : ndarray
+            Or `out`.
 
         Raises
         ------
@@ -242,18 +246,31 @@ class QAttn(Projections):
         lengths. Without a cache all lengths are ``seq_len``, and any Params will do.
         """
         options = Options(softmax_scale, window_size, softcap, sinks, invariant)
+        return self.checked(x, params, cache, layer, sin, cos, options, schedule, loras, sequence_loras, out)()
+
+    def checked(self, x, params, cache, layer, sin, cos, options, schedule, loras, sequence_loras, out):
+        """A function that makes this call of `forward`: all arguments are checked, nothing is written yet."""
         steps = self._steps(params, cache, layer, options)
-        rows = self._rows("x", x, params.batch_size, steps[0].q_len, self.hidden_size, self._x_name, written=True)
+        sizes = params.batch_size, steps[0].q_len, self.hidden_size
+        rows = target = self._rows("x", x, *sizes, self._x_name, written=out is None)
+        if out is not None:
+            kind = check_dtype("QAttn", "out", out, tuple(dict.fromkeys((self._x_name, "float32"))))
+            target = self._rows("out", out, *sizes, kind, written=True)
         turn = self._turn(params, sin, cos)
         caches = cache if isinstance(cache, list | tuple) else [cache]
         parts = [prepare(self, params, step, one, layer, turn, options, schedule)
                  for step, one in zip(steps, caches, strict=True)]
         added = self._added(*names_of(loras, sequence_loras), params.batch_size, steps[0].q_len)
-        buffers = self._project(rows, added)   # nothing has been written before
-        for part in parts:
-            attend(self, part, buffers if len(parts) == 1 else buffers_of_rows(buffers, part.step.rows), turn, options)
-        self._output(buffers.mixed.reshape(buffers.tokens, -1), rows, buffers, added)
-        return x
+
+        def step():
+            buffers = self._project(rows, added)
+            for part in parts:
+                some = buffers if len(parts) == 1 else buffers_of_rows(buffers, part.step.rows)
+                attend(self, part, some, turn, options)
+            self._output(buffers.mixed.reshape(buffers.tokens, -1), target, buffers, added)
+            return x if out is None else out
+
+        return step
 
     def _steps(self, params, cache, layer, options):
         """The Steps of a call."""

@@ -29,11 +29,11 @@ class Linear(NamedTuple):
     stop: int
 
 
-def rope_style_of(style):
+def rope_style_of(style, *, op=OP):
     """"neox", "interleaved" or None, from ExLlamaV2's number or a name."""
     number = _NAMES.get(style, -1) if isinstance(style, str) else 0 if style is None else style
     if isinstance(number, bool) or not isinstance(number, int | np.integer) or number not in (0, 1, 2):
-        raise ValueError(f"{OP}: rope_style must be 0 (none), 1 (GPT-J), 2 (NeoX) or {', '.join(_NAMES)}, got "
+        raise ValueError(f"{op}: rope_style must be 0 (none), 1 (GPT-J), 2 (NeoX) or {', '.join(_NAMES)}, got "
                          f"{style!r}")
     return STYLES[number]
 
@@ -49,28 +49,28 @@ def compute_dtype(dtype):
     return found
 
 
-def matrix(name, weight, shape, axes):
+def matrix(name, weight, shape, axes, *, op=OP):
     """`weight`, a QMatrix or an array, as a QMatrix of that shape."""
     if not isinstance(weight, QMatrix) and not hasattr(weight, "dtype"):
-        raise TypeError(f"{OP}: {name} must be a QMatrix or an array, got {type(weight).__name__}")
+        raise TypeError(f"{op}: {name} must be a QMatrix or an array, got {type(weight).__name__}")
     if weight.shape != shape:
-        raise ValueError(f"{OP}: {name} must be {axes} = {list(shape)}, got {list(weight.shape)}")
+        raise ValueError(f"{op}: {name} must be {axes} = {list(shape)}, got {list(weight.shape)}")
     if isinstance(weight, QMatrix):
         return weight
     if dtype_name(weight) not in FLOATS:
-        raise TypeError(f"{OP}: {name} must be a QMatrix or {', '.join(FLOATS)}, got {dtype_name(weight)}")
+        raise TypeError(f"{op}: {name} must be a QMatrix or {', '.join(FLOATS)}, got {dtype_name(weight)}")
     return QMatrix.from_dense(weight)
 
 
-def vector(name, array, shapes, xp):
+def vector(name, array, shapes, xp, *, op=OP):
     """float32 array on `xp` of one of `shapes`; None for None."""
     if array is None:
         return None
     if not hasattr(array, "dtype") or dtype_name(array) not in FLOATS:
-        raise TypeError(f"{OP}: {name} must be a {', '.join(FLOATS)} array, got "
+        raise TypeError(f"{op}: {name} must be a {', '.join(FLOATS)} array, got "
                         f"{dtype_name(array) if hasattr(array, 'dtype') else type(array).__name__}")
     if array.shape not in shapes:
-        raise ValueError(f"{OP}: {name} must be {' or '.join(str(list(s)) for s in shapes)}, got {list(array.shape)}")
+        raise ValueError(f"{op}: {name} must be {' or '.join(str(list(s)) for s in shapes)}, got {list(array.shape)}")
     if array.dtype == np.float32 and not isinstance(array, np.ndarray) and xp is not np:
         return xp.ascontiguousarray(array)
     return xp.asarray(np.ascontiguousarray(to_host(array), np.float32))
@@ -135,23 +135,23 @@ def lengths_of(name, lengths, batch_size, xp):
     return lengths.reshape(batch_size)
 
 
-def tables(sin, cos, style, rotary_dim, xp):
+def tables(sin, cos, style, rotary_dim, xp, *, op=OP):
     """(cos, sin) float32 [rows, rotary_dim / 2] from tables of that form or of ExLlamaV2's."""
     if sin is None or cos is None:
-        raise ValueError(f"{OP}: sin and cos must be given with rope_style {style}, got "
+        raise ValueError(f"{op}: sin and cos must be given with rope_style {style}, got "
                          f"{'neither' if sin is cos else 'one of them'}")
     for name, table in (("sin", sin), ("cos", cos)):
         if not hasattr(table, "dtype"):
-            raise TypeError(f"{OP}: {name} must be an array, got {type(table).__name__}")
+            raise TypeError(f"{op}: {name} must be an array, got {type(table).__name__}")
     half = rotary_dim // 2
     if cos.ndim == 2 and cos.shape[1] == half and cos.dtype == np.float32 == sin.dtype and sin.shape == cos.shape:
         return cos, sin
     for name, table in (("sin", sin), ("cos", cos)):
         if dtype_name(table) not in FLOATS:
-            raise TypeError(f"{OP}: {name} must be {', '.join(FLOATS)}, got {dtype_name(table)}")
+            raise TypeError(f"{op}: {name} must be {', '.join(FLOATS)}, got {dtype_name(table)}")
         if table.shape != cos.shape or table.ndim < 2 or table.shape[-1] not in (half, rotary_dim) \
                 or table.size != table.shape[-2] * table.shape[-1]:
-            raise ValueError(f"{OP}: {name} must be [positions, {half}] or [1, 1, positions, {rotary_dim}] for "
+            raise ValueError(f"{op}: {name} must be [positions, {half}] or [1, 1, positions, {rotary_dim}] for "
                              f"{rotary_dim} rotated dims, got {list(table.shape)}")
     device = None if xp is np else xp.cuda.runtime.getDevice()
     key = (xp.__name__, device, style, rotary_dim,

@@ -2,6 +2,9 @@
 """Tensor parallelism: which rank has which heads of an attention layer, and its part of the weights."""
 
 import math
+import numbers
+
+import numpy as np
 
 from .communicators import Communicator
 from .lora import PROJECTIONS, LoRA
@@ -32,6 +35,12 @@ def split_heads(num_heads, weights):
     ([6, 2], [3, 3, 2], [4, 3])
     """
     check_number("split_heads", "num_heads", num_heads, least=0, integer=True)
+    if isinstance(weights, str) or not np.iterable(weights):
+        raise TypeError(f"split_heads: weights must be a sequence of numbers, got {weights!r}")
+    weights = list(weights)
+    for weight in weights:
+        if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
+            raise TypeError(f"split_heads: weights must be numbers, got {weight!r}")
     weights = [float(weight) for weight in weights]
     total = math.fsum(weights)
     if not weights or min(weights) < 0 or not 0 < total < math.inf:
@@ -87,13 +96,13 @@ class TPContext:
         if num_heads % num_kv_heads:
             raise ValueError(f"TPContext: num_heads must be a multiple of num_kv_heads, got {num_heads} and "
                              f"{num_kv_heads}")
-        weights = [1] * communicator.size if weights is None else list(weights)
-        if len(weights) != communicator.size:
-            raise ValueError(f"TPContext: weights must hold one for each of the {communicator.size} ranks, got "
-                             f"{len(weights)}")
+        weights = [1] * communicator.size if weights is None else weights
         self.communicator, self.head_dim, self.hidden_size = communicator, int(head_dim), int(hidden_size)
         self.num_heads, self.num_kv_heads = int(num_heads), int(num_kv_heads)
         self.kv_heads = split_heads(num_kv_heads, weights)
+        if len(self.kv_heads) != communicator.size:
+            raise ValueError(f"TPContext: weights must hold one for each of the {communicator.size} ranks, got "
+                             f"{len(self.kv_heads)}")
         if 0 in self.kv_heads:
             raise NotImplementedError(f"TPContext: weights must give every rank a KV head, got {self.kv_heads} heads; "
                                       "make the communicator of fewer ranks")
@@ -210,6 +219,10 @@ class TPContext:
         -------
         dict
         """
+        for loras in (adapters, *(adapters.values() if isinstance(adapters, dict) else ())):
+            if not isinstance(loras, dict):
+                raise TypeError("TPContext: adapters must be a dict of names to dicts of projections to LoRA, got "
+                                f"{type(loras).__name__}")
         return {name: {projection: self._shard_lora(lora, projection, rank, features)
                        for projection, lora in loras.items()} for name, loras in adapters.items()}
 
@@ -221,6 +234,9 @@ class TPContext:
         first, last = (self.head_dim * n for n in self.heads(rank, kind))
         size = self.head_dim * (self.num_heads if kind == "q" else self.num_kv_heads)
         inputs, outputs = (size, self.hidden_size) if projection == "o" else (self.hidden_size, size)
+        if not (hasattr(lora.a, "shape") and hasattr(lora.b, "shape")):
+            raise TypeError(f"TPContext: adapters must have arrays a and b for {projection!r}, got "
+                            f"{type(lora.a).__name__} and {type(lora.b).__name__}")
         if lora.a.ndim != 2 or lora.b.ndim != 2 or (lora.a.shape[1], lora.b.shape[0]) != (inputs, outputs):
             raise ValueError(f"TPContext: adapters must have a [rank, {inputs}] and b [{outputs}, rank] for "
                              f"{projection!r}, got {list(lora.a.shape)} and {list(lora.b.shape)}")

@@ -3,124 +3,52 @@
 
 import numpy as np
 
-from .lora import Adapters
-from .ops.attention import attention
-from .ops.kv_append import kv_append
-from .ops.paged_decode import MAX_Q_LEN, paged_decode
-from .ops.quant_gemm import quant_gemm
-from .ops.rms_norm import rms_norm
-from .q_attn import QAttn
-from .q_attn_buffers import row_numbers
-from .q_attn_weights import Linear, matrix, vector
+from .attention_args import check_options
+from .page_table import PageTable
+from .q_attn_weights import rope_style_of, tables
+from .quantized_kv import QuantizedKV, kv_side
+from .rank_lists import array_module, check_alike, check_apart, check_list, check_place, each_rank
 from .runtime.arrays import array_namespace, dtype_name
 from .runtime.checks import FLOATS, check_dtype, check_number, check_shape, check_writeable
-from .runtime.launch import run_library
 from .tensor_parallel import TPContext
-from .tp_attn import array_module, copy, each_rank
+from .tp_attn_rank import Rank, Rows, Tokens, copy
 
+PAGED = "tp_attn_forward_paged_"
 _MOST_LAYERS = 512   # whose weights a context keeps prepared
 
 
-class _Listed(QAttn):
-    """A rank's projections as they are given, nothing copied; those of the output have its rows, not its columns."""
-
-    def __init__(self, gathered, **layer):
-        self._gathered = gathered   # columns of the output projection
-        super().__init__(**layer)
-
-    def _set_projections(self, q, k, v, o, q_bias, k_bias, v_bias, o_bias):
-        self.q_size, self.kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        linears, start = [], 0
-        for name, weight, bias, size in (("q", q, q_bias, self.q_size), ("k", k, k_bias, self.kv_size),
-                                         ("v", v, v_bias, self.kv_size)):
-            weight = matrix(f"{name}_proj", weight, (size, self.hidden_size), "[heads * head_dim, hidden_size]")
-            linears.append(Linear(weight, vector(f"{name}_bias", bias, ((size,),), self.xp), start, start + size))
-            start += size
-        self.qkv = tuple(linears)
-        self.o_proj = matrix("o_proj", o, (o.shape[0], self._gathered), "[features, all heads * head_dim]")
-        self.o_bias = vector("o_bias", o_bias, ((o.shape[0],),), self.xp)
-
-    def set_loras(self, adapters):
-        """As QAttn's, for rows of the output projection."""
-        kv = self.kv_size, self.hidden_size
-        sizes = {"q": (self.q_size, self.hidden_size), "k": kv, "v": kv, "o": self.o_proj.shape}
-        self.loras = Adapters(adapters, sizes, self._dtype_name, self.xp)
-        self._lay_out()
-        return self.loras.max_rank
-
-    def attend(self, op, x, queries, caches, table, past, offsets, tables, batch_size, q_len, options):
-        """Attention of the rank's heads over its cache, new tokens appended; in `queries`."""
-        check_dtype(op, "past_lens", past, "int32")
-        check_shape(op, "past_lens", past, (batch_size,), "[batch_size]")
-        bases = past
-        if offsets is not None:
-            check_dtype(op, "position_offsets", offsets, "int32")
-            bases = added(past, offsets.reshape(batch_size))
-        turn = self._turn_from(0, bases, batch_size, q_len, *tables)
-        buffers = self._project(x, self._all_loras)
-        q = queries.reshape(len(x), self.num_heads, self.head_dim)
-        table = row_numbers(self.xp, batch_size)[:, None] if table is None else table   # sequence b is page b
-        kv_append(buffers.k, buffers.v, *caches, block_table=table, positions=past, q_len=q_len, q=buffers.q, q_out=q,
-                  **turn, **self._finish)
-        after = added(past, q_len)
-        if q_len <= MAX_Q_LEN:
-            q = q.reshape(batch_size, q_len, self.num_heads, self.head_dim)
-            paged_decode(q, *caches, block_table=table, cache_seqlens=after, out=q, **options)
-        else:
-            starts = self.xp.asarray(np.arange(batch_size + 1, dtype=np.int32) * np.int32(q_len))
-            attention(q, *caches, cu_seqlens_q=starts, cache_seqlens=after, block_table=table, max_q_len=q_len, out=q,
-                      **options)
-
-    def project(self, mixed, x, out):
-        """The rank's columns of x (none: 0) + attention of all heads @ Woᵀ."""
-        if x is not None:
-            copy(out, x)
-        quant_gemm(mixed, self.o_proj, bias=self.o_bias, accumulate=x is not None, out=out)
-        self.loras.add(("o",), mixed, {"o": out}, *self._all_loras)
-
-    @property
-    def _all_loras(self):
-        return list(self.loras.names.values()), None
-
-    def add_normed(self, projected, x):
-        """x += post_norm(projected), which is overwritten."""
-        rms_norm(projected, self.post_layernorm, eps=self.norm_epsilon, out=projected)
-        # the sum is what is wanted of this norm; its result is nobody's
-        rms_norm(projected, self.post_layernorm, eps=self.norm_epsilon, residual=x, out=projected)
-
-
 class _Layer:
-    """What a context keeps of a layer's weights: shards, and the features of the hidden state of every rank."""
+    """What a context keeps of a layer's weights: a Rank for each here, and the features of the output of every rank."""
 
-    def __init__(self, op, context, lists, options):
-        self.weights = {name: value and tuple(value) for name, value in lists.items()}   # their ids are its key
+    def __init__(self, op, context, weights, options):
+        self.weights = {name: value and tuple(value) for name, value in weights.items()}   # their ids are its key
+        self._context, self._loras = context, ()
         communicator = context.communicator
-        self.shards, rows = [], []
+        self.ranks, features = [], []
         for n, rank in each_rank(communicator, communicator.ranks):
-            mine = {name: None if value is None else value[n] for name, value in lists.items()}
-            xp = array_module(communicator.devices[n])
-            self.shards.append(_Listed(
-                context.num_heads * context.head_dim, num_heads=context.q_heads[rank],
-                num_kv_heads=context.kv_heads[rank], hidden_size=context.hidden_size, has_residual=True, xp=xp,
-                **mine, **options))
-            rows.append(xp.asarray(np.array([self.shards[n].o_proj.shape[0]])))
-        everyone = communicator.all_gather(rows)[0]
+            mine = {name: None if value is None else value[n] for name, value in weights.items()}
+            self.ranks.append(Rank(op, context, rank, communicator.devices[n], weights=mine, **options))
+            features.append(self.ranks[n].xp.asarray(np.array([self.ranks[n].features])))
+        everyone = communicator.all_gather(features)[0]
         self.features = [int(n) for n in (everyone if isinstance(everyone, np.ndarray) else everyone.get())]
         if sum(self.features) != context.hidden_size:
             raise ValueError(f"{op}: o_proj must have the rows of one rank each, {context.hidden_size} in all, got "
                              f"{self.features}; TPContext.shard_output_rows makes them")
-        self._context, self._loras = context, ()
+
+    def span(self, rank):
+        """First feature of the hidden state in a rank's part of the output, and the one after its last."""
+        first = sum(self.features[:rank])
+        return first, first + self.features[rank]
 
     def set_loras(self, loras):
         """Add these adapters in the calls that follow; nothing to do if they are those of the last one."""
         if len(loras) == len(self._loras) and all(a is b for a, b in zip(loras, self._loras, strict=True)):
             return
         communicator, adapters = self._context.communicator, dict(enumerate(loras))
-        for n, shard in each_rank(communicator, self.shards):
-            rank = communicator.ranks[n]
-            start = sum(self.features[:rank])
-            shard.set_loras(self._context.shard_loras(adapters, rank, features=(start, start + self.features[rank])))
-        self._loras = tuple(loras)
+        parts = [self._context.shard_loras(adapters, rank, features=self.span(rank)) for rank in communicator.ranks]
+        for n, mine in each_rank(communicator, self.ranks):
+            mine.set_loras(parts[n])
+        self._loras = loras
 
 
 def tp_attn_forward_paged_(tp_context, hidden_states, temp_bc0_, temp_bc1_, temp_bc2_, temp_q_, temp_k_, temp_v_,
@@ -142,14 +70,14 @@ def tp_attn_forward_paged_(tp_context, hidden_states, temp_bc0_, temp_bc1_, temp
         x; that of rank 0 counts, other processes' only give the shape. NumPy, or where the ranks are. Not changed.
     temp_bc0_ : list of ndarray [rows or more, hidden_size], dtype of hidden_states
         Scratch: x of each rank.
-    temp_bc1_ : list or None
-        Not used.
+    temp_bc1_ : list of ndarray, likewise
+        Scratch: the norm of x.
     temp_bc2_ : list of ndarray [rows or more, num_heads * head_dim]
         Scratch: attention of all heads.
     temp_q_ : list of ndarray [rows or more, heads of the rank * head_dim]
         Scratch: queries, then attention of the rank's heads.
-    temp_k_, temp_v_ : list or None
-        Not used.
+    temp_k_, temp_v_ : list of ndarray [rows or more, KV heads of the rank * head_dim]
+        Scratch: new keys and values.
     temp_o_ : list of ndarray [rows or more, o_proj[i].shape[0]]
         Receive the results.
     k_cache, v_cache : list of ndarray or QuantizedKV [num_pages, page_size, KV heads of the rank, head_dim]
@@ -197,14 +125,16 @@ def tp_attn_forward_paged_(tp_context, hidden_states, temp_bc0_, temp_bc1_, temp
     Raises
     ------
     TypeError, ValueError
-        Lists and arrays that do not fit.
+        Lists and arrays that do not fit, or written memory that two entries share. No array was changed then, on the
+        ranks of this process.
 
     Notes
     -----
     Where ExLlamaV2 ignores head norms, post-norms, partial rotation, position offsets, softcap and windows, this does
-    what they say. The residual is added once, by the rank that has the features.
+    what they say. The residual is added once, by the rank that has the features. A step of which CUDA graphs are made
+    is `TPAttn`'s: this one has no place for a `Schedule` and makes its own.
     """
-    return _forward("tp_attn_forward_paged_", **locals())
+    return _forward(PAGED, **locals())
 
 
 def tp_attn_forward_(tp_context, hidden_states, temp_bc0_, temp_bc1_, temp_bc2_, temp_q_, temp_k_, temp_v_, temp_o_,
@@ -252,67 +182,45 @@ def _forward(op, *, tp_context, hidden_states, temp_bc0_, temp_bc1_, temp_bc2_, 
              position_offsets, softcap, window_size, loras, q_bias, k_bias, v_bias, o_bias):
     if not isinstance(tp_context, TPContext):
         raise TypeError(f"{op}: tp_context must be a TPContext, got {type(tp_context).__name__}")
-    if head_dim != tp_context.head_dim:
-        raise ValueError(f"{op}: head_dim must be {tp_context.head_dim} like the context's, got {head_dim}")
-    check_number(op, "batch_size", batch_size, least=1, integer=True)
-    check_number(op, "q_len", q_len, least=1, integer=True)
-    communicator, tokens, hidden = tp_context.communicator, batch_size * q_len, tp_context.hidden_size
-    xp = array_namespace(op, hidden_states=hidden_states)
-    dtype = check_dtype(op, "hidden_states", hidden_states, FLOATS)
-    if hidden_states.shape not in ((batch_size, q_len, hidden), (tokens, hidden)):
-        raise ValueError(f"{op}: hidden_states must be [batch_size={batch_size}, q_len={q_len}, {hidden}], got "
-                         f"{list(hidden_states.shape)}")
-    weights = {"layernorm": pre_layernorm or None, "q_q_proj": q_proj, "q_k_proj": k_proj, "q_v_proj": v_proj,
-               "q_o_proj": o_proj, "q_norm": q_norm, "k_norm": k_norm, "post_layernorm": post_layernorm,
-               "q_bias": q_bias, "k_bias": k_bias, "v_bias": v_bias, "o_bias": o_bias}
-    offsets = _given(position_offsets)
-    optional = {"block_index": block_index, "position_offsets": offsets, "sin": sin, "cos": cos}
-    needed = {"temp_bc0_": temp_bc0_, "temp_bc2_": temp_bc2_, "temp_q_": temp_q_, "temp_o_": temp_o_,
-              "k_cache": k_cache, "v_cache": v_cache, "past_lens": past_lens}
-    _check_lists(op, communicator, needed, weights, optional)
-    layer = _layer(op, tp_context, weights, {"head_dim": head_dim, "norm_epsilon": norm_epsilon, "dtype": dtype,
-                                             "rope_style": rope_style, "sincos_size": rotary_dim})
+    dtype = _check_sizes(op, tp_context, hidden_states, head_dim, rotary_dim, batch_size, q_len, norm_epsilon)
+    options = {"softmax_scale": check_options(op, True, scaling, window_size, softcap, head_dim),
+               "window_size": window_size, "softcap": softcap}
+    if isinstance(pre_layernorm, list | tuple) and not pre_layernorm:
+        pre_layernorm = None
+    style, loras, rotary_dim = rope_style_of(rope_style, op=op), tuple(loras), rotary_dim or head_dim
+    layer = _layer_of(op, tp_context, {
+        "pre_layernorm": pre_layernorm, "q_proj": q_proj, "k_proj": k_proj, "v_proj": v_proj, "q_bias": q_bias,
+        "k_bias": k_bias, "v_bias": v_bias, "q_norm": q_norm, "k_norm": k_norm, "o_proj": o_proj, "o_bias": o_bias,
+        "post_layernorm": post_layernorm,
+    }, {"dtype": dtype, "style": style, "rotary_dim": rotary_dim, "norm_epsilon": norm_epsilon})
+    communicator, hidden = tp_context.communicator, hidden_states.reshape(batch_size * q_len, tp_context.hidden_size)
+    rows = _rows(op, tp_context, layer, len(hidden), dtype, {
+        "temp_bc0_": temp_bc0_, "temp_bc1_": temp_bc1_, "temp_bc2_": temp_bc2_, "temp_q_": temp_q_, "temp_k_": temp_k_,
+        "temp_v_": temp_v_, "temp_o_": temp_o_})
+    written = [(f"{name}[{n}]", array) for n, mine in enumerate(rows) for name, array in zip(_TEMPS, mine, strict=True)]
+    lengths = _lengths(op, communicator, batch_size, past_lens, block_index, position_offsets)
+    written += _check_caches(op, tp_context, k_cache, v_cache, batch_size, q_len, lengths)
+    check_apart(op, written, [("hidden_states", hidden)])
+    turns = _tables(op, communicator, style, rotary_dim, sin, cos, q_len, lengths)
     layer.set_loras(loras)
-    q_sizes = [head_dim * heads for heads in tp_context.q_heads]
-    starts = [sum(layer.features[:rank]) for rank in communicator.ranks]
-    x, queries, mixed, outs = (
-        [_rows(op, name, given[n], tokens, sizes[rank], dtype) for n, rank in enumerate(communicator.ranks)]
-        for name, given, sizes in (("temp_bc0_", temp_bc0_, [hidden] * communicator.size),
-                                   ("temp_q_", temp_q_, q_sizes),
-                                   ("temp_bc2_", temp_bc2_, [sum(q_sizes)] * communicator.size),
-                                   ("temp_o_", temp_o_, layer.features)))
-    _spread(communicator, hidden_states.reshape(tokens, hidden), x)
-    tables = [(None, None)] * len(x) if sin is None or cos is None else list(zip(sin, cos, strict=True))
-    options = {"softmax_scale": scaling, "window_size": window_size, "softcap": softcap}
-    for n, shard in each_rank(communicator, layer.shards):
-        shard.attend(op, x[n], queries[n], (k_cache[n], v_cache[n]), None if block_index is None else block_index[n],
-                     past_lens[n], None if offsets is None else offsets[n], tables[n], batch_size, q_len, options)
-    communicator.all_gather(queries, 1, sizes=q_sizes, out=mixed)
-    own = [array[:, start:start + layer.features[rank]]
-           for array, start, rank in zip(x, starts, communicator.ranks, strict=True)]
-    for n, shard in each_rank(communicator, layer.shards):
-        shard.project(mixed[n], own[n] if shard.post_layernorm is None else None, outs[n])
-    whole = communicator.all_gather(outs, 1, sizes=layer.features)
+
+    _spread(communicator, hidden, [mine.x for mine in rows])
+    for n, rank in each_rank(communicator, layer.ranks):
+        tokens = Tokens(k_cache[n], v_cache[n], *(None if array is None else array[n] for array in lengths), *turns[n])
+        rank.attend(rows[n], tokens, batch_size, q_len, options)
+    communicator.all_gather([mine.q for mine in rows], 1, sizes=[head_dim * heads for heads in tp_context.q_heads],
+                            out=[mine.mixed for mine in rows])
+    own = [mine.x[:, slice(*layer.span(rank))] for mine, rank in zip(rows, communicator.ranks, strict=True)]
+    for n, rank in each_rank(communicator, layer.ranks):
+        rank.project(rows[n], own[n] if post_layernorm is None else None)
+    whole = communicator.all_gather([mine.out for mine in rows], 1, sizes=layer.features)
     if post_layernorm is not None:
-        for n, shard in each_rank(communicator, layer.shards):
-            shard.add_normed(whole[n], x[n])
-            copy(outs[n], own[n])
-            copy(whole[n], x[n])
+        for n, rank in each_rank(communicator, layer.ranks):
+            rank.add_normed(whole[n], rows[n].x)
+            copy(rows[n].out, own[n])
+            copy(whole[n], rows[n].x)
     result = whole[0].reshape(hidden_states.shape)
-    return result.get() if xp is np and communicator.devices[0] != "cpu" else result
-
-
-def added(array, other):
-    """``array + other``, a new array; in a captured step with every replay."""
-    total = array_namespace("tp_attn_forward_", array=array).empty(array.shape, array.dtype)
-
-    def add():
-        place = total
-        place[...] = array
-        place += other
-
-    run_library("add", "cpu" if isinstance(array, np.ndarray) else "gpu", add)
-    return total
+    return result.get() if isinstance(hidden, np.ndarray) and communicator.devices[0] != "cpu" else result
 
 
 def _spread(communicator, hidden, x):
@@ -325,39 +233,137 @@ def _spread(communicator, hidden, x):
     communicator.broadcast(x)
 
 
-def _given(arrays):
-    """A list, or None where there is none or one of Nones, as `Params.prep_tp` leaves it."""
-    return None if arrays is None or all(array is None for array in arrays) else arrays
-
-
-def _check_lists(op, communicator, needed, weights, optional):
-    for name, value in (needed | weights | optional).items():
-        name = {"layernorm": "pre_layernorm"}.get(name, name.removeprefix("q_") if name.endswith("proj") else name)
-        if value is None and name not in needed and not name.endswith("proj"):
-            continue
-        if not isinstance(value, list | tuple) or len(value) != len(communicator.ranks):
-            raise ValueError(f"{op}: {name} must be a list of one for each of the ranks {list(communicator.ranks)}, "
-                             f"got {len(value) if isinstance(value, list | tuple) else type(value).__name__}")
-
-
-def _layer(op, context, weights, options):
+def _layer_of(op, context, weights, options):
     """The _Layer of these weights, made once."""
-    key = (*((name, tuple(map(id, value))) for name, value in weights.items() if value is not None),
+    for name, values in weights.items():
+        if values is not None or name.endswith("_proj"):
+            check_list(op, name, values, context.communicator.ranks)
+    key = (*((name, tuple(map(id, values))) for name, values in weights.items() if values is not None),
            *options.items())
     found = context.layers.get(key)
     if found is None:
+        found = _Layer(op, context, weights, options)
         while len(context.layers) >= _MOST_LAYERS:   # of a caller that makes new arrays for every call
             context.layers.pop(next(iter(context.layers)))
-        found = context.layers[key] = _Layer(op, context, weights, options)
+        context.layers[key] = found
     return found
 
 
-def _rows(op, name, array, tokens, width, dtype):
-    """The first `tokens` rows of a temporary array."""
-    array_namespace(op, **{name: array})
-    if dtype_name(array) != dtype or array.ndim != 2 or array.shape[1] != width or len(array) < tokens \
-            or not array.flags.c_contiguous:
-        raise ValueError(f"{op}: {name} must be C-contiguous {dtype} [{tokens} or more, {width}], got "
-                         f"{dtype_name(array)} {list(array.shape)}")
-    check_writeable(op, name, array)
-    return array[:tokens]
+# ---- checks: all before any array is written ---------------------------------------------------------------
+
+
+def _check_sizes(op, context, hidden_states, head_dim, rotary_dim, batch_size, q_len, norm_epsilon):
+    """Numbers, and the shape of the hidden states; their dtype."""
+    for name, number in (("batch_size", batch_size), ("q_len", q_len), ("head_dim", head_dim)):
+        check_number(op, name, number, least=1, integer=True)
+    check_number(op, "norm_epsilon", norm_epsilon, least=0)
+    if head_dim != context.head_dim:
+        raise ValueError(f"{op}: head_dim must be {context.head_dim} like the context's, got {head_dim}")
+    if rotary_dim is not None:
+        check_number(op, "rotary_dim", rotary_dim, least=2, integer=True)
+        if rotary_dim % 2 or rotary_dim > head_dim:
+            raise ValueError(f"{op}: rotary_dim must be even and at most head_dim {head_dim}, got {rotary_dim}")
+    dtype, hidden = check_dtype(op, "hidden_states", hidden_states, FLOATS), context.hidden_size
+    array_namespace(op, hidden_states=hidden_states)
+    if hidden_states.shape not in ((batch_size, q_len, hidden), (batch_size * q_len, hidden)):
+        raise ValueError(f"{op}: hidden_states must be [batch_size={batch_size}, q_len={q_len}, {hidden}], got "
+                         f"{list(hidden_states.shape)}")
+    return dtype
+
+
+_TEMPS = ("temp_bc0_", "temp_bc1_", "temp_bc2_", "temp_q_", "temp_k_", "temp_v_", "temp_o_")   # the fields of Rows
+
+
+def _rows(op, context, layer, tokens, dtype, temps):
+    """Rows of each rank here: the first `tokens` of the temporary arrays."""
+    communicator = context.communicator
+    for name in _TEMPS:
+        check_list(op, name, temps[name], communicator.ranks)
+    found = []
+    for n, (rank, device) in enumerate(zip(communicator.ranks, communicator.devices, strict=True)):
+        q, kv, gathered = (context.head_dim * heads for heads in (context.q_heads[rank], context.kv_heads[rank],
+                                                                  context.num_heads))
+        widths = (context.hidden_size, context.hidden_size, gathered, q, kv, kv, layer.features[rank])
+        for name, width in zip(_TEMPS, widths, strict=True):
+            array = temps[name][n]
+            check_place(op, name, array, device)
+            if dtype_name(array) != dtype or array.ndim != 2 or array.shape[1] != width or len(array) < tokens \
+                    or not array.flags.c_contiguous:
+                raise ValueError(f"{op}: {name} must be C-contiguous {dtype} [{tokens} or more, {width}], got "
+                                 f"{dtype_name(array)} {list(array.shape)}")
+            check_writeable(op, name, array)
+        found.append(Rows(*(temps[name][n][:tokens] for name in _TEMPS)))
+    return found
+
+
+def _lengths(op, communicator, batch_size, past_lens, block_index, position_offsets):
+    """(block_index, past_lens, position_offsets) of each rank, None for what is not there."""
+    lists = {"past_lens" if op == PAGED else "past_len_tp": past_lens}
+    if op == PAGED:
+        lists["block_index"] = block_index
+    if isinstance(position_offsets, list | tuple) and all(offsets is None for offsets in position_offsets):
+        position_offsets = None   # as Params.prep_tp leaves it
+    if position_offsets is not None:
+        lists["position_offsets"] = position_offsets
+    for name, arrays in lists.items():
+        check_list(op, name, arrays, communicator.ranks)
+        check_dtype(op, name, arrays[0], "int32")
+        check_alike(op, name, arrays, communicator.devices)
+        if name == "block_index":
+            check_shape(op, name, arrays[0], (batch_size, None), "[batch_size, max_pages]")
+        elif name != "position_offsets" or arrays[0].shape != (batch_size, 1):
+            check_shape(op, name, arrays[0], (batch_size,), "[batch_size]")
+        for array in arrays[1:]:
+            if array is not arrays[0] and isinstance(array, np.ndarray) and (array != arrays[0]).any():
+                raise ValueError(f"{op}: {name} must be the same on all ranks, got {arrays[0].tolist()} and "
+                                 f"{array.tolist()}")
+    return block_index, past_lens, position_offsets and [array.reshape(batch_size) for array in position_offsets]
+
+
+def _check_caches(op, context, k_cache, v_cache, batch_size, q_len, lengths):
+    """Caches of the ranks' heads, else alike, with room for the new tokens; their arrays by name, all written."""
+    communicator, arrays, pages, formats = context.communicator, [], None, {}
+    for name, caches in (("k_cache", k_cache), ("v_cache", v_cache)):
+        check_list(op, name, caches, communicator.ranks)
+        for n, (cache, rank, device) in enumerate(zip(caches, communicator.ranks, communicator.devices, strict=True)):
+            side = kv_side(op, f"{name}[{n}]", cache)
+            for array in side.arrays.values():
+                check_place(op, name, array, device)
+            if not isinstance(cache, QuantizedKV):   # which says itself what of it is written
+                check_writeable(op, f"{name}[{n}]", cache)
+            pages = pages or side.shape[:2]
+            check_shape(op, f"{name}[{n}]", side, (*pages, context.kv_heads[rank], context.head_dim),
+                        "pages, page_size, KV heads of the rank, head_dim")
+            if side.format != formats.setdefault(name, side.format):
+                raise TypeError(f"{op}: {name} must be of one format on all ranks, got {formats[name]} and "
+                                f"{side.format}")
+            arrays += side.arrays.items()
+    table, past = (of_ranks and of_ranks[0] for of_ranks in lengths[:2])
+    if table is None and pages[0] < batch_size:
+        raise ValueError(f"{op}: k_cache must have a page for each of the {batch_size} sequences, got {pages[0]}")
+    if isinstance(past, np.ndarray):   # on a GPU nothing is read; the kernels leave out what has no place
+        table = np.arange(batch_size, dtype=np.int32)[:, None] if table is None else table
+        room = table.shape[1] * pages[1] - q_len
+        if past.min() < 0 or past.max() > room:
+            raise ValueError(f"{op}: {'past_lens' if op == PAGED else 'past_len_tp'} must be from 0 to {room}, with "
+                             f"which {q_len} new tokens have room, got {past.tolist()}")
+        PageTable(table).check(op, past + np.int32(q_len), *pages)
+    return arrays
+
+
+def _tables(op, communicator, style, rotary_dim, sin, cos, q_len, lengths):
+    """(cos, sin) of each rank as kernels take them, with a row for every position; None without RoPE."""
+    if style is None:
+        return [(None, None)] * len(communicator.ranks)
+    for name, given in (("sin", sin), ("cos", cos)):
+        check_list(op, name, given, communicator.ranks)
+    found = [tables(sin[n], cos[n], style, rotary_dim, array_module(communicator.devices[n]), op=op)
+             for n, _ in each_rank(communicator, communicator.ranks)]
+    for name, arrays in zip(("cos", "sin"), zip(*found, strict=True), strict=True):
+        check_alike(op, name, arrays, communicator.devices)
+    _, past, offsets = (of_ranks and of_ranks[0] for of_ranks in lengths)
+    if isinstance(past, np.ndarray):
+        last = (past if offsets is None else past.astype(np.int64) + offsets).max() + q_len - 1
+        if last >= len(found[0][0]):
+            raise ValueError(f"{op}: sin and cos must have a row for position {last}, got {len(found[0][0])} rows")
+    return found

@@ -17,21 +17,26 @@ import cupyattn
 
 def run(name, size, folder):
     """Run program `name` with `size` ranks; its results, rank by rank."""
-    import pytest
-
-    mpiexec = Path(sys.executable).parent / "mpiexec"   # of the mpich wheel
-    assert mpiexec.exists(), f"{mpiexec} is missing: pip install mpich mpi4py"
-    here = Path(__file__).parent
-    done = subprocess.run([mpiexec, "-n", str(size), sys.executable, __file__, name, folder], capture_output=True,
-                          text=True, timeout=240,
-                          env=os.environ | {"PYTHONPATH": os.pathsep.join((str(here.parent), str(here)))})
-    if done.returncode:
-        pytest.fail(f"mpiexec -n {size} {name}:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+    mpiexec(size, __file__, name, folder)
     ranks = []
     for rank in range(size):
         with np.load(folder / f"rank{rank}.npz") as file:
             ranks.append(dict(file))
     return ranks
+
+
+def mpiexec(size, *command):
+    """What `size` ranks of a Python program print."""
+    import pytest
+
+    program = Path(sys.executable).parent / "mpiexec"   # of the mpich wheel
+    assert program.exists(), f"{program} is missing: pip install mpich mpi4py"
+    here = Path(__file__).parent
+    done = subprocess.run([program, "-n", str(size), sys.executable, *command], capture_output=True, text=True,
+                          timeout=240, env=os.environ | {"PYTHONPATH": os.pathsep.join((str(here.parent), str(here)))})
+    if done.returncode:
+        pytest.fail(f"mpiexec -n {size} {command}:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+    return done.stdout
 
 
 def parts(size, dtype, axis=1):
@@ -84,10 +89,10 @@ def context_parallel(communicator, folder):
 
 
 def layers(communicator, folder):
-    """Attention layers spread over the ranks."""
+    """Attention layers spread over the ranks, then decoding over keys that are, by the same communicator."""
     from test_tp_attn import spread
 
-    results = {}
+    (results,) = context_parallel(communicator, folder)
     for name in ("fp16", "fp32", "int4 and everything"):
         for paged in (True, False):
             (steps,) = spread(name, paged, communicator)
@@ -97,13 +102,14 @@ def layers(communicator, folder):
 
 def functions(communicator, folder):
     """The tensor-parallel functions of ExLlamaV2."""
-    from test_tp_attn_functions import spread
+    from test_tp_attn_functions import MPI_LAYERS, spread
 
     results = {}
-    for paged in (True, False):
-        returned, columns = spread("fp32, uneven", paged, communicator)
-        results |= {f"returned {paged} {n}": x for n, x in enumerate(returned)}
-        results |= {f"columns {paged} {n}": x for n, (x,) in enumerate(columns)}
+    for name in MPI_LAYERS:
+        for paged in (True, False):
+            returned, columns = spread(name, paged, communicator)
+            results |= {f"{name} returned {paged} {n}": x for n, x in enumerate(returned)}
+            results |= {f"{name} columns {paged} {n}": x for n, (x,) in enumerate(columns)}
     return [results]
 
 

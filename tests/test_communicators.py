@@ -13,6 +13,7 @@ from standin import install
 
 from cupyattn import CaptureError, Communicator, InProcessCommunicator, MPICommunicator, NCCLCommunicator
 from cupyattn.graphs import capture
+from cupyattn.rank_lists import check_apart
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -270,8 +271,14 @@ def test_what_the_nccl_stand_in_refuses(three_gpus, monkeypatch):
     (lambda c: c.all_gather([np.ones(2)] * 2, axis=1), ValueError, "axis must be one of the 1 of the arrays, got 1"),
     (lambda c: c.all_gather([np.ones(2)] * 2, sizes=[2, 3]), ValueError, r"sizes must hold \[2, 2\] for the ranks"),
     (lambda c: c.all_gather([np.ones(2)] * 2, sizes=[4]), ValueError, "sizes must hold"),
-    (lambda c: c.all_gather([np.ones(2)] * 2, out=[np.ones(4), np.ones(3)]), ValueError, r"out must be C.*\[4\]"),
-    (lambda c: c.all_gather([np.ones(2)] * 2, out=[np.ones(4, np.float32)] * 2), ValueError, "out must be"),
+    (lambda c: c.all_gather([np.ones(2)] * 2, out=[np.ones(4), np.ones(3)]), ValueError,
+     r"out must be all ranks' arrays side by side = \[4\], got \[3\]"),
+    (lambda c: c.all_gather([np.ones(2)] * 2, out=[np.ones(4, np.float32)] * 2), TypeError, "out must be float64, got"),
+    (lambda c: c.all_gather([np.ones(2)] * 2, out=[np.ones(8)[::2]] * 2), ValueError, "out must be C-contiguous"),
+    (lambda c: c.all_gather([np.ones(2)] * 2, out=[np.ones(4)]), ValueError, "out must be a list of one for .*, got 1"),
+    (lambda c: c.all_gather([np.ones(2)] * 2, axis="x"), TypeError, "axis must be an integer, got str"),
+    (lambda c: c.all_gather([np.ones(2)] * 2, sizes=["2", 2]), TypeError, "sizes must be an integer, got str"),
+    (lambda c: c.all_gather([np.ones(2)] * 2, sizes=[-2, 2]), ValueError, "sizes must be an int32 of at least 0"),
     (lambda c: InProcessCommunicator(0), ValueError, "size must be"),
     (lambda c: InProcessCommunicator(2, device="gpu"), TypeError, "device must be None"),
 ])
@@ -280,14 +287,61 @@ def test_refused(call, error, message):
         call(InProcessCommunicator(2))
 
 
+def test_memory_of_two_ranks(three_gpus):
+    """What is written is one rank's own; nothing has changed after a refusal."""
+    xp, _ = three_gpus
+    one, two, plain = np.arange(4.0), np.arange(8.0), InProcessCommunicator(2)
+    calls = [
+        (lambda: plain.all_reduce([one, one]), r"arrays\[1\] must share no memory with arrays\[0\], got the same"),
+        (lambda: plain.all_reduce([two[:4], two[3:7]]), r"arrays\[1\] must share no .*, got arrays that overlap"),
+        (lambda: plain.broadcast([two[3:7], two[:4]], root=1), r"arrays\[1\] must share no memory with arrays\[0\]"),
+        (lambda: plain.all_gather([one, one.copy()], out=[two, two]), r"out\[1\] must share no memory with out\[0\]"),
+        (lambda: plain.gather([two[:4], one], out=two), r"arrays\[0\] must share no memory with out\[0\]"),
+        (lambda: plain.all_gather([one, two[:4]], out=[np.empty(8), two]), r"arrays\[1\] must .* with out\[1\]")]
+    for call, message in calls:
+        with pytest.raises(ValueError, match=f"InProcessCommunicator: {message}"):
+            call()
+        assert one.tolist() == [*range(4)] and two.tolist() == [*range(8)]
+    assert plain.all_gather([one, one])[0].tolist() == [0, 1, 2, 3] * 2   # it is only read
+    on_gpu, both = InProcessCommunicator(2, device=0), xp.array(two)
+    with pytest.raises(ValueError, match=r"arrays\[1\] must share no memory with arrays\[0\]"):
+        on_gpu.all_reduce([both[:5], both[3:]])
+    assert xp.numpy(on_gpu.all_reduce([both[:4], both[4:]])[0]).tolist() == [4, 6, 8, 10]
+
+
+@pytest.mark.parametrize("kind", ["numpy", "cupy"])
+def test_views_between_each_other(kind, three_gpus):
+    """The heads of two ranks in one cache are apart."""
+    xp, _ = three_gpus
+    whole = np.zeros((3, 4, 5, 8), np.float16)
+    whole = whole if kind == "numpy" else xp.array(whole)
+    check_apart("op", [("a", whole[:, :, :2]), ("b", whole[:, :, 2:]), ("c", whole[:0])])
+    with pytest.raises(ValueError, match="op: b must share no memory with a, got arrays that overlap"):
+        check_apart("op", [("a", whole[:, :, :3]), ("b", whole[:, :, 2:])])
+    with pytest.raises(ValueError, match="op: read must share no memory with a, got the same array twice"):
+        check_apart("op", [("a", whole)], [("read", whole)])
+    check_apart("op", [("a", whole[0])], [("b", whole[1:]), ("c", whole[1:])])
+
+
+@pytest.mark.parametrize(("ranks", "devices", "message"), [
+    ([0, 3], ["cpu"] * 2, r"ranks must be different ones of the 3, at least one, got \[0, 3\]"),
+    ([1, 1], ["cpu"] * 2, r"ranks must be different ones of the 3, at least one, got \[1, 1\]"),
+    ([], [], "ranks must be different ones of the 3"),
+    ([0, 1], ["cpu"], r"devices must hold one for each of the ranks \[0, 1\], got \['cpu'\]"),
+])
+def test_ranks_that_cannot_be(ranks, devices, message):
+    with pytest.raises(ValueError, match=f"Communicator: {message}"):
+        Communicator(3, ranks, devices)
+
+
 def test_arrays_of_another_place(three_gpus):
     xp, _ = three_gpus
     host, gpus = [np.ones(2), np.ones(2)], _on(xp, [np.ones(2), np.ones(2)])
-    with pytest.raises(TypeError, match="arrays must be CuPy arrays, got numpy"):
+    with pytest.raises(TypeError, match="arrays must be CuPy arrays for this rank, got numpy"):
         NCCLCommunicator.local([0, 1]).all_reduce(host)
-    with pytest.raises(TypeError, match="arrays must be NumPy arrays, got cupy"):
+    with pytest.raises(TypeError, match="arrays must be NumPy arrays for this rank, got cupy"):
         InProcessCommunicator(2).all_reduce(gpus)
-    with pytest.raises(ValueError, match=r"arrays must be on their ranks' GPUs \[0, 1\], got one on GPU 1"):
+    with pytest.raises(ValueError, match="arrays must be on GPU 0 for this rank, got GPU 1"):
         NCCLCommunicator.local([0, 1]).all_reduce(gpus[::-1])
     with pytest.raises(TypeError, match="NCCLCommunicator: arrays must be float16, .* got bool"):
         NCCLCommunicator.local([0, 1]).broadcast(_on(xp, [np.ones(2, bool)] * 2))

@@ -226,8 +226,10 @@ def test_given_output_and_errors():
             cupyattn.merge_shards(wrong)
     with pytest.raises(ValueError, match=r"merge_shards: shards\[1\] must have the softmax_scale of the first"):
         cupyattn.merge_shards([ranks[0], ranks[1].replace(inv_sqrt_dh=1.0)])
-    with pytest.raises(ValueError, match=r"merge_shards: shards must hold one for each of the ranks \[0, 1, 2\]"):
+    with pytest.raises(ValueError, match=r"merge_shards: shards must be a list of one for each .* \[0, 1, 2\], got 2"):
         cupyattn.merge_shards(ranks, communicator=InProcessCommunicator(3))
+    with pytest.raises(TypeError, match="merge_shards: communicator must be a Communicator, got int"):
+        cupyattn.merge_shards(ranks, communicator=2)
     with pytest.raises(ValueError, match="reduce_split_k: cp_size must be 1"):
         cupyattn.reduce_split_k(ranks[0])
     bare = ranks[0].replace(split_cnt=None, partial_O=None, partial_ML=None)

@@ -32,6 +32,12 @@ def test_split_heads():
             split_heads(4, weights)
     with pytest.raises(TypeError, match="split_heads: num_heads must be an integer"):
         split_heads(4.0, [1])
+    for weights, message in (("24", "a sequence of numbers, got '24'"), (3, "a sequence of numbers, got 3"),
+                             (["24", "8"], "numbers, got '24'"), ([1, None], "numbers, got None"),
+                             ([True, 1], "numbers, got True")):
+        with pytest.raises(TypeError, match=f"split_heads: weights must be {message}"):
+            split_heads(4, weights)
+    assert split_heads(8, np.float32([24, 8])) == split_heads(8, (n for n in (24, 8))) == [6, 2]
 
 
 def test_heads_of_ranks():

@@ -2,7 +2,10 @@
 """An attention layer spread over ranks gives what one rank gives: in one process, over MPI, on the device."""
 
 import contextlib
+import doctest
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,13 +13,24 @@ import standin_nccl
 from attention_layers import Layer
 from compare import assert_same_bits
 from conftest import NumpyArrays
-from mpi_ranks import run
+from mpi_ranks import mpiexec, run
 from standin import install
+from test_context_parallel import decoded_by
 
 import cupyattn
-from cupyattn import InProcessCommunicator, LoRA, NCCLCommunicator, PagedCache, PagedParams, Params, TPAttn, TPContext
-from cupyattn.graphs import capture
+from cupyattn import (
+    InProcessCommunicator,
+    LoRA,
+    NCCLCommunicator,
+    PagedCache,
+    PagedParams,
+    Params,
+    TPAttn,
+    TPContext,
+)
+from cupyattn.graphs import BoundSteps, capture, place
 
+README = Path(__file__).parent.parent / "README.md"
 CLOSE = {"float32": 1e-5, "float16": 1e-3}   # of the largest number
 NUMPY = NumpyArrays()
 LAYERS = {
@@ -34,8 +48,9 @@ STEPS = (5, 1, 3)   # new tokens of each step
 PAGES = np.int32([[3, 1, 0, 7], [2, 6, 5, 4]])   # of 4 tokens
 
 
-def whole_layer(name, xp=NUMPY):
-    layer = Layer(xp, **LAYERS[name])
+def whole_layer(name, xp=NUMPY, **changes):
+    """(Layer, arguments of QAttn for it); `changes` are Layer's."""
+    layer = Layer(xp, **LAYERS[name] | changes)
     arguments = {f"q_{n}_proj": m for n, m in layer.matrices.items()} | layer.vectors | layer.options
     return layer, arguments | {"dtype": layer.dtype, "sincos_size": layer.rotary_dim, "norm_epsilon": 1e-6,
                                "rope_style": {"neox": 2, "interleaved": 1, None: 0}[layer.style]}
@@ -94,7 +109,7 @@ def spread(name, paged, communicator, xp=NUMPY):
     context = TPContext(communicator, num_heads=layer.heads, num_kv_heads=layer.kv_heads, head_dim=layer.dim,
                         hidden_size=layer.hidden)
     attn = TPAttn.from_layer(context, **arguments)
-    caches = each(communicator, lambda n: caches_of(layer, paged, [attn.shards[n].num_kv_heads], xp)[0])
+    caches = each(communicator, lambda n: caches_of(layer, paged, [attn.shards[n].attn.num_kv_heads], xp)[0])
     tables = {n: each(communicator, lambda _, t=t: xp.array(t)) for n, t in layer.tables.items()}
     options = options_of(layer)
     sinks = options.pop("sinks")
@@ -127,8 +142,11 @@ def test_ranks_in_one_process(name, paged):
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_over_mpi(size, tmp_path):
-    """The bits of ranks in one process, so close to the single run's."""
+    """The bits of ranks in one process, so close to the single run's; then context parallel over the same ranks."""
     found = run("layers", size, tmp_path)
+    for name, want in zip(("out", "lse"), decoded_by(InProcessCommunicator(size)), strict=True):
+        for rank in found:
+            assert_same_bits(rank[name], want)
     for name in ("fp16", "fp32", "int4 and everything"):
         for paged in (True, False):
             here = spread(name, paged, InProcessCommunicator(size))
@@ -143,6 +161,17 @@ def test_ranks_over_mpi(size, tmp_path):
 def test_on_the_device(xp, paged):
     communicator = InProcessCommunicator(2, device=None if xp.name == "numpy" else 0)
     assert_equal_runs(spread("fp16", paged, communicator, xp), single("fp16", paged), "float16")
+
+
+def test_the_program_of_the_readme_over_mpi(tmp_path):
+    """Only its communicator is another one."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    (block,) = (b for b in blocks if ">>> layer = cupyattn.TPAttn" in b)
+    source = "".join(example.source for example in doctest.DocTestParser().get_examples(block))
+    assert source.count("InProcessCommunicator(2)") == 1
+    program = tmp_path / "program.py"
+    program.write_text(source.replace("InProcessCommunicator(2)", "MPICommunicator()"))
+    assert mpiexec(2, program).split() == ["True", "True"]
 
 
 def test_two_gpus_of_one_process():
@@ -204,25 +233,77 @@ def test_against_float64(name):
     layer.check(found[2], want)
 
 
-def test_masks_and_lists_of_caches():
-    """What Params can say, and heads dealt out by weight."""
+@pytest.mark.parametrize(("kv_heads", "size", "weights", "heads"), [
+    (8, 2, [24, 8], [6, 2]), (8, 3, None, [3, 3, 2]), (7, 2, None, [4, 3])])
+def test_uneven_heads(kv_heads, size, weights, heads):
+    layer, arguments = whole_layer("fp32", heads=2 * kv_heads, kv_heads=kv_heads, dim=8, head_norm="heads")
+    context = TPContext(InProcessCommunicator(size), num_heads=2 * kv_heads, num_kv_heads=kv_heads, head_dim=8,
+                        hidden_size=48, weights=weights)
+    assert context.kv_heads == heads
+    attn = TPAttn.from_layer(context, **arguments)
+    for paged in (True, False):
+        (whole,), parts = (caches_of(layer, paged, counts) for counts in ([kv_heads], heads))
+        for past, q_len in ((0, 12), (12, 1)):
+            x = layer.inputs(2, q_len)
+            params = PagedParams(2, PAGES, [past] * 2, past, page_size=4, q_len=q_len) if paged else \
+                Params(2, q_len, past)
+            want = layer.attn.forward(x.copy(), params, whole, **layer.tables, **options_of(layer))
+            found = attn.forward([x.copy() for _ in heads], params, parts, **layer.tables, **options_of(layer))
+            assert_equal_runs([[array] for array in found], [want], "float32")
+
+
+def _blocks():
+    params = Params(2, 3, 0)
+    params.cu_seqlens, params.block_diag_layers = np.int32([0, 2, 3, 6]), {0}
+    return params
+
+
+def _other_tables():
+    cos, sin = cupyattn.RopeParams(rotary_dim=16, base=7.0).tables(32)
+    return {"cpu": (sin, cos)}
+
+
+_PADDED = np.float32([[0, 0, 0], [-np.inf, 0, 0]])
+
+
+@pytest.mark.parametrize("make", [
+    lambda: Params(2, 3, 0, input_mask=_PADDED, position_offsets=[0, -1]), lambda: Params(2, 3, [0, 0]),
+    lambda: Params(2, 3, 0, non_causal_attn=True), lambda: Params(2, 3, 5, rope_offsets=[3]),
+    lambda: Params(2, 3, 0, alt_rope_embed=_other_tables()), _blocks], ids=[
+    "left padding", "a cache for each sequence", "not causal", "rope offsets", "other tables", "block diagonal"])
+def test_what_params_can_say(make):
+    """And heads dealt out by weight."""
     layer, arguments = whole_layer("fp32")
     context = TPContext(InProcessCommunicator(2), num_heads=6, num_kv_heads=3, head_dim=16, hidden_size=48,
                         weights=[24, 8])
     assert context.q_heads == [4, 2]
-    attn, x = TPAttn.from_layer(context, **arguments), layer.inputs(2, 3)
-    mask = np.zeros((2, 3), np.float32)
-    mask[1, 0] = -np.inf   # left padding
-    for params in (Params(2, 3, 0, input_mask=mask, position_offsets=[0, -1]), Params(2, 3, [0, 0]),
-                   Params(2, 3, 0, non_causal_attn=True)):
-        batch, count = (1, 2) if params.multi_cache else (2, 1)
-        whole, *parts = ([PagedCache.contiguous(1, batch, 16, heads, 16, dtype="float32") for _ in range(count)]
-                         for heads in (3, *context.kv_heads))
-        if not params.multi_cache:
-            (whole,), parts = whole, [cache for (cache,) in parts]
+    attn, x, params = TPAttn.from_layer(context, **arguments), layer.inputs(2, 3), make()
+    batch, count = (1, 2) if params.multi_cache else (2, 1)
+    whole, *parts = ([contiguous(heads, batch) for _ in range(count)] for heads in (3, *context.kv_heads))
+    for cache in sum([whole, *parts], []):
+        cache.k[0].fill(0.5)
+        cache.v[0].fill(0.25)
+    if not params.multi_cache:
+        (whole,), parts = whole, [cache for (cache,) in parts]
+    want = layer.attn.forward(x.copy(), params, whole, **layer.tables)
+    found = attn.forward([x.copy(), x.copy()], params, parts, **layer.tables)
+    assert_equal_runs([[array] for array in found], [want], "float32")
+
+
+@pytest.mark.parametrize("formats", [("int8", "int4"), ("hadamard8", "hadamard4"), ("fp8_e4m3", "int8_symmetric")])
+def test_quantized_caches(formats):
+    """Rows of a head are packed for themselves: the ranks' caches hold the single one's bits."""
+    layer, context, attn, _, _ = three_ranks(kv_heads=3, heads=6, dim=32)
+    options = {"k_format": formats[0], "v_format": formats[1], "dtype": "float32"}
+    whole, *parts = (PagedCache(1, 8, 4, heads, 32, **options) for heads in (3, *context.kv_heads))
+    for past, q_len in ((0, 9), (9, 1)):
+        x, params = layer.inputs(2, q_len), PagedParams(2, PAGES, [past] * 2, past, page_size=4, q_len=q_len)
         want = layer.attn.forward(x.copy(), params, whole, **layer.tables)
-        found = attn.forward([x.copy(), x.copy()], params, parts, **layer.tables)
+        found = attn.forward([x.copy() for _ in range(3)], params, parts, **layer.tables)
         assert_equal_runs([[array] for array in found], [want], "float32")
+    for pools in ("k", "v"):
+        codes = [getattr(cache, pools)[0].codes for cache in (whole, *parts)]
+        assert_same_bits(np.concatenate(codes[1:], axis=2), codes[0])
 
 
 def test_the_residual_is_added_once():
@@ -241,32 +322,62 @@ def test_the_residual_is_added_once():
         assert_same_bits(array, x + bias)
 
 
-def test_refused():
-    layer, arguments = whole_layer("fp32")
-    context = TPContext(InProcessCommunicator(3), num_heads=6, num_kv_heads=3, head_dim=16, hidden_size=48)
-    attn = TPAttn.from_layer(context, **arguments)
-    x, caches = [layer.inputs(1, 1) for _ in range(3)], caches_of(layer, False, context.kv_heads)
-    with pytest.raises(ValueError, match=r"TPAttn: x must be a list of one for each of the ranks \[0, 1, 2\], got 2"):
-        attn.forward(x[:2], Params(1, 1, 0), caches, **layer.tables)
-    with pytest.raises(ValueError, match="TPAttn: caches must be a list of one for .*, got PagedCache"):
-        attn.forward(x, Params(1, 1, 0), caches[0], **layer.tables)
-    with pytest.raises(ValueError, match="TPContext: array must be"):
-        attn.forward(x, Params(1, 1, 0), caches, sinks=np.zeros(4, np.float32), **layer.tables)
-    with pytest.raises(ValueError, match="TPAttn: shards must be a TPShard for each of the ranks"):
-        TPAttn(attn.shards[:2], context)
-    with pytest.raises(ValueError, match=r"TPAttn: shards must have .* = \(0, 2, 1, 16, 48\), got \(2, 2, 1, 16, 48\)"):
-        TPAttn(attn.shards[::-1], context)
-    with pytest.raises(TypeError, match="TPAttn: context must be a TPContext, got InProcessCommunicator"):
-        TPAttn(attn.shards, context.communicator)
-    with pytest.raises(TypeError, match="TPAttn: q_k_proj must be a QMatrix or an array, got none"):
-        TPAttn.from_layer(context, **arguments | {"q_k_proj": None})
-    with pytest.raises(ValueError, match="TPAttn: num_heads must be 6 like the context's, got 8"):
-        TPAttn.from_layer(context, **arguments | {"num_heads": 8})
-    with pytest.raises(ValueError, match="TPAttn: post_layernorm_bias must come with a post_layernorm that is"):
-        TPAttn.from_layer(context, **arguments | {"post_layernorm_bias": np.zeros(48, np.float32)})
-    with pytest.raises(ValueError, match="QAttn: it must not be used after close"), attn:
-        attn.close()
-        attn.forward(x, Params(1, 1, 0), caches, **layer.tables)
+def three_ranks(**changes):
+    """(layer, context, TPAttn, x of each rank, caches) of a batch of one."""
+    layer, arguments = whole_layer("fp32", **changes)
+    context = TPContext(InProcessCommunicator(3), num_heads=layer.heads, num_kv_heads=layer.kv_heads,
+                        head_dim=layer.dim, hidden_size=layer.hidden)
+    x, caches = layer.inputs(1, 1), caches_of(layer, False, context.kv_heads)
+    for cache in caches:
+        for pool in (*cache.k, *cache.v):
+            pool.fill(7)
+    return layer, context, TPAttn.from_layer(context, **arguments), [x.copy() for _ in range(3)], caches
+
+
+def contiguous(heads, pages=2, tokens=16, dim=16, **options):
+    return PagedCache.contiguous(1, pages, tokens, heads, dim, **{"dtype": "float32"} | options)
+
+
+def test_memory_that_may_be_shared():
+    """What is only read, and views that lie between each other: rows of one array, heads of one cache."""
+    layer, context, attn, x, caches = three_ranks()
+    want = [array.copy() for array in x]
+    attn.forward(want, Params(1, 1, 0), caches, **layer.tables)
+    rows = np.concatenate(x, axis=1)   # [1, ranks, hidden]
+    whole = contiguous(3)
+    parts = caches_of(layer, False, context.kv_heads)
+    for rank, part in enumerate(parts):
+        first, last = context.heads(rank, "kv")
+        part.k, part.v = ([pool[:, :, first:last] for pool in pools] for pools in (whole.k, whole.v))
+    views = [rows[:, n:n + 1] for n in range(3)]
+    assert attn.forward(views, Params(1, 1, 0), parts, **layer.tables) is views
+    for mine, array in zip(views, want, strict=True):
+        assert_same_bits(np.ascontiguousarray(mine), array)
+
+
+@pytest.mark.parametrize("name", ["fp16", "no residual", "int4 and everything", "layer norms, float32 residual"])
+def test_a_result_beside_x(name):
+    """QAttn's `out`: added to what it holds, while x stays; float32 is rounded less."""
+    layer, _ = whole_layer(name)
+    x, want, added = layer.inputs(2, 3), None, layer.attn.has_residual
+    for out in (None, x.copy() if added else np.full_like(x, np.nan),
+                x.astype(np.float32) if added else np.full(x.shape, np.nan, np.float32)):
+        (cache,) = caches_of(layer, False, [layer.kv_heads])
+        given = x.copy()
+        found = layer.attn.forward(given, Params(2, 3, 0), cache, **layer.tables, out=out)
+        assert found is (given if out is None else out)
+        if out is None:
+            want = found
+            continue
+        assert_same_bits(given, x)
+        if out.dtype == x.dtype:
+            assert_same_bits(out, want)
+        assert_equal_runs([[out]], [want], layer.dtype)
+    for out, error, message in ((x[:1].copy(), ValueError, "out must be"),
+                                (x.astype(np.float64), TypeError, "out must be"),
+                                (np.broadcast_to(x, x.shape), ValueError, "out must be writeable")):
+        with pytest.raises(error, match=f"QAttn: {message}"):
+            layer.attn.forward(x, Params(2, 3, 0), cache, **layer.tables, out=out)
 
 
 def test_a_captured_step(xp):
@@ -332,3 +443,31 @@ def test_the_same_call_again_and_again():
         found = spread.forward(x, params, caches, sin=layer.sin, cos=layer.cos)[0].copy()
         want, _, _ = layer.expected(first, layer.no_past(2), layer.no_past(2))
         layer.check(found, want)
+
+
+def test_bound_steps():
+    """Steps called again with the arrays of earlier calls are their launches alone, the exchange among them."""
+    layer, _, attn, x, _ = three_ranks()
+    caches = caches_of(layer, True, attn.context.kv_heads)
+    params, steps, calls = PagedParams(1, PAGES[:1], [4], 4, page_size=4, q_len=1), BoundSteps(np), []
+    plans = attn.schedules(params, caches)
+
+    def step():
+        calls.append(1)
+        attn.schedules(params, caches, out=plans)
+        return attn.forward(x, params, caches, schedules=plans, **layer.tables)
+
+    for cache in caches:
+        cache.k[0].fill(0.5)
+        cache.v[0].fill(0.25)
+    for past in (4, 5, 9, 2):
+        first, fresh = layer.inputs(1, 1), PagedParams(1, PAGES[:1], [past], past, page_size=4, q_len=1)
+        for array in x:
+            array[...] = first
+        params.get_cache_seqlens("cpu")[:] = past
+        params.get_cache_seqlens_after("cpu")[:] = past + 1
+        found = [array.copy() for array in steps.run(tuple(map(place, x)), step)]
+        want = attn.forward([first.copy() for _ in x], fresh, caches, **layer.tables)
+        for mine, array in zip(found, want, strict=True):
+            assert_same_bits(mine, array)
+    assert len(calls) == 2

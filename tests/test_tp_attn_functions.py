@@ -12,15 +12,18 @@ from standin import install
 from test_tp_attn import PAGES, adapters_of, assert_equal_runs, each
 
 from cupyattn import (
+    CaptureError,
     InProcessCommunicator,
     NCCLCommunicator,
     PagedCache,
     PagedParams,
     Params,
+    RopeParams,
     TPContext,
     tp_attn_forward_,
     tp_attn_forward_paged_,
 )
+from cupyattn.graphs import capture
 
 NUMPY = NumpyArrays()
 LAYERS = {
@@ -30,6 +33,7 @@ LAYERS = {
                                 rotary_dim=16, rope_style="gptj", biases=True),
     "no rope": dict(dtype="float32", heads=3, kv_heads=3, head_norm="shared", rope_style="none"),
 }
+MPI_LAYERS = ("fp32, uneven", "int4 and everything")
 OPTIONS = {"softcap": 4.0, "window_size": 6}
 STEPS = (9, 1, 3)
 SCALE = 0.2
@@ -56,11 +60,11 @@ def single(name, paged):
 class Lists:
     """A layer's lists for the ranks of this process."""
 
-    def __init__(self, name, paged, communicator, xp=NUMPY):
-        self.layer, self.paged, self.communicator, self.xp = Layer(NUMPY, **LAYERS[name]), paged, communicator, xp
-        layer = self.layer
+    def __init__(self, name, paged, communicator, xp=NUMPY, weights=None, **changes):
+        self.layer = layer = Layer(NUMPY, **LAYERS[name] | changes)
+        self.paged, self.communicator, self.xp = paged, communicator, xp
         self.context = context = TPContext(communicator, num_heads=layer.heads, num_kv_heads=layer.kv_heads,
-                                           head_dim=layer.dim, hidden_size=layer.hidden)
+                                           head_dim=layer.dim, hidden_size=layer.hidden, weights=weights)
         vectors, ranks = layer.vectors, communicator.ranks
 
         def weights(shard, key):
@@ -99,7 +103,7 @@ class Lists:
         for name, width in (("bc0", layer.hidden), ("bc1", layer.hidden), ("bc2", layer.heads * layer.dim)):
             self.temps[name] = self.empty(most, [width] * context.communicator.size)
         self.temps["q"] = self.empty(most, [layer.dim * n for n in context.q_heads])
-        self.temps["k"] = self.temps["v"] = self.empty(most, [layer.dim * n for n in context.kv_heads])
+        self.temps["k"], self.temps["v"] = (self.empty(most, [layer.dim * n for n in context.kv_heads]) for _ in "kv")
         spans = [context.hidden_range(rank) for rank in range(communicator.size)]
         self.temps["o"] = self.empty(most, [stop - start for start, stop in spans])
 
@@ -111,7 +115,8 @@ class Lists:
         """One step by position, in the seed's order."""
         params.prep_tp(self.context)
         lengths = (params.cache_seqlens_tp, params.block_index_tp) if self.paged else (params.past_len_tp,)
-        keywords = self.keywords | ({} if self.paged else {"position_offsets": params.position_offsets_tp}) | changes
+        offsets = {} if self.paged else {"position_offsets": params.position_offsets_tp}
+        keywords = offsets | self.keywords | changes
         t = self.temps
         function = tp_attn_forward_paged_ if self.paged else tp_attn_forward_
         return function(self.context, hidden, t["bc0"], t["bc1"], t["bc2"], t["q"], t["k"], t["v"], t["o"],
@@ -132,6 +137,7 @@ def spread(name, paged, communicator, xp=NUMPY, device_hidden=False):
         returned.append(on_host(out))
         rows = 2 * q_len
         columns.append([xp.numpy(o)[:rows] for o in lists.temps["o"]])
+        assert all(np.isnan(xp.numpy(o)[2 * max(STEPS):]).all() for o in lists.temps["o"])   # rows of no token
         past += q_len
     return returned, columns
 
@@ -151,12 +157,13 @@ def test_what_one_rank_gives(name, paged):
 def test_over_mpi(size, tmp_path):
     """The bits of ranks in one process."""
     found = run("functions", size, tmp_path)
-    for paged in (True, False):
-        returned, columns = spread("fp32, uneven", paged, InProcessCommunicator(size))
-        for rank, result in enumerate(found):
-            for n in range(len(STEPS)):
-                assert_same_bits(result[f"returned {paged} {n}"], returned[n])
-                assert_same_bits(result[f"columns {paged} {n}"], columns[n][rank])
+    for name in MPI_LAYERS:
+        for paged in (True, False):
+            returned, columns = spread(name, paged, InProcessCommunicator(size))
+            for rank, result in enumerate(found):
+                for n in range(len(STEPS)):
+                    assert_same_bits(result[f"{name} returned {paged} {n}"], returned[n])
+                    assert_same_bits(result[f"{name} columns {paged} {n}"], columns[n][rank])
 
 
 @pytest.mark.parametrize("paged", [True, False], ids=["paged", "contiguous"])
@@ -193,52 +200,116 @@ def test_weights_are_prepared_once():
     for past in range(3):
         lists.call(lists.layer.inputs(2, 1), params_of(True, past, 1))
     (kept,) = lists.context.layers.values()
-    assert kept.shards[0].qkv[0].matrix is lists.positional["q_proj"][0]   # as it was given, no copy
+    assert kept.ranks[0].q is lists.positional["q_proj"][0]   # as it was given, no copy
     other = Lists("fp32, uneven", True, InProcessCommunicator(2))
     other.context = lists.context
     other.call(other.layer.inputs(2, 1), params_of(True, 0, 1))
     assert len(lists.context.layers) == 2
 
 
-@pytest.mark.parametrize(("changes", "error", "message"), [
-    (dict(loras=[{"x": None}]), ValueError, "adapters must hold a LoRA for q, k, v, o, got NoneType for 'x'"),
-    (dict(q_norm=[np.ones(8)]), ValueError, r"q_norm must be a list of one for each of the ranks \[0, 1\], got 1"),
-    (dict(window_size=-1), ValueError, "window_size"),
-    (dict(position_offsets=[np.int64([0, 0])] * 2), TypeError, "position_offsets must be int32, got int64"),
-    (dict(rotary_dim=7), ValueError, "sincos_size must be even"),
-])
-def test_refused_keywords(changes, error, message):
+def test_heads_of_one_cache():
+    """Caches of the ranks that are views of one, each of its heads."""
     lists = Lists("fp32, uneven", True, InProcessCommunicator(2))
-    with pytest.raises(error, match=message):
-        lists.call(lists.layer.inputs(2, 1), params_of(True, 0, 1), **changes)
+    x = lists.layer.inputs(2, 3)
+    want = lists.call(x, params_of(True, 0, 3))
+    whole = [np.zeros((8, 4, 7, 8), np.float32) for _ in "kv"]
+    lists.caches = [[pool[:, :, :4], pool[:, :, 4:]] for pool in whole]
+    assert_same_bits(lists.call(x, params_of(True, 0, 3)), want)
+    assert all(pool[PAGES[:, 0], :3].any(axis=-1).all() for pool in whole)
 
 
-def test_refused():
-    def lists():
-        return Lists("fp32, uneven", False, InProcessCommunicator(2))
+def test_the_residual_is_added_once():
+    """An output projection of zeros leaves x in every temp_o_, and so in the result; with a bias, x + bias."""
+    lists = Lists("fp32, uneven", True, InProcessCommunicator(3))
+    x = lists.layer.inputs(2, 2)
+    spans = [slice(*lists.context.hidden_range(rank)) for rank in range(3)]
+    lists.positional["o_proj"] = [np.zeros((span.stop - span.start, 112), np.float32) for span in spans]
+    bias = lists.keywords.pop("o_bias")
+    assert_same_bits(lists.call(x, params_of(True, 0, 2)), x)
+    for out, span in zip(lists.temps["o"], spans, strict=True):
+        assert_same_bits(out[:4], np.ascontiguousarray(x.reshape(4, 80)[:, span]))
+    assert_same_bits(lists.call(x, params_of(True, 0, 2), o_bias=bias), x + np.concatenate(bias))
 
-    def fails(error, message, change, hidden=None):
-        broken = lists()
-        change(broken)
-        with pytest.raises(error, match=f"tp_attn_forward_: {message}"):
-            broken.call(broken.layer.inputs(2, 1) if hidden is None else hidden, params_of(False, 0, 1))
 
-    fails(ValueError, "hidden_states must be", lambda _: None, np.zeros((2, 1, 79), np.float32))
-    fails(TypeError, "hidden_states must be float16", lambda _: None, np.zeros((2, 1, 80)))
-    fails(ValueError, "temp_bc0_ must be C-contiguous float32 .2 or more, 80., got float16",
-          lambda broken: broken.temps.update(bc0=[np.zeros((9, 80), np.float16)] * 2))
-    fails(ValueError, r"temp_q_ must be C-contiguous float32 \[2 or more, 64\], got float32 \[1, 64\]",
-          lambda broken: broken.temps.update(q=[np.zeros((1, 64), np.float32), np.zeros((1, 48), np.float32)]))
-    fails(ValueError, "temp_o_ must be a list of one for each", lambda broken: broken.temps.update(o=None))
-    fails(ValueError, "o_proj must have the rows of one rank each, 80 in all, got .48, 48.",
-          lambda broken: (broken.positional.update(o_proj=broken.positional["o_proj"][1:] * 2),
-                          broken.keywords.update(o_bias=None)))
-    fails(ValueError, "head_dim must be 8 like the context's, got 4",
-          lambda broken: broken.positional.update(head_dim=4))
-    fails(ValueError, "k_proj must be a list", lambda broken: broken.positional.update(k_proj=None))
-    with pytest.raises(TypeError, match="tp_attn_forward_: tp_context must be a TPContext, got InProcessComm"):
-        broken = lists()
-        broken.context = InProcessCommunicator(2)
-        params = Params(2, 1, 0)
-        params.prep_tp([("cpu", 0, 1), ("cpu", 1, 2)])
-        broken.call(broken.layer.inputs(2, 1), params)
+@pytest.mark.parametrize(("size", "weights", "heads"), [(2, [24, 8], [6, 2]), (3, None, [3, 3, 2])])
+def test_uneven_heads(size, weights, heads):
+    changes = dict(heads=16, kv_heads=8)
+    lists = Lists("fp32, uneven", False, InProcessCommunicator(size), weights=weights, **changes)
+    assert lists.context.kv_heads == heads
+    x, cache = lists.layer.inputs(2, 3), PagedCache.contiguous(1, 2, 16, 8, 8, dtype="float32")
+    for pool in (*cache.k, *cache.v, *sum(lists.caches, [])):
+        pool.fill(0.5)
+    found = lists.call(x, params_of(False, 4, 3))
+    want = lists.layer.attn.forward(x, params_of(False, 4, 3), cache, softmax_scale=SCALE, **lists.layer.tables,
+                                    **OPTIONS)
+    assert_equal_runs([[found]], [want], "float32")
+
+
+KEYWORDS = {   # of the function: (arguments of Layer, options of QAttn.forward)
+    "q_norm": (dict(head_norm="heads"), {}),
+    "k_norm": (dict(head_norm="shared"), {}),
+    "post_layernorm": (dict(post=True), {}),
+    "q_bias": (dict(biases=True), {}),
+    "o_bias": (dict(biases=True), {}),
+    "rotary_dim": (dict(rotary_dim=4), {}),
+    "position_offsets": ({}, {}),
+    "softcap": ({}, {"softcap": 2.0}),
+    "window_size": ({}, {"window_size": 3}),
+    "loras": ({}, {"loras": ["all"]}),
+}
+
+
+@pytest.mark.parametrize("paged", [True, False], ids=["paged", "contiguous"])
+@pytest.mark.parametrize("keyword", KEYWORDS)
+def test_every_keyword(keyword, paged):
+    """It does what QAttn does, and without it the result is another; `tp_attn_forward_` has the same."""
+    made, options = KEYWORDS[keyword]
+    lists = Lists("fp32, uneven", paged, InProcessCommunicator(2), **{"biases": False} | made)
+    layer, x = lists.layer, lists.layer.inputs(2, 4)
+    adapters = adapters_of(layer)
+    layer.attn.set_loras(adapters)
+    offsets = np.int32([3, 0]) if keyword == "position_offsets" else None
+    lists.keywords |= {"softcap": 0.0, "window_size": 0} | options
+    if "loras" in options:
+        lists.keywords["loras"] = [adapters["all"]]
+    if offsets is not None:
+        lists.keywords["position_offsets"] = [offsets, offsets]
+    for pool in sum(lists.caches, []):
+        pool.fill(0.5)
+    cache = PagedCache(1, 8, 4, 7, 8, dtype="float32") if paged else PagedCache.contiguous(1, 2, 16, 7, 8,
+                                                                                           dtype="float32")
+    for pool in (*cache.k, *cache.v):
+        pool.fill(0.5)
+    params = PagedParams(2, PAGES, [5, 5], 5, page_size=4, q_len=4, rope_offsets=offsets) if paged else \
+        Params(2, 4, 5, position_offsets=offsets)
+    want = layer.attn.forward(x.copy(), params, cache, softmax_scale=SCALE, **layer.tables, **options)
+    given = PagedParams(2, PAGES, [5, 5], 5, page_size=4, q_len=4) if paged else Params(2, 4, 5)
+    found = lists.call(x, given, **lists.keywords)
+    assert_equal_runs([[found]], [want], "float32")
+    without = {"softcap": 0.0, "window_size": 0, "loras": ()}.get(keyword)
+    if keyword == "rotary_dim":   # tables of a whole head go with it
+        cos, sin = RopeParams(rotary_dim=8, base=100.0).tables(128)
+        lists.tables = {"sin": [sin] * 2, "cos": [cos] * 2}
+    other = lists.call(x, given, **lists.keywords | {keyword: without})
+    assert np.abs(other - found).max() > 1e-3
+
+
+def test_quantized_caches():
+    lists = Lists("fp32, uneven", True, InProcessCommunicator(2), dim=32)
+    formats = {"k_format": "hadamard8", "v_format": "int4", "dtype": "float32"}
+    parts = [PagedCache(1, 8, 4, heads, 32, **formats) for heads in lists.context.kv_heads]
+    lists.caches = [[part.k[0] for part in parts], [part.v[0] for part in parts]]
+    whole = PagedCache(1, 8, 4, 7, 32, **formats)
+    for past, q_len in ((0, 9), (9, 1)):
+        x = lists.layer.inputs(2, q_len)
+        found = lists.call(x, params_of(True, past, q_len))
+        want = lists.layer.attn.forward(x, params_of(True, past, q_len), whole, softmax_scale=SCALE,
+                                        **lists.layer.tables, **OPTIONS)
+        assert_equal_runs([[found]], [want], "float32")
+
+
+def test_not_for_capture():
+    """A schedule of its own, made from the lengths; TPAttn takes one."""
+    lists, params = Lists("fp32, uneven", True, InProcessCommunicator(2)), params_of(True, 0, 1)
+    with pytest.raises(CaptureError, match="must not call paged_decode without schedule"):
+        capture(lambda: lists.call(lists.layer.inputs(2, 1), params))
