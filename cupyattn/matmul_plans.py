@@ -158,21 +158,22 @@ def _rings(form, m_tile, row_tiles, warps=None, wanted=None):
 
 
 def mma_specs(*, core):
-    """What the compile tests build: a covering dozen, or what plans pick for the usual forms, and every form once."""
+    """What the compile tests build: a covering dozen, or every form with every tile, the kinds of call by turns."""
     if core:
         for x, out, bias, m_tile, unit, form in _CORE:
             yield _spec_of(form, x, out, bias, m_tile, unit)
         yield _spec_of(_GPTQ, "float16", "float16", "float32", 8, 2, experts=True)
         yield _spec_of(_FORMS[16], "bfloat16", "bfloat16", "bfloat16", 16, 1, experts=True)
         return
-    for form, (x, other) in itertools.product(_FORMS, (("float16", "bfloat16"), ("bfloat16", "float16"))):
+    types = ("float16", "bfloat16"), ("bfloat16", "float16")
+    for i, (form, (x, other)) in enumerate(itertools.product(_FORMS, types)):
         if form.kind in ("float16", "bfloat16"):
             if form.kind != x:
                 continue
-        for m_tile, unit in itertools.product((8, 16, 32, 64), (1, 2) if form.groups == 1 and form.scale else (1,)):
-            yield _spec_of(form, x, x, "float32", m_tile, unit)
-            yield _spec_of(form, x, "float32", x, m_tile, unit)
-            yield _spec_of(form, x, x, x, m_tile, unit, experts=True)
+        units = (1, 2) if form.groups == 1 and form.scale else (1,)
+        for j, (m_tile, unit) in enumerate(itertools.product((8, 16, 32, 64), units)):
+            out, bias, experts = ((x, "float32", False), ("float32", x, False), (x, x, True))[(i + j) % 3]
+            yield _spec_of(form, x, out, bias, m_tile, unit, experts=experts)
         yield _spec_of(form, x, other, "float32", 8, 1)
 
 

@@ -253,7 +253,6 @@ def test_the_version_and_why(format, x, arch, why):
         assert plan.shared_bytes <= 49152
         if arch != "cpu":
             assert plan.grid == (36, 2, 1) and plan.block == (128, 1, 1)
-            assert plan.spec in {*op.CORE, *op.more_specs()}
 
 
 @pytest.mark.parametrize("format, dtype", [("q4_0", "float16"), ("q8_0", "float32"), ("float16", "float16"),

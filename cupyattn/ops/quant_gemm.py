@@ -84,16 +84,20 @@ CORE = [*(_spec(*case) for case in (
 
 
 def more_specs():
-    """What plans pick on a GPU, with the usual formats, and every other format once."""
+    """What plans pick on a GPU: every pair of constants, not all products; every format at least once."""
     for x in FLOATS:
         yield _gather_spec(x)
-        for out, bias, trait in itertools.product(FLOATS, dict.fromkeys((x, "float32")), _USUAL):
-            for m_tile, vec in itertools.product((1, 2, 4, 8), (1, 4 if x == "float32" else 8)):
-                yield _spec(x, out, bias, trait, m_tile, 1, _WARPS, vec)
+    turns = itertools.count()
+    for x, m_tile in itertools.product(FLOATS, (1, 2, 4, 8)):
+        vecs = 1, 4 if x == "float32" else 8
+        for out, bias, vec in itertools.product(FLOATS, dict.fromkeys((x, "float32")), vecs):
+            yield _spec(x, out, bias, _USUAL[next(turns) % len(_USUAL)], m_tile, 1, _WARPS, vec)
+        for trait, vec in itertools.product(_USUAL, vecs):
+            yield _spec(x, FLOATS[next(turns) % 3], "float32", trait, m_tile, 1, _WARPS, vec)
+        for trait in _USUAL:
+            yield _spec(x, x, "float32", trait, m_tile, 1, _WARPS, vecs[1], experts=True)
     for i, trait in enumerate(TRAITS):
         yield _spec(FLOATS[i % 3], "float32", "float32", trait, 1 << i % 4, 1, _WARPS, 1)
-    for x, trait, m_tile in itertools.product(FLOATS, _USUAL, (1, 2, 4, 8)):
-        yield _spec(x, x, "float32", trait, m_tile, 1, _WARPS, 4 if x == "float32" else 8, experts=True)
     yield from mma_specs(core=False)
 
 
