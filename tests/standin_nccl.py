@@ -20,7 +20,7 @@ from compare import dtype_of
 
 available = True
 NCCL_SUM = 0
-PATIENCE = 10         # seconds until a group that waits for other ranks counts as hanging
+PATIENCE = 60         # seconds until a group that waits for other ranks counts as hanging
 _TYPES = {"NCCL_INT8": (0, "int8"), "NCCL_UINT8": (1, "uint8"), "NCCL_INT32": (2, "int32"),
           "NCCL_UINT32": (3, "uint32"), "NCCL_INT64": (4, "int64"), "NCCL_UINT64": (5, "uint64"),
           "NCCL_FLOAT16": (6, "float16"), "NCCL_FLOAT32": (7, "float32"), "NCCL_FLOAT64": (8, "float64"),

@@ -190,9 +190,9 @@ class Threads(Communicator):
     def _broadcast(self, arrays, root):
         if self.ranks == (root,):
             self._shared[0] = arrays[0]
-        self._barrier.wait(10)
+        self._barrier.wait(60)
         arrays[0][:] = self._shared[0]
-        self._barrier.wait(10)
+        self._barrier.wait(60)
 
 
 def test_nccl_with_one_process_per_rank(three_gpus):
