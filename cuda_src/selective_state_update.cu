@@ -68,9 +68,14 @@ void selective_state_update(const __grid_constant__ SelectiveStateUpdateArgs arg
         inputs[i] = steps[i] = decays[i] = 0.0f;
         if (dim < in.head_dim) {
           inputs[i] = to_float(x[dim]);
-          steps[i] = i > 0 && one_step ? steps[0] : step_size<DT>(in, b, head, dim);
-          if (!STATE_DECAYS) decays[i] = expf(steps[i] * *channel(in.A, head, dim));
+          steps[i] = i > 0 && one_step ? steps[0] : raw_step<DT>(in, b, head, dim);
+          if (!STATE_DECAYS) decays[i] = *channel(in.A, head, dim);
         }
+      }
+#pragma unroll
+      for (int i = 0; i < ROWS; ++i) {
+        steps[i] = i > 0 && one_step ? steps[0] : finish_step(in, steps[i]);
+        decays[i] = expf(steps[i] * decays[i]);
       }
 
       // 2. the states, VEC of every dim at a time
