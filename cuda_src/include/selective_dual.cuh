@@ -9,11 +9,11 @@
 // Each product is cut into tiles of a few rows times VEC columns, one per thread, float32 on CUDA cores. s is double
 // and a token's d * A limited to 200, whose exponential is 0 or infinite all the same: a difference of sums keeps the
 // digits of small steps behind large ones.
-// shared     with state_size rounded up to N, a multiple of 4: floats B [N, 36], state [N, DIMS], C [32, N + 1],
-//            u twice [32, DIMS], M [32, 33]; and 96 floats and 32 doubles of tokens. Five barriers per 32 tokens
+// shared     with state_size rounded up to N, a multiple of 4: floats B [N, 36], state [N, DIMS + 4], C [32, N + 4],
+//            u twice [32, DIMS], M [32, 36]; and 96 floats and 32 doubles of tokens. Five barriers per 32 tokens
 constexpr int DIMS = CA_DIMS;    // of a block, a multiple of VEC
 constexpr int TOKENS = 32;
-constexpr int B_STRIDE = TOKENS + 4, M_STRIDE = TOKENS + 1;  // of rows, against bank conflicts
+constexpr int B_STRIDE = TOKENS + 4, STATE_STRIDE = DIMS + 4, M_STRIDE = TOKENS + 4;  // against bank conflicts
 constexpr float FAR = 200.0f;
 
 using Columns = Floats<VEC>;
@@ -26,27 +26,32 @@ struct Shared {
   float* u;         // [TOKENS, DIMS]
   float* weighed;   // [TOKENS, DIMS] until * u
   float* b;         // [states, B_STRIDE]
-  float* state;     // [states, DIMS]
+  float* state;     // [states, STATE_STRIDE]
   float* m;         // [TOKENS, M_STRIDE]
-  float* c;         // [TOKENS, states + 1]
+  float* c;         // [TOKENS, states + 4]
   int states;       // state_size rounded up to a multiple of 4; those past it are 0
 
   __device__ __forceinline__ Shared(float* memory, int state_size)
       : sums(reinterpret_cast<double*>(memory)), steps(memory + 2 * TOKENS), from(steps + TOKENS),
         until(from + TOKENS), u(until + TOKENS), weighed(u + TOKENS * DIMS), b(weighed + TOKENS * DIMS),
-        state(b + ceil_div(state_size, 4) * 4 * B_STRIDE), m(state + ceil_div(state_size, 4) * 4 * DIMS),
+        state(b + ceil_div(state_size, 4) * 4 * B_STRIDE), m(state + ceil_div(state_size, 4) * 4 * STATE_STRIDE),
         c(m + TOKENS * M_STRIDE), states(ceil_div(state_size, 4) * 4) {}
 };
 
-// sums[r] += a[r * stride_row + k * stride_k] * b[k * stride_b ...] for k < count
+// sums[r] += a[r * stride_a + k] * b[k * stride_b ...] for k < count, a multiple of 4 as the strides are
 template <int ROWS>
-__device__ __forceinline__ void add_products(Columns (&sums)[ROWS], const float* a, int stride_row, int stride_k,
-                                             const float* b, int stride_b, int count) {
-#pragma unroll 4
-  for (int k = 0; k < count; ++k) {
-    const Columns columns = Columns::load(b + k * stride_b);
+__device__ __forceinline__ void add_products(Columns (&sums)[ROWS], const float* a, int stride_a, const float* b,
+                                             int stride_b, int count) {
+  for (int k = 0; k < count; k += 4) {
+    Vec<float, 4> factors[ROWS];
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) sums[r].add_product(a[r * stride_row + k * stride_k], columns);
+    for (int r = 0; r < ROWS; ++r) factors[r] = load_vec<float, 4>(a + r * stride_a + k);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const Columns columns = Columns::load(b + (k + i) * stride_b);
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) sums[r].add_product(factors[r].v[i], columns);
+    }
   }
 }
 
@@ -63,7 +68,7 @@ __device__ __forceinline__ void load_tile(const SelectiveScanArgs& args, const S
     const bool is_there = t < count && n < in.state_size;
     shared.b[n * B_STRIDE + t] = is_there ? to_float(row_of<T>(in.B, piece, tile + t, group)[n]) : 0.0f;
     if (OUTPUTS) {
-      shared.c[t * (shared.states + 1) + n] = is_there ? to_float(row_of<T>(in.C, piece, tile + t, group)[n]) : 0.0f;
+      shared.c[t * (shared.states + 4) + n] = is_there ? to_float(row_of<T>(in.C, piece, tile + t, group)[n]) : 0.0f;
     }
   }
   __syncthreads();
@@ -99,7 +104,7 @@ __device__ __forceinline__ void make_m(const Shared& shared) {
     Columns sums[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) sums[r] = Columns::all(0.0f);
-    add_products(sums, shared.c + row * (states + 1), states + 1, 1, shared.b + column, B_STRIDE, states);
+    add_products(sums, shared.c + row * (states + 4), states + 4, shared.b + column, B_STRIDE, states);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
 #pragma unroll
@@ -124,10 +129,10 @@ __device__ __forceinline__ void make_outputs(const SelectiveScanArgs& args, cons
     Columns sums[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) sums[r] = Columns::all(0.0f);
-    add_products(sums, shared.c + row * (states + 1), states + 1, 1, shared.state + column, DIMS, states);
+    add_products(sums, shared.c + row * (states + 4), states + 4, shared.state + column, STATE_STRIDE, states);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) sums[r] *= shared.from[row + r];
-    add_products(sums, shared.m + row * M_STRIDE, M_STRIDE, 1, shared.u + column, DIMS, row + ROWS);
+    add_products(sums, shared.m + row * M_STRIDE, M_STRIDE, shared.u + column, DIMS, row + ROWS);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       const int token = tile + row + r, dims = row + r < count ? args.in.head_dim - first_dim - column : 0;
@@ -161,12 +166,12 @@ __device__ __forceinline__ void advance_state(const Shared& shared) {
     Columns sums[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      sums[r] = Columns::load(shared.state + (row + r) * DIMS + column);
+      sums[r] = Columns::load(shared.state + (row + r) * STATE_STRIDE + column);
       sums[r] *= kept;
     }
-    add_products(sums, shared.b + row * B_STRIDE, B_STRIDE, 1, shared.weighed + column, DIMS, TOKENS);
+    add_products(sums, shared.b + row * B_STRIDE, B_STRIDE, shared.weighed + column, DIMS, TOKENS);
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) sums[r].store(shared.state + (row + r) * DIMS + column);
+    for (int r = 0; r < ROWS; ++r) sums[r].store(shared.state + (row + r) * STATE_STRIDE + column);
   }
 }
 
@@ -188,7 +193,7 @@ __device__ __forceinline__ void scan_by_products(const SelectiveScanArgs& args) 
   for (int i = threadIdx.x; i < DIMS * shared.states; i += blockDim.x) {
     const int dim = i / shared.states, n = i % shared.states;
     const bool is_state = dim < dims && n < args.in.state_size;
-    shared.state[n * DIMS + dim] = is_state ? work.begin(first_dim + dim, n) : 0.0f;
+    shared.state[n * STATE_STRIDE + dim] = is_state ? work.begin(first_dim + dim, n) : 0.0f;
   }
 
   float total = 0.0f;
@@ -213,7 +218,7 @@ __device__ __forceinline__ void scan_by_products(const SelectiveScanArgs& args) 
   // 5. where it has come to
   for (int i = threadIdx.x; i < dims * args.in.state_size; i += blockDim.x) {
     const int dim = i / args.in.state_size, n = i % args.in.state_size;
-    work.end(first_dim + dim, n, shared.state[n * DIMS + dim]);
+    work.end(first_dim + dim, n, shared.state[n * STATE_STRIDE + dim]);
   }
   if (!OUTPUTS && threadIdx.x == 0) {
     for (int dim = 0; dim < dims; ++dim) work.total[first_dim + dim] = total;

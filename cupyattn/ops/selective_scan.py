@@ -73,7 +73,7 @@ def _power_of_two(n):
 def _dual_bytes(dims, states):
     """Dynamic shared memory of selective_dual.cuh."""
     states = -(-states // 4) * 4
-    return 4 * (5 * TILE + 2 * TILE * dims + states * (TILE + 4 + dims) + TILE * (TILE + 1) + TILE * (states + 1))
+    return 4 * (5 * TILE + 2 * TILE * dims + states * (TILE + 4 + dims + 4) + TILE * (TILE + 4) + TILE * (states + 4))
 
 
 def _dual_dims(head_dim, states, arch):
