@@ -22,6 +22,7 @@
 #include "params.h"
 #include "eight_floats.cuh"
 #include "sequences.cuh"
+#include "vector_store.cuh"
 
 using T = CA_T;                                      // x and out
 using W = CA_W;                                      // weight and bias
@@ -79,7 +80,7 @@ struct Sequence {
       float some[ACCESS];
 #pragma unroll
       for (int j = 0; j < ACCESS; ++j) some[j] = values.x[v + j];
-      store_vec(p + v * args.stride_channel, from_float<S, ACCESS>(some));
+      store_global(p + v * args.stride_channel, from_float<S, ACCESS>(some));
     }
   }
   // The input `age` tokens before token t.
@@ -110,9 +111,9 @@ struct Sequence {
     for (int v = 0; v < VEC; ++v) y[v] = sum.x[v];
     if (args.silu) {
 #pragma unroll
-      for (int v = 0; v < VEC; ++v) y[v] = y[v] / (1.0f + expf(-y[v]));
+      for (int v = 0; v < VEC; ++v) y[v] = __fdividef(y[v], 1.0f + expf(-y[v]));
     }
-    store_vec(out + t * args.out.stride_token, from_float<T, VEC>(y));
+    store_global(out + t * args.out.stride_token, from_float<T, VEC>(y));
   }
 
   // The state after the sequence; window[a - 1] is the input of age a before token 0.
@@ -188,7 +189,7 @@ struct Sequence {
       for (int i = 0; i < PLACES - 1; ++i) row[i] = row[i + 1];
       row[PLACES - 1] = newest;
     }
-    store_vec(state, from_float<S, PLACES>(row));
+    store_global(state, from_float<S, PLACES>(row));
   }
 
   __device__ __forceinline__ void from_memory(int begin, int end) const {
@@ -228,7 +229,7 @@ CA_KERNEL __launch_bounds__(128, MIN_BLOCKS) void causal_conv1d(const __grid_con
     if (slot < 0) {
       float zeros[VEC] = {};
       for (int t = piece.begin; t < piece.end; ++t) {
-        store_vec(out + t * args.out.stride_token, from_float<T, VEC>(zeros));
+        store_global(out + t * args.out.stride_token, from_float<T, VEC>(zeros));
       }
       continue;
     }

@@ -59,18 +59,37 @@ void selective_state_update(const __grid_constant__ SelectiveStateUpdateArgs arg
         continue;
       }
 
-      // 1. what depends on the dim alone
+      // 1. the first states, and then only what depends on the dim alone: nothing is waited for before all is asked for
       S* state = static_cast<S*>(args.state) + slot * args.stride_slot + head * args.stride_head;
-      float inputs[ROWS], steps[ROWS], decays[ROWS];
+      States old[ROWS], rates[ROWS], b_states, c_states;
+      const auto load = [&](int n) {
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) {
+          const int dim = first + i * groups;
+          old[i] = rates[i] = States::all(0.0f);
+          if (dim < in.head_dim) {
+            old[i] = load_floats<VEC>(state + dim * args.stride_dim + n);
+            if (STATE_DECAYS) rates[i] = load_floats<VEC>(channel(in.A, head, dim) + n);
+          }
+        }
+        b_states = load_floats<VEC>(B + n);
+        c_states = load_floats<VEC>(C + n);
+      };
+      if (lane * VEC < in.state_size) load(lane * VEC);
+      float inputs[ROWS], steps[ROWS], decays[ROWS], skips[ROWS], gates[ROWS];
 #pragma unroll
       for (int i = 0; i < ROWS; ++i) {
-        const int dim = first + i * groups;
-        inputs[i] = steps[i] = decays[i] = 0.0f;
-        if (dim < in.head_dim) {
-          inputs[i] = to_float(x[dim]);
-          steps[i] = i > 0 && one_step ? steps[0] : step_size<DT>(in, b, head, dim);
-          if (!STATE_DECAYS) decays[i] = expf(steps[i] * *channel(in.A, head, dim));
-        }
+        const int dim = min(first + i * groups, in.head_dim - 1);
+        inputs[i] = to_float(x[dim]);
+        steps[i] = i > 0 && one_step ? steps[0] : raw_step<DT>(in, b, head, dim);
+        decays[i] = STATE_DECAYS ? 0.0f : *channel(in.A, head, dim);
+        skips[i] = in.D.data != nullptr ? *channel(in.D, head, dim) : 0.0f;
+        gates[i] = in.z.data != nullptr ? to_float(z[dim]) : 0.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < ROWS; ++i) {
+        steps[i] = i > 0 && one_step ? steps[0] : finish_step(in, steps[i]);
+        decays[i] = expf(steps[i] * decays[i]);
       }
 
       // 2. the states, VEC of every dim at a time
@@ -78,19 +97,10 @@ void selective_state_update(const __grid_constant__ SelectiveStateUpdateArgs arg
 #pragma unroll
       for (int i = 0; i < ROWS; ++i) sums[i] = States::all(0.0f);
       for (int n = lane * VEC; n < in.state_size; n += LANES * VEC) {
-        States old[ROWS], rates[ROWS];
+        if (n >= LANES * VEC) load(n);
 #pragma unroll
         for (int i = 0; i < ROWS; ++i) {
           const int dim = first + i * groups;
-          if (dim >= in.head_dim) continue;
-          old[i] = load_floats<VEC>(state + dim * args.stride_dim + n);
-          if (STATE_DECAYS) rates[i] = load_floats<VEC>(channel(in.A, head, dim) + n);
-        }
-        const States b_states = load_floats<VEC>(B + n), c_states = load_floats<VEC>(C + n);
-#pragma unroll
-        for (int i = 0; i < ROWS; ++i) {
-          const int dim = first + i * groups;
-          if (dim >= in.head_dim) continue;
           if (STATE_DECAYS) {
             rates[i] *= steps[i] * LOG2_E;
             old[i] *= decay(rates[i]);
@@ -98,7 +108,7 @@ void selective_state_update(const __grid_constant__ SelectiveStateUpdateArgs arg
             old[i] *= decays[i];
           }
           old[i].add_product(steps[i] * inputs[i], b_states);
-          store_floats<VEC>(state + dim * args.stride_dim + n, old[i]);
+          if (dim < in.head_dim) store_floats<VEC>(state + dim * args.stride_dim + n, old[i]);
           sums[i].add_product(old[i], c_states);
         }
       }
@@ -116,8 +126,8 @@ void selective_state_update(const __grid_constant__ SelectiveStateUpdateArgs arg
       for (int i = 0; i < ROWS; ++i) {
         const int dim = first + i * groups;
         if (lane != i % LANES || dim >= in.head_dim) continue;
-        if (in.D.data != nullptr) y[i] = fmaf(*channel(in.D, head, dim), inputs[i], y[i]);
-        if (in.z.data != nullptr) y[i] = gate(y[i], to_float(z[dim]));
+        if (in.D.data != nullptr) y[i] = fmaf(skips[i], inputs[i], y[i]);
+        if (in.z.data != nullptr) y[i] = gate(y[i], gates[i]);
         out[dim] = from_float<T>(y[i]);
       }
     }

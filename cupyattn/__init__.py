@@ -51,6 +51,7 @@ from .ops.repack import repack
 from .ops.rms_norm import rms_norm
 from .ops.rope import rope
 from .ops.schedule import Schedule, schedule
+from .ops.selective_scan import selective_scan
 from .ops.selective_state_update import selective_state_update
 from .ops.silu_mul import silu_mul
 from .ops.split_reduce import split_reduce
@@ -84,7 +85,7 @@ __all__ = [
     "attention", "dequantize", "embedding", "kv_append", "kv_flatten", "layer_norm", "paged_decode", "quant_gemm",
     "repack", "rms_norm", "rope", "schedule", "silu_mul", "split_reduce", "tune",
     "causal_conv1d", "causal_conv1d_update", "lightning_attention", "lightning_slopes", "page_move",
-    "selective_state_update",
+    "selective_scan", "selective_state_update",
     "free_q_attn", "make_q_attn", "q_attn_forward_1", "q_attn_forward_2", "q_attn_set_loras", "load_lora",
     "contiguous_shards", "create_cache_iter_factory", "flatten_kv", "invoke_attention", "invoke_decoding",
     "merge_shards", "process_kv", "rank_result", "reduce_split_k", "round_robin",

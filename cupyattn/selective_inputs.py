@@ -34,7 +34,7 @@ class Selective(NamedTuple):
     dt_type: str
     state_decays: bool    # A has an axis of states
     align: int            # bytes, of B, C and A
-    dt_shared: bool       # all dims of a head have one step
+    per_head: bool        # all dims of a head have one step and one rate
 
 
 def with_heads(array, heads):
@@ -141,4 +141,4 @@ def check_inputs(op, sizes, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit
               "softplus": int(dt_softplus), "dt_min": low, "dt_max": high, "reserved": 0}
     align = min(alignment(array) for array in ((A, B, C) if state_decays else (B, C)))
     return Selective(sizes, fields, x_type, dt_type, state_decays, align,
-                     steps["stride_dim"] == 0 and bias["stride_dim"] == 0)
+                     not state_decays and not any(view["stride_dim"] for view in (steps, rates, bias)))

@@ -158,12 +158,21 @@ def _selective_state_update(xp):
     return lambda: cupyattn.selective_state_update(state, **inputs, dt_softplus=True, out=out), [out, state]
 
 
+def _selective_scan(xp):
+    model = Model(heads=2, channels=8, states=16)
+    inputs = {name: xp.array(a) for name, a in model.inputs(50).items()}
+    state, out = xp.array(model.pool(2, np.arange(2))), xp.module.zeros((50, 2, 8), np.float32)
+    starts = xp.array(np.int32([0, 45, 50]))
+    return lambda: cupyattn.selective_scan(**inputs, dt_softplus=True, state=state, cu_seqlens=starts, chunk_size=32,
+                                           out=out), [out, state]
+
+
 CASES = {"rms_norm": _rms_norm, "layer_norm": _layer_norm, "rope": _rope, "kv_append": _kv_append,
          "kv_flatten": _kv_flatten, "paged_decode": _paged_decode, "attention": _attention,
          "split_reduce": _split_reduce, "silu_mul": _silu_mul, "quant_gemm": _quant_gemm, "embedding": _embedding,
          "lightning_attention": _lightning_attention, "page_move": _page_move,
          "schedule": _schedule, "causal_conv1d": _causal_conv1d, "causal_conv1d_update": _causal_conv1d_update,
-         "selective_state_update": _selective_state_update}
+         "selective_scan": _selective_scan, "selective_state_update": _selective_state_update}
 
 
 @pytest.mark.parametrize("xp", ["standin", pytest.param("cupy", marks=pytest.mark.gpu)], indirect=True)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import numpy as np
+import nvrtc
 import pytest
 from compare import ROUNDING, assert_close, assert_same_bits, dtype_of, poison
 from hypothesis import given
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 import cupyattn
 from cupyattn.ops.causal_conv1d import CORE, _plan_causal_conv1d
 from cupyattn.reference import causal_conv1d as reference
+from cupyattn.runtime import cuda
 from cupyattn.runtime.cpu import counters, settings
 
 rng = np.random.default_rng(21)
@@ -298,6 +300,22 @@ def test_prefill_checked(width):
     for out, states in results[1:]:
         assert_same_bits(out, results[0][0])
         assert_same_bits(states, results[0][1])
+
+
+@pytest.mark.parametrize("spec", [CORE[0], CORE[1], CORE[7]], ids=str)
+def test_states_and_vectors_of_channels_stay_whole(spec):
+    """In SASS: no store is taken apart, and four tokens are asked for before the first is used."""
+    compiled = nvrtc.compile_code(cuda.code(spec), cuda.options(spec, "sm_90a"), "sm_90a")
+    loops = [[nvrtc.mnemonic(line) for line in body] for body in nvrtc.loops(compiled.cubin, spec.kernel)]
+    stores = {name for body in loops for name in body if name.startswith("STG")}
+    constants = dict(spec.constants)
+    if constants["ROW"]:
+        assert "STG.E.128" in stores
+        return
+    wide = {"float16": "64", "float32": "128"}[constants["S"]] if constants["VEC"] == 4 else "128"
+    assert stores == {"STG.E.128", f"STG.E.{wide}"}
+    tokens = next(body for body in loops if "MUFU.EX2" in body and "LDG.E.128" in body)
+    assert tokens[:tokens.index("MUFU.EX2")].count("LDG.E.128") == 4
 
 
 @hypothesis_settings(max_examples=40, deadline=None, derandomize=True)

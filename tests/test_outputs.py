@@ -61,6 +61,11 @@ def _state_update(state=None, out=None):
     cupyattn.selective_state_update(state, X, X, X.T[:, :1] - np.ones(4, np.float32), X[:, :4], X[:, :4], out=out)
 
 
+def _scan(state=None, out=None):
+    state = np.zeros((2, 16, 4), np.float32) if state is None else state
+    cupyattn.selective_scan(X, X, X.T[:, :1] - np.ones(4, np.float32), X[:, :4], X[:, :4], state=state, out=out)
+
+
 CASES = {
     "rms_norm out": (_rms_norm, X.shape),
     "rms_norm residual": (lambda a: _rms_norm(residual=a), X.shape),
@@ -70,6 +75,8 @@ CASES = {
     "causal_conv1d out": (lambda a: cupyattn.causal_conv1d(X, X.T[:, :1], out=a), X.shape),
     "causal_conv1d_update out": (lambda a: _conv_update(out=a), X.shape),
     "causal_conv1d_update conv_state": (lambda a: _conv_update(state=a), (2, 16, 3)),
+    "selective_scan out": (lambda a: _scan(out=a), X.shape),
+    "selective_scan state": (lambda a: _scan(state=a), (2, 16, 4)),
     "selective_state_update out": (lambda a: _state_update(out=a), X.shape),
     "selective_state_update state": (lambda a: _state_update(state=a), (2, 16, 4)),
     "embedding out": (lambda a: cupyattn.embedding(np.int32([0, 1]), X, out=a), X.shape),

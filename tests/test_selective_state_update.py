@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import numpy as np
+import nvrtc
 import pytest
 from compare import assert_close, assert_same_bits, poison
 from hypothesis import given
@@ -10,6 +11,7 @@ from selective_models import BOUNDS, Model
 import cupyattn
 from cupyattn.ops.selective_state_update import CORE, _plan_selective_state_update
 from cupyattn.reference.selective_state_update import selective_state_update as reference
+from cupyattn.runtime import cuda
 from cupyattn.runtime.cpu import counters, settings
 
 
@@ -240,6 +242,19 @@ def test_as_on_a_gpu(heads, states, monkeypatch):
     assert moved["bytes_read"] == moved["bytes_written"] == 2 * state[0].nbytes
     assert moved["sectors_read"] * 32 < 1.1 * moved["bytes_read"]   # whole sectors but at the ends
     _compare(results[0][slots], results[1][slots].astype(np.float64), "float32")
+
+
+@pytest.mark.parametrize("spec", CORE[:4], ids=str)
+def test_all_states_are_asked_for_before_anything_is_waited_for(spec):
+    """In SASS: of a tile of dims the wide loads stand before the first exponential; every store is one of 16 bytes."""
+    compiled = nvrtc.compile_code(cuda.code(spec), cuda.options(spec, "sm_90a"), "sm_90a")
+    tiles = nvrtc.loops(compiled.cubin, spec.kernel)[-1]
+    names = [nvrtc.mnemonic(line) for line in tiles]
+    constants = dict(spec.constants)
+    wanted = constants["ROWS"] * (1 + constants["STATE_DECAYS"] * constants["VEC"] // 4)
+    assert names[:names.index("MUFU.EX2")].count("LDG.E.128") >= wanted
+    stores = {name for name in names if name.startswith("STG")}
+    assert stores == {"STG.E.128", "STG.E.U16"}   # of states, of outputs
 
 
 @hypothesis_settings(max_examples=40, deadline=None, derandomize=True)

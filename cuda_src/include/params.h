@@ -475,6 +475,24 @@ struct SelectiveStateUpdateArgs {
   int32_t num_slots;         // slots of the pool
 };
 
+struct SelectiveScanArgs {
+  const SelectiveInputs in;    // packed rows of all sequences
+  HeadView out;                // T [tokens, heads, head_dim]
+  void* state;                 // S [num_slots, heads, head_dim, state_size] last axis contiguous; null for none
+  float* carried;              // float32 [kept, heads, head_dim, state_size] what pieces add, then where they begin
+  float* totals;               // float32 [kept, heads, head_dim] sums of the steps of pieces
+  const int32_t* cu_seqlens;   // int32 [batch + 1] first row of every sequence; null: one sequence of all rows
+  const int32_t* slots;        // int32 [batch] slot of every sequence, one outside the pool skips it; null: its number
+  const uint8_t* has_state;    // bool [batch] 0: the sequence begins here; null: none does
+  int64_t stride_slot;         // elements between slots of state
+  int64_t stride_head;         // elements between heads of state
+  int64_t stride_dim;          // elements between dims of state
+  int32_t batch;               // sequences
+  int32_t tokens;              // rows of x
+  int32_t num_slots;           // slots of the pool, without one the sequences
+  int32_t piece;               // tokens of a sequence that one block takes, a multiple of 32
+};
+
 // ---- TurboMind's parameters, for C callers; no kernel here reads them ------------------------------------
 //
 // The layout of the C struct with its own types (char**, bool, pointers to T): what its compiler pads is spelled out.

@@ -9,6 +9,7 @@
 
 #include "eight_floats.cuh"
 #include "params.h"
+#include "vector_store.cuh"
 
 constexpr float LOG2_E = 1.4426950408889634f;
 
@@ -22,18 +23,43 @@ __device__ __forceinline__ Floats<N> load_floats(const T* p) { return Floats<N>:
 template <int N>
 __device__ __forceinline__ Floats<N> load_floats(const float* p) { return Floats<N>::load(p); }
 template <int N, typename T>
-__device__ __forceinline__ void store_floats(T* p, const Floats<N>& x) { store_vec(p, x.template to<T>()); }
-template <int N>
-__device__ __forceinline__ void store_floats(float* p, const Floats<N>& x) { x.store(p); }
+__device__ __forceinline__ void store_floats(T* p, const Floats<N>& x) {
+  constexpr int PIECE = N * sizeof(T) > 16 ? 16 / sizeof(T) : N;
+#pragma unroll
+  for (int j = 0; j < N; j += PIECE) {
+    float some[PIECE];
+#pragma unroll
+    for (int i = 0; i < PIECE; ++i) some[i] = x.x[j + i];
+    store_global(p + j, from_float<T, PIECE>(some));
+  }
+}
 
-// Comparisons that are false for NaN, which so stays.
+template <typename DT>
+__device__ __forceinline__ float raw_step(const SelectiveInputs& in, int64_t token, int head, int dim) {
+  const float step = to_float(static_cast<const DT*>(in.dt.data)[token * in.dt.stride_token + head * in.dt.stride_head +
+                                                                 dim * in.dt.stride_dim]);
+  return in.dt_bias.data != nullptr ? step + *channel(in.dt_bias, head, dim) : step;
+}
+
+// The step of raw_step. Without branches or calls, so that the host computes several at once; the comparisons are false
+// for NaN, which so stays. log1p(e) = 2 atanh(e / (2 + e)) for e <= 1, by its series to 2e-9.
+__device__ __forceinline__ float finish_step(const SelectiveInputs& in, float raw) {
+  const float e = expf(-fabsf(raw)), s = __fdividef(e, 2.0f + e), z = s * s;
+  float series = fmaf(z, 1.0f / 15.0f, 1.0f / 13.0f);
+  series = fmaf(z, series, 1.0f / 11.0f);
+  series = fmaf(z, series, 1.0f / 9.0f);
+  series = fmaf(z, series, 1.0f / 7.0f);
+  series = fmaf(z, series, 1.0f / 5.0f);
+  series = fmaf(z, series, 1.0f / 3.0f);
+  series = fmaf(z, series, 1.0f);
+  const float soft = fmaf(2.0f * s, series, fmaxf(raw, 0.0f));  // log(1 + exp(raw))
+  const float step = in.softplus ? soft : raw;
+  return step < in.dt_min ? in.dt_min : step > in.dt_max ? in.dt_max : step;
+}
+
 template <typename DT>
 __device__ __forceinline__ float step_size(const SelectiveInputs& in, int64_t token, int head, int dim) {
-  float step = to_float(static_cast<const DT*>(in.dt.data)[token * in.dt.stride_token + head * in.dt.stride_head +
-                                                           dim * in.dt.stride_dim]);
-  if (in.dt_bias.data != nullptr) step += *channel(in.dt_bias, head, dim);
-  if (in.softplus && !(step > 20.0f)) step = log1pf(expf(step));
-  return step < in.dt_min ? in.dt_min : step > in.dt_max ? in.dt_max : step;
+  return finish_step(in, raw_step<DT>(in, token, head, dim));
 }
 
 // 2^a of any number; the host's exp2 wants it below 128.
@@ -45,6 +71,6 @@ __device__ __forceinline__ Floats<N> decay(Floats<N> a) {
   return exp2(a);
 }
 
-__device__ __forceinline__ float gate(float y, float z) { return y * (z / (1.0f + expf(-z))); }
+__device__ __forceinline__ float gate(float y, float z) { return y * __fdividef(z, 1.0f + expf(-z)); }
 
 #endif  // CUPYATTN_SELECTIVE_STATE_CUH

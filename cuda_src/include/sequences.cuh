@@ -42,6 +42,12 @@ __device__ __forceinline__ Piece find_piece(const int32_t* cu_seqlens, int batch
   return {seq, first, static_cast<int>(begin), static_cast<int>(end), length};
 }
 
+// Where piece 0 of a sequence of several pieces keeps something for each of them, among at most
+// ceil(2 * tokens / size): such a sequence has no more pieces than halves of `size` tokens.
+__device__ __forceinline__ int64_t first_kept(const Piece& piece, int size) {
+  return ceil_div(static_cast<int64_t>(2) * piece.first, static_cast<int64_t>(size));
+}
+
 // The slot of sequence `seq` in a pool, -1 where there is none: it is then skipped.
 __device__ __forceinline__ int64_t find_slot(const int32_t* slots, int batch, int num_slots, int seq) {
   if (seq >= batch) return -1;

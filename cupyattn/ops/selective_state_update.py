@@ -26,17 +26,19 @@ CORE = [_spec(*case) for case in (
     ("float32", "float32", "float32", 1, 32, True), ("float16", "float32", "float32", 1, 1, False),
     ("bfloat16", "float32", "float32", 8, 1, True), ("float32", "float32", "float16", 8, 32, False),
 )]
-_SHAPES = ((1, 1), (1, 4), (1, 32), (4, 1), (4, 4), (4, 8), (4, 16), (4, 32), (8, 1), (8, 4), (8, 8), (8, 16), (8, 32))
+_SHAPES = ((1, 4), (1, 32), (4, 4), (4, 8), (4, 16), (4, 32), (8, 4), (8, 8), (8, 16), (8, 32))   # states, lanes
 
 
 def more_specs():
-    """Every type with two shapes of work, and every shape with three choices of types."""
+    """What plans pick on a GPU: every type with two shapes of work, and every shape with three choices of types."""
     for x, state, decays in itertools.product(FLOATS, FLOATS, (True, False)):
         for dt in dict.fromkeys((x, "float32")):
-            yield from (_spec(x, dt, state, vec, lanes, decays) for vec, lanes in ((8, 1), (1, 32)))
+            wide = 4 if state == "float32" else 8
+            yield from (_spec(x, dt, state, vec, lanes, decays) for vec, lanes in ((wide, 16), (1, 32)))
     for (vec, lanes), decays in itertools.product(_SHAPES, (True, False)):
         for x, state in (("float16", "float32"), ("bfloat16", "bfloat16"), ("float32", "float32")):
-            yield _spec(x, x, state, vec, lanes, decays)
+            if vec == 1 or (vec == 4) == (state == "float32"):
+                yield _spec(x, x, state, vec, lanes, decays)
 
 
 def _power_of_two(n):

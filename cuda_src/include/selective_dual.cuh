@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: Apache-2.0
+// selective_dual.cuh - a piece of selective_scan.cu as products of matrices, 32 tokens at a time. Part of that file.
+//
+// With one step d[t] and rate A per head, s[t] = sum of d * A over the tile's tokens up to t, and h its first state:
+//   u[j]   = d[j] * x[j]
+//   M[i,j] = exp(s[i] - s[j]) * (C[i] . B[j]) for j <= i
+//   y[i]   = exp(s[i]) * (C[i] . h) + sum_j M[i,j] * u[j]
+//   h'     = exp(s[end]) * h + sum_j exp(s[end] - s[j]) * u[j] outer B[j]
+// Each product is cut into tiles of a few rows times VEC columns, one per thread, float32 on CUDA cores. s is double
+// and a token's d * A limited to 200, whose exponential is 0 or infinite all the same: a difference of sums keeps the
+// digits of small steps behind large ones.
+// shared     with state_size rounded up to N, a multiple of 4: floats B [N, 36], state [N, DIMS + 4], C [32, N + 4],
+//            u twice [32, DIMS], M [32, 36]; and 96 floats and 32 doubles of tokens. Five barriers per 32 tokens
+constexpr int DIMS = CA_DIMS;    // of a block, a multiple of VEC
+constexpr int TOKENS = 32;
+constexpr int B_STRIDE = TOKENS + 4, STATE_STRIDE = DIMS + 4, M_STRIDE = TOKENS + 4;  // against bank conflicts
+constexpr float FAR = 200.0f;
+
+using Columns = Floats<VEC>;
+
+struct Shared {
+  double* sums;     // [TOKENS] s
+  float* steps;     // [TOKENS] d
+  float* from;      // [TOKENS] exp(s)
+  float* until;     // [TOKENS] exp(s[end] - s)
+  float* u;         // [TOKENS, DIMS]
+  float* weighed;   // [TOKENS, DIMS] until * u
+  float* b;         // [states, B_STRIDE]
+  float* state;     // [states, STATE_STRIDE]
+  float* m;         // [TOKENS, M_STRIDE]
+  float* c;         // [TOKENS, states + 4]
+  int states;       // state_size rounded up to a multiple of 4; those past it are 0
+
+  __device__ __forceinline__ Shared(float* memory, int state_size)
+      : sums(reinterpret_cast<double*>(memory)), steps(memory + 2 * TOKENS), from(steps + TOKENS),
+        until(from + TOKENS), u(until + TOKENS), weighed(u + TOKENS * DIMS), b(weighed + TOKENS * DIMS),
+        state(b + ceil_div(state_size, 4) * 4 * B_STRIDE), m(state + ceil_div(state_size, 4) * 4 * STATE_STRIDE),
+        c(m + TOKENS * M_STRIDE), states(ceil_div(state_size, 4) * 4) {}
+};
+
+// sums[r] += a[r * stride_a + k] * b[k * stride_b ...] for k < count, a multiple of 4 as the strides are
+template <int ROWS>
+__device__ __forceinline__ void add_products(Columns (&sums)[ROWS], const float* a, int stride_a, const float* b,
+                                             int stride_b, int count) {
+  for (int k = 0; k < count; k += 4) {
+    Vec<float, 4> factors[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) factors[r] = load_vec<float, 4>(a + r * stride_a + k);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const Columns columns = Columns::load(b + (k + i) * stride_b);
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) sums[r].add_product(factors[r].v[i], columns);
+    }
+  }
+}
+
+// B, C, steps and s of `count` tokens from `tile` on; behind the last barrier u.
+__device__ __forceinline__ void load_tile(const SelectiveScanArgs& args, const Shared& shared, const Piece& piece,
+                                          int tile, int count, int head, int first_dim) {
+  const SelectiveInputs& in = args.in;
+  const int64_t group = head / in.heads_per_group;
+  for (int t = threadIdx.x; t < TOKENS; t += blockDim.x) {
+    shared.steps[t] = t < count ? step_size<DT>(in, piece.first + tile + t, head, 0) : 0.0f;
+  }
+  for (int i = threadIdx.x; i < TOKENS * shared.states; i += blockDim.x) {
+    const int t = i / shared.states, n = i % shared.states;
+    const bool is_there = t < count && n < in.state_size;
+    shared.b[n * B_STRIDE + t] = is_there ? to_float(row_of<T>(in.B, piece, tile + t, group)[n]) : 0.0f;
+    if (OUTPUTS) {
+      shared.c[t * (shared.states + 4) + n] = is_there ? to_float(row_of<T>(in.C, piece, tile + t, group)[n]) : 0.0f;
+    }
+  }
+  __syncthreads();
+  const float rate = *channel(in.A, head, 0);
+  for (int t = threadIdx.x; t < TOKENS; t += blockDim.x) {
+    double sum = 0.0, at = 0.0;
+    for (int j = 0; j < TOKENS; ++j) {
+      const float log = shared.steps[j] * rate;
+      sum += log < -FAR ? -FAR : log > FAR ? FAR : log;
+      if (j == t) at = sum;
+    }
+    shared.sums[t] = at;
+    shared.from[t] = expf(static_cast<float>(at));
+    shared.until[t] = expf(static_cast<float>(sum - at));
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < TOKENS * DIMS; i += blockDim.x) {
+    const int t = i / DIMS, dim = first_dim + i % DIMS;
+    const bool is_there = t < count && dim < in.head_dim;
+    const float u = is_there ? shared.steps[t] * to_float(row_of<T>(in.x, piece, tile + t, head)[dim]) : 0.0f;
+    shared.u[i] = u;
+    shared.weighed[i] = shared.until[t] * u;
+  }
+}
+
+// M, two rows of VEC columns per thread; nothing reads tiles above the diagonal.
+__device__ __forceinline__ void make_m(const Shared& shared) {
+  constexpr int ROWS = 2, ACROSS = TOKENS / VEC;
+  const int states = shared.states;
+  for (int tile = threadIdx.x; tile < TOKENS / ROWS * ACROSS; tile += blockDim.x) {
+    const int row = tile / ACROSS * ROWS, column = tile % ACROSS * VEC;
+    if (column > row / 4 * 4 + 3) continue;
+    Columns sums[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) sums[r] = Columns::all(0.0f);
+    add_products(sums, shared.c + row * (states + 4), states + 4, shared.b + column, B_STRIDE, states);
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) {
+        const int i = row + r, from = column + j;
+        const bool is_seen = from <= i;
+        const float decay = is_seen ? expf(static_cast<float>(shared.sums[i] - shared.sums[from])) : 0.0f;
+        shared.m[i * M_STRIDE + from] = is_seen ? decay * sums[r].x[j] : 0.0f;
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ void make_outputs(const SelectiveScanArgs& args, const Shared& shared, const Piece& piece,
+                                             int tile, int count, int head, int first_dim) {
+  constexpr int ROWS = 4, ACROSS = DIMS / VEC;
+  const SelectiveInputs& in = args.in;
+  const int states = shared.states;
+  for (int at = threadIdx.x; at < TOKENS / ROWS * ACROSS; at += blockDim.x) {
+    const int row = at / ACROSS * ROWS, column = at % ACROSS * VEC;
+    if (row >= count) continue;
+    Columns sums[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) sums[r] = Columns::all(0.0f);
+    add_products(sums, shared.c + row * (states + 4), states + 4, shared.state + column, STATE_STRIDE, states);
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) sums[r] *= shared.from[row + r];
+    add_products(sums, shared.m + row * M_STRIDE, M_STRIDE, shared.u + column, DIMS, row + ROWS);
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      const int token = tile + row + r, dims = row + r < count ? args.in.head_dim - first_dim - column : 0;
+      float y[VEC], z[VEC];
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) {
+        const int dim = first_dim + column + j;
+        y[j] = sums[r].x[j];
+        if (in.D.data != nullptr && j < dims) {
+          y[j] = fmaf(*channel(in.D, head, dim), to_float(row_of<T>(in.x, piece, token, head)[dim]), y[j]);
+        }
+        z[j] = in.z.data != nullptr && j < dims ? to_float(row_of<T>(in.z, piece, token, head)[dim]) : 0.0f;
+      }
+      if (in.z.data != nullptr) {
+#pragma unroll
+        for (int j = 0; j < VEC; ++j) y[j] = gate(y[j], z[j]);
+      }
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) {
+        if (j < dims) out_row(args, piece, token, head)[first_dim + column + j] = from_float<T>(y[j]);
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ void advance_state(const Shared& shared) {
+  constexpr int ROWS = 4, ACROSS = DIMS / VEC;
+  const float kept = shared.from[TOKENS - 1];
+  for (int at = threadIdx.x; at < shared.states / ROWS * ACROSS; at += blockDim.x) {
+    const int row = at / ACROSS * ROWS, column = at % ACROSS * VEC;
+    Columns sums[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      sums[r] = Columns::load(shared.state + (row + r) * STATE_STRIDE + column);
+      sums[r] *= kept;
+    }
+    add_products(sums, shared.b + row * B_STRIDE, B_STRIDE, shared.weighed + column, DIMS, TOKENS);
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) sums[r].store(shared.state + (row + r) * STATE_STRIDE + column);
+  }
+}
+
+__device__ __forceinline__ void scan_by_products(const SelectiveScanArgs& args) {
+  CA_DYN_SMEM(float, memory);
+  const int head = blockIdx.y, first_dim = blockIdx.z * DIMS;
+  const int dims = min(DIMS, args.in.head_dim - first_dim);
+  const Work work(args, blockIdx.x, head);
+  const Piece& piece = work.piece;
+  if (!work.is_needed()) {
+    const int first = first_dim + threadIdx.x;
+    if (OUTPUTS && !work.has_slot) write_zeros(args, piece, head, first, first_dim + dims, blockDim.x);
+    return;
+  }
+  if (piece.begin == piece.end) return;
+  const Shared shared(memory, args.in.state_size);
+
+  // 1. the state the piece begins with
+  for (int i = threadIdx.x; i < DIMS * shared.states; i += blockDim.x) {
+    const int dim = i / shared.states, n = i % shared.states;
+    const bool is_state = dim < dims && n < args.in.state_size;
+    shared.state[n * STATE_STRIDE + dim] = is_state ? work.begin(first_dim + dim, n) : 0.0f;
+  }
+
+  float total = 0.0f;
+  for (int tile = piece.begin; tile < piece.end; tile += TOKENS) {
+    const int count = min(TOKENS, piece.end - tile);
+    // 2. the tile; M
+    load_tile(args, shared, piece, tile, count, head, first_dim);
+    if (OUTPUTS) make_m(shared);
+    __syncthreads();
+    // 3. the outputs
+    if (OUTPUTS) {
+      make_outputs(args, shared, piece, tile, count, head, first_dim);
+      __syncthreads();
+    } else if (threadIdx.x == 0) {
+      for (int t = 0; t < TOKENS; ++t) total += shared.steps[t];
+    }
+    // 4. the state behind it
+    advance_state(shared);
+    __syncthreads();
+  }
+
+  // 5. where it has come to
+  for (int i = threadIdx.x; i < dims * args.in.state_size; i += blockDim.x) {
+    const int dim = i / args.in.state_size, n = i % args.in.state_size;
+    work.end(first_dim + dim, n, shared.state[n * STATE_STRIDE + dim]);
+  }
+  if (!OUTPUTS && threadIdx.x == 0) {
+    for (int dim = 0; dim < dims; ++dim) work.total[first_dim + dim] = total;
+  }
+}
