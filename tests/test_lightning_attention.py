@@ -416,6 +416,24 @@ def test_lightning_attention_checked(dtype, on, monkeypatch):
     assert_close(results[0][4], want_state, 2e-6, 2e-6)
 
 
+def test_tensor_cores_with_one_stage_checked(monkeypatch):
+    """Where shared memory is too short for two: the next tokens are fetched once nobody reads these any more."""
+    plans = on_tensor_cores(monkeypatch, "sm_80")
+    q, k, v, slopes = make(70, 1, 136, 8, "bfloat16")
+    results = []
+    for schedule, seed in (("forward", 0), ("random", 3)):
+        state = make_state(1, 1, 136, 8, generator=np.random.default_rng(1))
+        with settings(check=True, schedule=schedule, seed=seed):
+            out = cupyattn.lightning_attention(q, k, v, state, slopes, cu_seqlens=np.int32([0, 70]), block_size=48)
+        results.append((out, state))
+    assert dict(plans[0].spec.constants)["STAGES"] == 1
+    for a, b in zip(*results, strict=True):
+        assert_same_bits(a, b)
+    want_state = make_state(1, 1, 136, 8, generator=np.random.default_rng(1)).astype(np.float64)
+    want = expected(q, k, v, want_state, slopes, cu_seqlens=np.int32([0, 70]))
+    assert_close(results[0][0], want, *BOUNDS["bfloat16"])
+
+
 def as_planned_for(arch, make_plan):
     """The plan for another arch, run on the CPU all the same."""
     def planned(*args):
@@ -446,6 +464,8 @@ def test_a_state_moves_once_each_way(starts, on, monkeypatch):
     assert moved["bytes_read"] == went_on * one
     assert moved["bytes_written"] == (batch if starts is None else 2) * one
     assert launches[0].buffers["out.data"]["bytes_written"] == v.nbytes
+    for kind in ("ldmatrix", "read", "write"):
+        assert launches[0].shared[kind]["conflicts"] == 0
     if on != "cpu" and starts is None:   # coalesced: whole sectors
         assert moved["sectors_read"] == moved["bytes_read"] // 32
         assert moved["sectors_written"] == moved["bytes_written"] // 32
