@@ -7,7 +7,8 @@
 //   A sequence without has_state starts from zeros, its old state is not read; one without tokens leaves it alone; one
 //   without a slot gives zeros. Arithmetic in float32, one rounding on each store.
 //
-// Two kernels: one token per sequence (below), and any number of them in blocks (lightning_blocks.cuh).
+// Three kernels: one token per sequence (below), and any number of them in blocks, on CUDA cores (lightning_blocks.cuh)
+// or tensor cores (lightning_mma.cuh).
 //
 // lightning_attention: a thread has VEC * CHUNKS value dims, every groups-th row of the state, and ROWS of these under
 // way at a time; groups meet once, at the end.
@@ -29,7 +30,6 @@ using S = CA_S;                         // state
 constexpr int VEC = CA_VEC;             // numbers per access: 4 or 8, all rows at multiples of 16 bytes; or 1
 constexpr int CHUNKS = CA_CHUNKS;       // accesses of a thread to a row of the state
 constexpr int ROWS = CA_ROWS;           // rows of a matrix that a thread works on at a time
-constexpr bool PREFILL = CA_PREFILL;
 static_assert(sizeof(LightningAttentionArgs) == CA_SIZEOF_ARGS,
               "lightning_attention: Python and CUDA disagree on LightningAttentionArgs");
 
@@ -68,6 +68,18 @@ struct Part {
                                                                head * args.stride_state_head + first;
     is_fresh = args.has_state != nullptr && args.has_state[sequence * args.stride_has] == 0;
   }
+  // The sequence's tokens, of those there are.
+  __device__ __forceinline__ void tokens_of(const LightningAttentionArgs& args, int64_t& begin, int64_t& end) const {
+    begin = args.cu_seqlens[sequence * args.stride_start];
+    end = args.cu_seqlens[(sequence + 1) * args.stride_start];
+    begin = begin < 0 ? 0 : begin;
+    end = end > args.tokens ? args.tokens : end;
+  }
+  __device__ __forceinline__ void store_zeros(const LightningAttentionArgs& args, int64_t begin, int64_t end) const {
+    for (int64_t t = begin; t < end; ++t) {
+      for (int c = threadIdx.x; c < count; c += blockDim.x) row_of(args.out, t)[first + c] = from_float<T>(0.0f);
+    }
+  }
   template <typename View>
   __device__ __forceinline__ T* row_of(const View& view, int64_t token) const {
     return static_cast<T*>(view.data) + token * view.stride_token + head * view.stride_head;
@@ -82,7 +94,15 @@ __device__ __forceinline__ bool is_masked(const LightningAttentionArgs& args, in
 // the rounding of a factor close to 1 would add up over the tokens that the state remembers.
 __device__ __forceinline__ float loss_of(float slope, int n) { return expm1f(-slope * static_cast<float>(n)); }
 
-#if CA_PREFILL
+#if CA_TENSOR_CORES
+#include "lightning_mma.cuh"
+
+CA_KERNEL __launch_bounds__(THREADS, 2) void
+lightning_attention_mma(const __grid_constant__ LightningAttentionArgs args) {
+  attend_on_tensor_cores(args);
+}
+
+#elif CA_PREFILL
 #include "lightning_blocks.cuh"
 
 CA_KERNEL __launch_bounds__(128, 1) void

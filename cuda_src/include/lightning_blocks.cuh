@@ -248,16 +248,11 @@ struct Blocks {
   }
 
   __device__ __forceinline__ void run() const {
-    int64_t begin = args.cu_seqlens[part.sequence * args.stride_start];
-    int64_t end = args.cu_seqlens[(part.sequence + 1) * args.stride_start];
-    begin = begin < 0 ? 0 : begin;
-    end = end > args.tokens ? args.tokens : end;
+    int64_t begin, end;
+    part.tokens_of(args, begin, end);
     if (begin >= end) return;
     if (part.state == nullptr) {
-      for (int64_t t = begin; t < end; ++t) {
-        for (int c = threadIdx.x; c < part.count; c += blockDim.x)
-          part.row_of(args.out, t)[part.first + c] = from_float<T>(0.0f);
-      }
+      part.store_zeros(args, begin, end);
       return;
     }
     for (int n = threadIdx.x; n <= args.block_size; n += blockDim.x)

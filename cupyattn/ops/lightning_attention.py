@@ -13,6 +13,8 @@ from ..runtime.checks import FLOATS, check_array, check_number, check_writeable
 
 MAX_DIM, MAX_BLOCK = 256, 256
 TILE = 32            # tokens a prefill block holds at a time, and the default of block_size
+MMA_BLOCK = 64       # tokens a block of the tensor cores' version holds at a time, and the default of block_size there
+KEY_DIMS = (64, 128, 256)   # it is compiled for
 CONVENTIONS = ("minimax", "easydel", "fla")
 _OP = "lightning_attention"
 
@@ -25,7 +27,15 @@ def _spec(x, state, vec, prefill, on_cpu=False):
     else:
         rows = 1 if on_cpu else 4 if state != "float32" and vec > 1 else 8
     return Specialisation(_OP, f"{_OP}_prefill" if prefill else _OP, "LightningAttentionArgs",
-                          {"T": x, "S": state, "VEC": vec, "CHUNKS": chunks, "ROWS": rows, "PREFILL": int(prefill)})
+                          {"T": x, "S": state, "VEC": vec, "CHUNKS": chunks, "ROWS": rows, "PREFILL": int(prefill),
+                           "TENSOR_CORES": 0, "KEY_DIM": 0, "COLUMNS": 0, "STAGES": 0})
+
+
+def _mma_spec(x, state, key_dim, columns, stages):
+    return Specialisation(_OP, f"{_OP}_mma", "LightningAttentionArgs",
+                          {"T": x, "S": state, "VEC": 8, "CHUNKS": 1, "ROWS": 16, "PREFILL": 1, "TENSOR_CORES": 1,
+                           "KEY_DIM": key_dim, "COLUMNS": columns, "STAGES": stages},
+                          min_sm=80, expects=("HMMA", "LDSM", "LDGSTS"))
 
 
 CORE = [_spec(*case) for case in (
@@ -34,6 +44,10 @@ CORE = [_spec(*case) for case in (
     ("bfloat16", "float32", 8, False, True), ("float16", "bfloat16", 1, False, True),
     ("float32", "float32", 8, True), ("bfloat16", "float32", 8, True), ("float16", "float16", 8, True),
     ("float16", "float32", 1, True), ("float32", "bfloat16", 1, True), ("float16", "float32", 8, True, True),
+)] + [_mma_spec(*case) for case in (
+    ("float16", "float32", 128, 64, 2), ("bfloat16", "float32", 128, 64, 2), ("float16", "float32", 128, 32, 1),
+    ("bfloat16", "bfloat16", 64, 64, 1), ("float16", "float16", 64, 32, 2), ("float16", "float32", 256, 32, 2),
+    ("bfloat16", "float32", 256, 32, 1),
 )]
 
 
@@ -45,6 +59,9 @@ def more_specs():
             yield _spec(x, state, vec, False, on_cpu)
         for vec in (1, 8):
             yield _spec(x, state, vec, True, on_cpu)
+    for x, state, key_dim, columns, stages in itertools.product(FLOATS[:2], FLOATS, KEY_DIMS, (32, 64), (1, 2)):
+        if key_dim < 256 or columns == 32:
+            yield _mma_spec(x, state, key_dim, columns, stages)
 
 
 def _divisor(number, most):
@@ -85,20 +102,52 @@ def _most_shared_bytes(arch):
     return 1024 * (64 if number < 80 else 163 if number in (80, 87) else 99 if number < 90 or number >= 120 else 227)
 
 
+def _mma_shared_bytes(key_dim, columns, stages):
+    """Of `MmaBlocks`."""
+    tokens = 2 * MMA_BLOCK * (2 * (key_dim + 8) + columns + 8)
+    return stages * tokens + 4 * key_dim * (columns + 8) + 4 * (MMA_BLOCK + 8)
+
+
+def _mma_shape(batch, heads, key_dim, value_dim, most):
+    """(KEY_DIM, COLUMNS, STAGES, shared bytes) on tensor cores; None when a block has too little memory."""
+    width = next(width for width in KEY_DIMS if key_dim <= width)
+    # half as wide where whole ones are too few for the GPU, or do not fit registers
+    columns = 32 if width == 256 or value_dim <= 32 or batch * heads * -(-value_dim // 64) < 96 else 64
+    for stages in (2, 1):
+        shared = _mma_shared_bytes(width, columns, stages)
+        if shared <= most:
+            return width, columns, stages, shared
+    return None
+
+
 @functools.lru_cache(maxsize=4096)
 def _plan_lightning_attention_prefill(batch, heads, key_dim, value_dim, block_size, x, state, align, arch):
-    """(Plan, columns and tile of a block) for any number of tokens per sequence; arguments as above."""
-    on_cpu = arch == "cpu"
-    vec = 8 if align == 16 else 1
-    most = _most_shared_bytes(arch)
+    """(Plan, columns of a block, tile, block_size) for any number of tokens per sequence; arguments as above, and
+    block_size or None."""
+    most, why = _most_shared_bytes(arch), None
+    if arch == "cpu" or int(arch[3:].rstrip("af")) < 80 or x == "float32":
+        why = f"{x} on {arch}"
+    elif align < 16:
+        why = f"alignment {align}"
+    elif (block_size or MMA_BLOCK) > MMA_BLOCK:
+        why = f"block_size {block_size}"
+    shape = _mma_shape(batch, heads, key_dim, value_dim, most) if why is None else None
+    if shape is not None:
+        width, columns, stages, shared = shape
+        return (Plan(_mma_spec(x, state, width, columns, stages), arch, (batch * heads * -(-value_dim // columns),),
+                     (128,), shared_bytes=shared, note=f"tensor cores, {stages} blocks of {MMA_BLOCK} tokens at hand"),
+                columns, MMA_BLOCK, block_size or MMA_BLOCK)
+    block_size = block_size or TILE
     tile, columns = next(
         (tile, columns) for tile, columns in ((TILE, 64), (TILE, 32), (16, 32), (16, 16), (8, 8))
         if _shared_bytes(block_size, tile, key_dim, columns) <= most)
     tile, columns = min(tile, -(-block_size // 8) * 8), min(columns, value_dim)
-    note = f"{'16-byte accesses' if vec > 1 else f'one element per access: alignment {align}'}, tiles of {tile} tokens"
-    return Plan(_spec(x, state, vec, True, on_cpu), arch, (batch * heads * -(-value_dim // columns),),
-                (1 if on_cpu else 128,), shared_bytes=_shared_bytes(block_size, tile, key_dim, columns),
-                note=note), columns, tile
+    on_cpu = arch == "cpu"
+    note = f"CUDA cores: {why or f'{most} bytes of shared memory'}; tiles of {tile} tokens"
+    plan = Plan(_spec(x, state, 8 if align == 16 else 1, True, on_cpu), arch,
+                (batch * heads * -(-value_dim // columns),), (1 if on_cpu else 128,),
+                shared_bytes=_shared_bytes(block_size, tile, key_dim, columns), note=note)
+    return plan, columns, tile, block_size
 
 
 def _check_dims(q, v):
@@ -166,7 +215,7 @@ def lightning_attention(q, k, v, state, slopes, /, *, scale=1.0, cu_seqlens=None
         Updated in place. Any strides with a contiguous last axis. float32 is recommended: what a 16-bit state rounds
         away at every call adds up.
     slopes : ndarray [heads], float32
-        Decay of each head; 0 keeps everything, infinity forgets at once. See `lightning_slopes`.
+        Decay of each head, not negative; 0 keeps everything, infinity forgets at once. See `lightning_slopes`.
     scale : float
         Of the output. Default 1, as in MiniMax; flash-linear-attention uses ``key_dim ** -0.5``.
     cu_seqlens : ndarray [batch + 1], int32, optional
@@ -181,7 +230,7 @@ def lightning_attention(q, k, v, state, slopes, /, *, scale=1.0, cu_seqlens=None
         left of a fresh sequence is exact; leave padding on the right out by `cu_seqlens`.
     block_size : int, optional
         Tokens between two updates of the state in a prefill, 1 to 256. Changes rounding and speed, nothing else.
-        Default 32.
+        Default 64 on tensor cores, which take no more, else 32.
     out : ndarray [tokens, heads, value_dim], dtype of q, optional
         Where to write. Must overlap no input.
 
@@ -200,11 +249,13 @@ def lightning_attention(q, k, v, state, slopes, /, *, scale=1.0, cu_seqlens=None
 
     Notes
     -----
-    Computed in float32 on CUDA cores with one rounding on each store, never TF32. States of other slots are neither
-    read nor written. A step reads and writes each number of a state once; a prefill does so once per call. The bits of
-    a sequence do not depend on the batch around it; a step and a prefill of one token differ by rounding. An infinity
-    or NaN in a key or value reaches earlier tokens of its block in a prefill. On CuPy arrays asynchronous on the
-    current stream. Kernels: ``cuda_src/lightning_attention.cu``.
+    Computed in float32 with one rounding on each store, never TF32. On GPUs from sm_80 on, prefills of float16 and
+    bfloat16 arrays with 16-byte rows run on tensor cores: products of these with float32 sums, in which scores, faded
+    keys and the state count as sums of two 16-bit numbers each (at least 16 bits of each). States of other slots are
+    neither read nor written. A step reads and writes each number of a state once; a prefill does so once per call. On
+    the same GPU the bits of a sequence depend neither on its slot nor on what the sequences around it hold; a step and
+    a prefill of one token differ by rounding. An infinity or NaN in a key or value reaches earlier tokens of its block
+    in a prefill. On CuPy arrays asynchronous on the current stream. Kernels: ``cuda_src/lightning_attention.cu``.
 
     References
     ----------
@@ -235,11 +286,11 @@ def lightning_attention(q, k, v, state, slopes, /, *, scale=1.0, cu_seqlens=None
     check_writeable(_OP, "state", state)
     check_array(_OP, "slopes", slopes, "float32", (heads,), "[heads]", contiguous=False)
     check_number(_OP, "scale", scale)
-    if block_size is None:
-        block_size = TILE
-    check_number(_OP, "block_size", block_size, least=1, integer=True)
-    if block_size > MAX_BLOCK:
-        raise ValueError(f"{_OP}: block_size must be from 1 to {MAX_BLOCK}, got {block_size}")
+    if block_size is not None:
+        check_number(_OP, "block_size", block_size, least=1, integer=True)
+        if block_size > MAX_BLOCK:
+            raise ValueError(f"{_OP}: block_size must be from 1 to {MAX_BLOCK}, got {block_size}")
+        block_size = int(block_size)
     if cu_seqlens is not None and cu_seqlens.ndim == 1 and not len(cu_seqlens):
         raise ValueError(f"{_OP}: cu_seqlens must be [batch + 1], got []")
     batch = tokens if cu_seqlens is None else len(cu_seqlens) - 1
@@ -257,12 +308,13 @@ def lightning_attention(q, k, v, state, slopes, /, *, scale=1.0, cu_seqlens=None
     if out.size == 0 or batch == 0:
         return out
     align = min(alignment(a) for a in (q, k, v, out, state))
-    tile, kinds = 0, (x_type, dtype_name(state), align, arch_of(xp))
+    kinds = x_type, dtype_name(state), align, arch_of(xp)
     if cu_seqlens is None:
         plan, columns = _plan_lightning_attention(batch, heads, key_dim, value_dim, *kinds)
+        tile = block_size = 1
     else:
-        plan, columns, tile = _plan_lightning_attention_prefill(batch, heads, key_dim, value_dim, int(block_size),
-                                                                *kinds)
+        plan, columns, tile, block_size = _plan_lightning_attention_prefill(
+            batch, heads, key_dim, value_dim, block_size, *kinds)
     slot, state_head, state_key, _ = strides(state)
     launch(plan, make_args(
         plan, q=head_view(q), k=head_view(k), v=head_view(v), out=head_view(out), state=state, slopes=slopes,
