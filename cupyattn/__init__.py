@@ -4,6 +4,7 @@
 NumPy arrays in: the `.cu` source runs on the CPU. CuPy arrays in: it runs on the GPU.
 """
 
+from .attention_impl import AttentionImpl, AttentionMetadata, AttentionOutput, AttentionRegistry
 from .attention_params import AttentionParams
 from .cache_iterators import BlockIteratorParams, LinearIteratorParams, QuantPolicy, create_cache_iter_factory
 from .caches import (
@@ -56,6 +57,7 @@ from .ops.selective_state_update import selective_state_update
 from .ops.silu_mul import silu_mul
 from .ops.split_reduce import split_reduce
 from .page_table import PageTable
+from .paged_attn import PagedAttn
 from .pages import PageManager
 from .params import PagedParams, Params
 from .q_attn import QAttn
@@ -96,5 +98,6 @@ __all__ = [
     "MambaCache", "MambaCacheMetaData", "MambaCacheView", "MambaMetadata",
     "PagedAttentionCache", "PagedAttentionCacheMetaData", "PagedAttentionCacheView", "PagedAttentionMetadata",
     "TransformerCache", "TransformerCacheMetaData", "TransformerCacheView", "TransformerMetadata",
+    "AttentionImpl", "AttentionMetadata", "AttentionOutput", "AttentionRegistry", "PagedAttn",
 ]
 __version__ = "0.1.0"
