@@ -53,6 +53,7 @@ from .ops.rope import rope
 from .ops.schedule import Schedule, schedule
 from .ops.silu_mul import silu_mul
 from .ops.split_reduce import split_reduce
+from .page_sequence import PageSequence
 from .page_table import PageTable
 from .pages import PageManager
 from .params import PagedParams, Params
@@ -77,9 +78,9 @@ from .turbomind import flatten_kv, invoke_attention, invoke_decoding, process_kv
 
 __all__ = [
     "AttentionParams", "BlockIteratorParams", "BlockKV", "CaptureError", "CompileError", "KernelCheckError",
-    "LinearIteratorParams", "LoRA", "PagedCache", "PagedParams", "PageManager", "PageTable", "Params", "QAttn",
-    "QExperts", "QMatrix", "QuantPolicy", "QuantizedKV", "ROPE_STYLE_GPTJ", "ROPE_STYLE_NEOX", "ROPE_STYLE_NONE",
-    "RopeKernelParam", "RopeParams", "Schedule",
+    "LinearIteratorParams", "LoRA", "PagedCache", "PagedParams", "PageManager", "PageSequence", "PageTable",
+    "Params", "QAttn", "QExperts", "QMatrix", "QuantPolicy", "QuantizedKV", "ROPE_STYLE_GPTJ", "ROPE_STYLE_NEOX",
+    "ROPE_STYLE_NONE", "RopeKernelParam", "RopeParams", "Schedule",
     "attention", "dequantize", "embedding", "kv_append", "kv_flatten", "layer_norm", "paged_decode", "quant_gemm",
     "repack", "rms_norm", "rope", "schedule", "silu_mul", "split_reduce", "tune",
     "causal_conv1d", "causal_conv1d_update",
