@@ -56,6 +56,7 @@ from .ops.selective_scan import selective_scan
 from .ops.selective_state_update import selective_state_update
 from .ops.silu_mul import silu_mul
 from .ops.split_reduce import split_reduce
+from .page_sequence import PageSequence
 from .page_table import PageTable
 from .paged_attn import PagedAttn
 from .pages import PageManager
@@ -81,9 +82,9 @@ from .turbomind import flatten_kv, invoke_attention, invoke_decoding, process_kv
 
 __all__ = [
     "AttentionParams", "BlockIteratorParams", "BlockKV", "CaptureError", "CompileError", "KernelCheckError",
-    "LinearIteratorParams", "LoRA", "PagedCache", "PagedParams", "PageManager", "PageTable", "Params", "QAttn",
-    "QExperts", "QMatrix", "QuantPolicy", "QuantizedKV", "ROPE_STYLE_GPTJ", "ROPE_STYLE_NEOX", "ROPE_STYLE_NONE",
-    "RopeKernelParam", "RopeParams", "Schedule",
+    "LinearIteratorParams", "LoRA", "PagedCache", "PagedParams", "PageManager", "PageSequence", "PageTable",
+    "Params", "QAttn", "QExperts", "QMatrix", "QuantPolicy", "QuantizedKV", "ROPE_STYLE_GPTJ", "ROPE_STYLE_NEOX",
+    "ROPE_STYLE_NONE", "RopeKernelParam", "RopeParams", "Schedule",
     "attention", "dequantize", "embedding", "kv_append", "kv_flatten", "layer_norm", "paged_decode", "quant_gemm",
     "repack", "rms_norm", "rope", "schedule", "silu_mul", "split_reduce", "tune",
     "causal_conv1d", "causal_conv1d_update", "lightning_attention", "lightning_slopes", "page_move",

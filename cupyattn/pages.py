@@ -2,9 +2,14 @@
 """Which page belongs to whom: the one page manager behind every paged cache."""
 
 import threading
+import weakref
 from collections import Counter, deque
 
 import numpy as np
+
+from .defragmentation import layout, rounds
+from .page_sequence import PageSequence
+from .prefix_index import PrefixIndex
 
 
 class PageManager:
@@ -13,6 +18,11 @@ class PageManager:
     A page goes back to the end of the free queue when the last of its holders has freed it. Every method is atomic:
     it either does everything it was asked or, on an error or a lack of pages, changes nothing; threads may share one
     manager.
+
+    There are two ways to hold pages: as plain lists (`allocate`, `grow`, `share`, `free`), or as `sequence`, which
+    knows its tokens. Pages of freed sequences count as free but are remembered: they are granted only when no other is
+    left, those released the longest ago first and the end of a text before its beginning, and until then a sequence
+    that begins with the same tokens finds them. ``print(manager)`` shows what is known of every page.
 
     Parameters
     ----------
@@ -49,11 +59,25 @@ class PageManager:
             raise ValueError(f"PageManager: reserved must hold ids below num_pages = {num_pages}, got {outside[0]}")
         self._free = deque(page for page in range(num_pages) if page not in self.reserved)
         self._holders = {}  # page -> number of holders, only pages in use
-        self._lock = threading.Lock()
+        self._index = PrefixIndex(self.page_size)
+        self._remembered = {}  # free pages in the index, the next to be granted first; a page after all that follow it
+        self._sequences = weakref.WeakSet()  # for `defragment`
+        self._lock = threading.RLock()
 
     def __repr__(self):
         return (f"PageManager(num_pages={self.num_pages}, page_size={self.page_size}, "
                 f"reserved={sorted(self.reserved)}, num_free={self.num_free})")
+
+    def __str__(self):
+        with self._lock:
+            lines = [f"{self!r}: {len(self._holders)} held, {self.num_free} free, {self.num_remembered} of these "
+                     "remembered"]
+            for depth, page in self._index.walk():
+                tokens, holders = self._index.tokens(page), self.ref_count(page)
+                shown = " ".join(map(str, tokens[:6])) + " ..." * (len(tokens) > 6)
+                lines.append(f"{'  ' * depth}  page {page}: {holders or 'no'} holder{'s' * (holders != 1)}, "
+                             f"{len(tokens)} token{'s' * (len(tokens) != 1)}: {shown}")
+            return "\n".join(lines)
 
     @property
     def capacity(self):
@@ -62,8 +86,13 @@ class PageManager:
 
     @property
     def num_free(self):
-        """Pages that can be allocated now."""
-        return len(self._free)
+        """Pages that can be allocated now, those remembered included."""
+        return len(self._free) + len(self._remembered)
+
+    @property
+    def num_remembered(self):
+        """Free pages whose tokens a sequence could still find."""
+        return len(self._remembered)
 
     def ref_count(self, page):
         """Holders of `page`; 0 when it is free or reserved."""
@@ -74,7 +103,7 @@ class PageManager:
         return -(-_count("num_tokens", num_tokens, least=0) // self.page_size)
 
     def allocate(self, count):
-        """Take `count` pages from the front of the free queue.
+        """Take `count` pages from the front of the free queue, then those remembered.
 
         Returns
         -------
@@ -82,11 +111,48 @@ class PageManager:
             Empty when fewer than `count` pages are free, or when `count` is not positive.
         """
         with self._lock:
-            if not 0 < count <= len(self._free):
-                return []
-            pages = [self._free.popleft() for _ in range(count)]
-            self._holders.update(dict.fromkeys(pages, 1))
-            return pages
+            return [self._grant() for _ in range(count)] if 0 < count <= self.num_free else []
+
+    def _grant(self):
+        """A free page for one holder; there is one."""
+        if not self._free:
+            self._forget_oldest()
+        page = self._free.popleft()
+        self._holders[page] = 1
+        return page
+
+    def _forget_oldest(self):
+        """One remembered page becomes empty: that released first, or the end of a text that goes on from it."""
+        page, below = None, next(iter(self._remembered))
+        while below is not None:
+            page = below
+            below = next((child for child in self._index.children(page) if child in self._remembered), None)
+        self._forget(page)
+
+    def _forget(self, page):
+        """What is in `page`, and what came after it, cannot be found any more; those without a holder are empty."""
+        for each in self._index.forget(page):
+            self._empty(each)
+
+    def _empty(self, page):
+        if page in self._remembered:
+            del self._remembered[page]
+            self._free.append(page)
+
+    def _hold(self, page):
+        """One more holder of a page in use or remembered."""
+        self._remembered.pop(page, None)
+        self._holders[page] = self._holders.get(page, 0) + 1
+
+    def _release(self, page):
+        """One holder less."""
+        self._holders[page] -= 1
+        if self._holders[page] == 0:
+            del self._holders[page]
+            if page in self._index:
+                self._remembered[page] = None
+            else:
+                self._free.append(page)
 
     def allocate_tokens(self, num_tokens):
         """Take as many pages as a prompt of `num_tokens` tokens needs; as `allocate` otherwise."""
@@ -106,6 +172,15 @@ class PageManager:
         more = self.allocate(missing)
         pages += more
         return bool(more)
+
+    def _take_back(self, page):
+        """As `_release`, but without a holder it is empty, and the next to be granted."""
+        self._holders[page] -= 1
+        if self._holders[page] == 0:
+            del self._holders[page]
+            if page in self._index:
+                self._forget(page)
+            self._free.appendleft(page)
 
     def share(self, pages):
         """Add a holder to each of `pages`, e.g. for a second sequence with the same prompt.
@@ -129,7 +204,7 @@ class PageManager:
                 if page not in self._holders:
                     raise ValueError(f"PageManager.share: pages must be in use, got {self._describe(page)}")
             for page in pages:
-                self._holders[page] += 1
+                self._hold(page)
         return pages
 
     def free(self, pages):
@@ -150,10 +225,7 @@ class PageManager:
                     raise ValueError(f"PageManager.free: pages must name a page at most once per holder, got page "
                                      f"{page} {times} times with {holders} holder{'s' if holders > 1 else ''}")
             for page in pages:
-                self._holders[page] -= 1
-                if self._holders[page] == 0:
-                    del self._holders[page]
-                    self._free.append(page)
+                self._release(page)
 
     def _describe(self, page):
         if page in self.reserved:
@@ -161,6 +233,76 @@ class PageManager:
         if page in range(self.num_pages):
             return f"page {page}, which is already free"
         return f"{page!r}, which is no page id in [0, {self.num_pages})"
+
+    def sequence(self, tokens=(), *, salt="", share_prefix=True):
+        """A sequence that holds the pages on which its first tokens are already.
+
+        Parameters
+        ----------
+        tokens : sequence of int, optional
+            What it will begin with; leave out the last token of a prompt, whose step gives the logits.
+        salt : str
+            Only sequences with the same salt share pages: name what else the keys and values depend on, e.g. an
+            adapter.
+        share_prefix : bool
+            False: it finds nothing, and nothing of it is found.
+
+        Returns
+        -------
+        PageSequence
+            Its `num_tokens` says how many were found.
+        """
+        tokens = [int(token) for token in tokens]
+        with self._lock:
+            pages, count = self._index.match(salt, tokens) if share_prefix else ([], 0)
+            return self._new_sequence(pages, count, salt if share_prefix else None)
+
+    def _new_sequence(self, pages, num_tokens, salt):
+        for page in pages:
+            self._hold(page)
+        made = PageSequence(self, list(pages), num_tokens, salt)
+        self._sequences.add(made)
+        return made
+
+    def defragment(self):
+        """Give every sequence pages in a row, as far as sharing permits, from the lowest id on.
+
+        The caller must move what is in the pages, see the result (`PagedCache.defragment` does), and make new tables.
+        Pages held as plain lists stay where they are. One remembered page is forgotten when there is no empty one to
+        move things through; without either, pages that would have to change places stay, too.
+
+        Returns
+        -------
+        list of dict {int: int}
+            To be done one after the other: page a goes to page b for all ``{a: b}``, none of which is both.
+        """
+        with self._lock:
+            held = Counter(page for sequence in self._sequences for page in sequence.pages)
+            fixed = {page for page, holders in self._holders.items() if holders != held[page]} | self.reserved
+            places = [page for page in range(self.num_pages) if page not in fixed]
+            chains = sorted(sequence.pages for sequence in self._sequences)
+            wanted = layout(chains, list(self._remembered), places)
+            if wanted and not self._free and self._remembered:
+                self._forget_oldest()
+                wanted = layout(chains, list(self._remembered), places)
+            done = rounds(wanted, self._free)
+            self._rename(done, places)
+            return done
+
+    def _rename(self, done, places):
+        """Pages have moved as `done` says, and only among `places`."""
+        now = {}   # where what was in a page is
+        was = {}
+        for moves in done:
+            origins = [was.pop(source, source) for source in moves]
+            for origin, place in zip(origins, moves.values(), strict=True):
+                now[origin], was[place] = place, origin
+        self._holders = {now.get(page, page): count for page, count in self._holders.items()}
+        self._remembered = {now.get(page, page): None for page in self._remembered}
+        self._index.rename(now)
+        for sequence in self._sequences:
+            sequence.pages[:] = [now.get(page, page) for page in sequence.pages]
+        self._free = deque(page for page in places if page not in self._holders and page not in self._remembered)
 
     def slots_for(self, pages, positions):
         """Flat cache slots ``pages[p // page_size] * page_size + p % page_size`` of one sequence's positions.

@@ -5,7 +5,9 @@ import numpy as np
 
 from ..kv_formats import FLOATS, check_head_dim
 from ..kv_formats import FORMATS as QUANTIZED
+from ..ops.page_move import page_move
 from ..pages import PageManager
+from ..params import PagedParams
 from ..quantized_kv import QuantizedKV
 from ..runtime.arrays import dtype_of
 from ..runtime.checks import check_number
@@ -17,6 +19,7 @@ class PagedCache:
     """Keys and values of every layer in pools of pages, and who owns which page.
 
     It knows no lengths: those of a step are in its `Params` or `PagedParams`. Slots nobody has written hold garbage.
+    Sequences that begin alike share pages, see ``pages.sequence``; `step` makes the PagedParams of such.
 
     Parameters
     ----------
@@ -58,6 +61,13 @@ class PagedCache:
     PagedCache(2 layers, 8 pages of 16 tokens, 4 heads of 64, hadamard8/hadamard4, 106496 bytes, 8 pages free)
     >>> cache.pages.allocate_tokens(20)
     [0, 1]
+    >>> sequence = cache.pages.sequence(range(40))
+    >>> params = cache.step([sequence], 40)                 # for layer.forward(x, params, cache, ...)
+    >>> params.block_index
+    array([[2, 3, 4]], dtype=int32)
+    >>> sequence.append(range(40))
+    >>> cache.pages.sequence([*range(20), 7])
+    PageSequence(20 tokens on pages [2, 3], room for 0 more)
     """
 
     def __init__(self, num_layers, num_pages, page_size, num_kv_heads, head_dim, *, dtype="float16", k_format=None,
@@ -124,6 +134,70 @@ class PagedCache:
     def nbytes(self):
         """Bytes of all pools, scales included."""
         return sum(pool.nbytes for pool in (*self.k, *self.v))
+
+    def step(self, sequences, q_len, *, max_pages=None, others=()):
+        """Make room for `q_len` more tokens of each sequence, and copy begun pages that are not a sequence's alone.
+
+        Parameters
+        ----------
+        sequences : list of PageSequence
+            Of ``pages``; give them the tokens by ``append`` when they are in the cache.
+        q_len : int
+        max_pages : int, optional
+            Columns of the block table. Default: as many as the longest sequence needs.
+        others : iterable of PagedCache
+            Caches with other keys and values on the same pages, e.g. of a draft model or of other ranks.
+
+        Returns
+        -------
+        PagedParams
+
+        Raises
+        ------
+        MemoryError
+            There are too few free pages for one of the sequences; those before it have their room.
+        """
+        copies = {}
+        try:
+            for sequence in sequences:
+                more = sequence.reserve(q_len)
+                for source, destination in more:   # what one leaves may be the next one's
+                    if any(source == b or destination in (a, b) for a, b in copies):
+                        self._move(copies, others)
+                        copies = {}
+                copies |= more
+        finally:
+            self._move(copies, others)
+        lengths = [sequence.num_tokens for sequence in sequences]
+        table = self.pages.block_table([sequence.pages for sequence in sequences], max_pages=max_pages)
+        return PagedParams(len(sequences), table, lengths, max(lengths), self.page_size, q_len)
+
+    def defragment(self, *, others=()):
+        """Give every sequence pages in a row, as far as sharing permits; see `PageManager.defragment`.
+
+        What is in the pages moves along, bit for bit, so only block tables made before are no longer right.
+
+        Parameters
+        ----------
+        others : iterable of PagedCache
+            As in `step`.
+
+        Returns
+        -------
+        int
+            Pages moved.
+        """
+        done = self.pages.defragment()
+        for moves in done:
+            self._move(dict.fromkeys(moves.items(), self.page_size), others)
+        return sum(map(len, done))
+
+    def _move(self, copies, others):
+        """Copy tokens between pages: ``{(page, page): tokens}``."""
+        lists = [*zip(*copies, strict=True), copies.values()]
+        for cache in (self, *others) if copies else ():
+            sources, destinations, tokens = (cache.xp.asarray(np.fromiter(ids, np.int32)) for ids in lists)
+            page_move([*cache.k, *cache.v], sources, destinations, tokens=tokens)
 
     def to(self, xp):
         """This cache with its pools on `xp` (numpy or cupy); itself when they are there. Both share `pages`."""
