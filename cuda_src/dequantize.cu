@@ -20,7 +20,7 @@ constexpr int WARPS = CA_WARPS;
 constexpr int VEC = CA_VEC;  // elements per store, 1 or 4; divides the row stride of out
 static_assert(sizeof(DequantizeArgs) == CA_SIZEOF_ARGS, "dequantize: Python and CUDA disagree on DequantizeArgs");
 
-CA_KERNEL __launch_bounds__(32 * WARPS) void dequantize(const __grid_constant__ DequantizeArgs args) {
+CA_KERNEL __launch_bounds__(32 * WARPS, 4) void dequantize(const __grid_constant__ DequantizeArgs args) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int row_tile = args.first_row / TILE_ROWS + blockIdx.x;
   const int first = row_tile * TILE_ROWS + lane / 4 - args.first_row;  // row of out

@@ -36,7 +36,7 @@ __device__ __forceinline__ void copy_packed_row(const EmbeddingArgs& args, int64
   }
 }
 
-CA_KERNEL __launch_bounds__(256) void embedding(const __grid_constant__ EmbeddingArgs args) {
+CA_KERNEL __launch_bounds__(256, 2) void embedding(const __grid_constant__ EmbeddingArgs args) {
   const int64_t token = blockIdx.x;
   const int64_t row = static_cast<const Id*>(args.ids)[token * args.stride_id];
   U* out = static_cast<U*>(args.out.data) + token * args.out.stride_row;

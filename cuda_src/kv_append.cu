@@ -306,7 +306,7 @@ __device__ __forceinline__ void append_head(const KvAppendArgs& args, const Row&
   }
 }
 
-CA_KERNEL __launch_bounds__(128, 6) void kv_append(const __grid_constant__ KvAppendArgs args) {
+CA_KERNEL __launch_bounds__(128, CHUNKS == 2 ? 5 : 6) void kv_append(const __grid_constant__ KvAppendArgs args) {
   const int lane = threadIdx.x, lanes = blockDim.x, y = threadIdx.y, rows = blockDim.y, step_tile = gridDim.y;
   const int kv_tiles = ceil_div(args.num_kv_heads, rows);
   const int tiles = 2 * kv_tiles + (STAGES ? ceil_div(args.num_heads, rows) : 0);

@@ -205,7 +205,7 @@ __device__ __forceinline__ void multiply(const QuantGemmArgs& args, int token) {
   }
 }
 
-CA_KERNEL __launch_bounds__(32 * WARPS, 4) void quant_gemm(const __grid_constant__ QuantGemmArgs args) {
+CA_KERNEL __launch_bounds__(32 * WARPS, M_TILE == 8 && VEC == 1 ? 3 : 4) void quant_gemm(const __grid_constant__ QuantGemmArgs args) {
   if constexpr (EXPERTS) {
     const ExpertTile at = expert_tile<M_TILE>(args.experts, args.tokens);
     if (at.expert < 0) return;

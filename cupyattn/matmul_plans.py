@@ -116,7 +116,9 @@ def shape_of(form, m_tile, most=4):
 
     At `most` so many row tiles; fewer where two stages do not fit or too little would be on its way.
     """
-    row_tiles = min(most, (4 if form.bits <= 8 else 2) if m_tile == 8 else 2 if m_tile == 64 else 1)
+    # four row tiles of 5-bit codes with such records do not fit into the registers on sm_100 and later
+    wide = form.bits > 8 or (form.bits, form.scale, form.mode) == (5, "float32", "ZERO")
+    row_tiles = min(most, (2 if wide else 4) if m_tile == 8 else 2 if m_tile == 64 else 1)
     while True:
         warps, stages, shared = _rings(form, m_tile, row_tiles)
         few = m_tile == 8 and in_flight(form, row_tiles, warps, stages) < IN_FLIGHT_BYTES
