@@ -56,6 +56,25 @@ def check(xp, q, k, v, state, slopes, *, used=None, lists=None, bounds=None, los
     assert_close(after[list(used)], want_state, 2 * atol + lost * np.abs(want_state).max(initial=0), rtol)
 
 
+def plan_for(monkeypatch, arch):
+    """Calls of the test run what a GPU would, on the CPU executor; returns the list of their plans."""
+    plans = []
+
+    def planned_by(make_plan):
+        def planned(*args):
+            plan, *rest = make_plan.__wrapped__(*args[:-1], arch)   # not from the cache, for it is changed
+            object.__setattr__(plan, "arch", "cpu")
+            plans.append(plan)
+            return plan, *rest
+
+        return planned
+
+    for name in ("_plan_lightning_attention", "_plan_lightning_attention_prefill"):
+        monkeypatch.setattr(op, name, planned_by(getattr(op, name)))
+    monkeypatch.setattr(op._prepared, "_remembered", {})
+    return plans
+
+
 # ---- one token per sequence ----------------------------------------------------------------------------------
 
 
@@ -111,24 +130,11 @@ def test_prefill(xp, heads, key_dim, value_dim, dtype, state):
     check(xp, *x[:3], pool, x[3], used=[3, 1, 0], lists=lists, scale=1.3, lost=lost)
 
 
-def on_tensor_cores(monkeypatch, arch="sm_90a"):
-    """Prefills of the test run what a GPU would run, on the CPU executor; returns the plans."""
-    made, plans = op._plan_lightning_attention_prefill, []
-
-    def planned(*args):
-        plan, *rest = as_planned_for(arch, made)(*args)
-        plans.append(plan)
-        return plan, *rest
-
-    monkeypatch.setattr(op, "_plan_lightning_attention_prefill", planned)
-    return plans
-
-
 @pytest.mark.parametrize("heads, key_dim, value_dim, dtype, state, arch", [
     (3, 72, 72, "bfloat16", "float32", "sm_90a"), (1, 16, 8, "float16", "bfloat16", "sm_90a"),
     (64, 8, 40, "float16", "float16", "sm_120a"), (1, 256, 40, "bfloat16", "float32", "sm_80")])
 def test_prefill_on_tensor_cores(heads, key_dim, value_dim, dtype, state, arch, monkeypatch):
-    plans = on_tensor_cores(monkeypatch, arch)
+    plans = plan_for(monkeypatch, arch)
     lists = {"cu_seqlens": np.int32([0, 65, 65, 66, 216]), "slots": np.int32([3, 1, 0, -1]),
              "has_state": np.array([True, True, False, True]), "mask": np.arange(216) % 11 != 7}
     q, k, v, slopes = make(216, heads, key_dim, value_dim, dtype)
@@ -143,7 +149,7 @@ def test_prefill_on_tensor_cores(heads, key_dim, value_dim, dtype, state, arch, 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_tensor_cores_keep_any_range(dtype, monkeypatch):
     """Scores and states past 65504, and tiny ones beside large ones; a head that never fades beside a fast one."""
-    on_tensor_cores(monkeypatch)
+    plan_for(monkeypatch, "sm_90a")
     q, k, v, _ = make(130, 2, 64, 32, dtype)
     starts, slopes = np.int32([0, 130]), np.float32([0, 3])
     for state_size, q_size, v_size in ((1e6, 1, 1), (1, 3000, 1e-3), (1e-6, 1e-3, 100), (0, 1, 1)):
@@ -395,8 +401,7 @@ def test_sequences_do_not_see_each_other(xp):
 def test_lightning_attention_checked(dtype, on, monkeypatch):
     """Both kernels, with the CPU's blocks of one thread and with a GPU's."""
     if on != "cpu":
-        for name in ("_plan_lightning_attention", "_plan_lightning_attention_prefill"):
-            monkeypatch.setattr(op, name, as_planned_for(on, getattr(op, name)))
+        plan_for(monkeypatch, on)
     q, k, v, slopes = make(47, 2, 16, 72, dtype)
     step, lists = slice(0, 3), {"cu_seqlens": np.int32([0, 5, 5, 47]), "has_state": np.uint8([0, 1, 1])}
     results = []
@@ -418,7 +423,7 @@ def test_lightning_attention_checked(dtype, on, monkeypatch):
 
 def test_tensor_cores_with_one_stage_checked(monkeypatch):
     """Where shared memory is too short for two: the next tokens are fetched once nobody reads these any more."""
-    plans = on_tensor_cores(monkeypatch, "sm_80")
+    plans = plan_for(monkeypatch, "sm_80")
     q, k, v, slopes = make(70, 1, 136, 8, "bfloat16")
     results = []
     for schedule, seed in (("forward", 0), ("random", 3)):
@@ -434,21 +439,10 @@ def test_tensor_cores_with_one_stage_checked(monkeypatch):
     assert_close(results[0][0], want, *BOUNDS["bfloat16"])
 
 
-def as_planned_for(arch, make_plan):
-    """The plan for another arch, run on the CPU all the same."""
-    def planned(*args):
-        plan, *rest = make_plan.__wrapped__(*args[:-1], arch)   # not from the cache, for it is changed
-        object.__setattr__(plan, "arch", "cpu")
-        return plan, *rest
-
-    return planned
-
-
 @pytest.mark.parametrize("starts", [None, [0, 20, 20, 60]], ids=["step", "prefill"])
 @pytest.mark.parametrize("on", ["cpu", "sm_90a"])
 def test_a_state_moves_once_each_way(starts, on, monkeypatch):
-    for name in ("_plan_lightning_attention", "_plan_lightning_attention_prefill"):
-        monkeypatch.setattr(op, name, as_planned_for(on, getattr(op, name)))
+    plan_for(monkeypatch, on)
     batch, tokens = 3, 3 if starts is None else 60
     q, k, v, slopes = make(tokens, 2, 32, 128, "float16")
     state = np.empty(5 * 2 * 32 * 128 + 8, np.float32)

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 
 from ..devices import to_host
-from ..runtime import Plan, Specialisation, arch_of, env, launch, make_args
+from ..runtime import Plan, Prepared, Specialisation, Template, arch_of, env, make_args
 from ..runtime.arrays import alignment, array_namespace, dtype_name, head_view, strides
 from ..runtime.checks import FLOATS, check_array, check_number, check_writeable
 
@@ -156,8 +156,11 @@ def _check_dims(q, v):
             raise ValueError(f"{_OP}: {name} must have a {axis} that is a multiple of 8 up to {MAX_DIM}, got {dim}")
 
 
-def _check_lists(batch, tokens, cu_seqlens, slots, has_state, mask):
-    """Dtypes, shapes and strides of what is given per sequence or token."""
+def _check_lists(tokens, num_slots, cu_seqlens, slots, has_state, mask):
+    """What is given per sequence or token fits; the number of sequences."""
+    if cu_seqlens is not None and cu_seqlens.shape == (0,):
+        raise ValueError(f"{_OP}: cu_seqlens must be [batch + 1], got []")
+    batch = tokens if cu_seqlens is None or cu_seqlens.ndim != 1 else len(cu_seqlens) - 1
     for name, array, dtypes, shape, axes in (
             ("cu_seqlens", cu_seqlens, "int32", (batch + 1,), "[batch + 1]"),
             ("slots", slots, "int32", (batch,), "[batch]"),
@@ -165,9 +168,13 @@ def _check_lists(batch, tokens, cu_seqlens, slots, has_state, mask):
             ("mask", mask, ("bool", "uint8"), (tokens,), "[tokens]")):
         if array is not None:
             check_array(_OP, name, array, dtypes, shape, axes, contiguous=False)
+    if slots is None and batch > num_slots:
+        raise ValueError(f"{_OP}: state must have a slot for each of the {batch} sequences when slots is None, got "
+                         f"{num_slots}")
+    return batch
 
 
-def _check_content(batch, tokens, num_slots, cu_seqlens, slots):
+def _check_content(tokens, num_slots, cu_seqlens, slots):
     """Offsets do not decrease and lie within the tokens; no two sequences share a state. Copies CuPy arrays."""
     if cu_seqlens is not None:
         starts = to_host(cu_seqlens).astype(np.int64)
@@ -175,14 +182,14 @@ def _check_content(batch, tokens, num_slots, cu_seqlens, slots):
             raise ValueError(f"{_OP}: cu_seqlens must not decrease and be within 0 and the {tokens} tokens of q, got "
                              f"{starts.tolist() if len(starts) < 20 else f'{starts[0]} to {starts[-1]}'}")
     if slots is not None:
-        used = to_host(slots)
-        used = np.sort(used[used >= 0])
-        if used.size and used[-1] >= num_slots:
-            raise ValueError(f"{_OP}: slots must be below the {num_slots} slots of state, or negative for none, got "
-                             f"{used[-1]}")
-        twice = used[1:][used[1:] == used[:-1]]
-        if twice.size:
-            raise ValueError(f"{_OP}: slots must differ from sequence to sequence, got {twice[0]} twice")
+        used = set()
+        for slot in to_host(slots).tolist():
+            if slot >= num_slots:
+                raise ValueError(f"{_OP}: slots must be below the {num_slots} slots of state, or negative for none, "
+                                 f"got {slot}")
+            if slot >= 0 and slot in used:
+                raise ValueError(f"{_OP}: slots must differ from sequence to sequence, got {slot} twice")
+            used.add(slot)
 
 
 def _as_bytes(flags):
@@ -273,6 +280,19 @@ def lightning_attention(q, k, v, state, slopes, /, *, scale=1.0, cu_seqlens=None
     >>> cupyattn.lightning_attention(x[:1], x[:1], x[:1], state, halving)[:, 0, 0]   # the fourth
     array([15.], dtype=float32)
     """
+    if out is None:
+        out = array_namespace(_OP, v=v).empty(v.shape, v.dtype)
+    found, *where = _prepared((q, k, v, state, slopes, cu_seqlens, slots, has_state, mask, out), scale, block_size)
+    if found is not None:
+        if isinstance(q, np.ndarray) or env.check():
+            _check_content(q.shape[0], state.shape[0], cu_seqlens, slots)
+        found.launch(*where)
+    return out
+
+
+@Prepared
+def _prepared(q, k, v, state, slopes, cu_seqlens, slots, has_state, mask, out, scale, block_size):
+    """The launch for arrays of these kinds; None where there is nothing to do."""
     xp = array_namespace(_OP, q=q, k=k, v=v, state=state, slopes=slopes, cu_seqlens=cu_seqlens, slots=slots,
                          has_state=has_state, mask=mask, out=out)
     x_type = check_array(_OP, "q", q, FLOATS, (None, None, None), "[tokens, heads, key_dim]")
@@ -291,24 +311,12 @@ def lightning_attention(q, k, v, state, slopes, /, *, scale=1.0, cu_seqlens=None
         if block_size > MAX_BLOCK:
             raise ValueError(f"{_OP}: block_size must be from 1 to {MAX_BLOCK}, got {block_size}")
         block_size = int(block_size)
-    if cu_seqlens is not None and cu_seqlens.ndim == 1 and not len(cu_seqlens):
-        raise ValueError(f"{_OP}: cu_seqlens must be [batch + 1], got []")
-    batch = tokens if cu_seqlens is None else len(cu_seqlens) - 1
-    _check_lists(batch, tokens, cu_seqlens, slots, has_state, mask)
-    num_slots = state.shape[0]
-    if slots is None and batch > num_slots:
-        raise ValueError(f"{_OP}: state must have a slot for each of the {batch} sequences when slots is None, got "
-                         f"{num_slots}")
-    if out is None:
-        out = xp.empty(v.shape, v.dtype)
+    batch = _check_lists(tokens, state.shape[0], cu_seqlens, slots, has_state, mask)
     check_array(_OP, "out", out, x_type, v.shape, "[tokens, heads, value_dim]")
     check_writeable(_OP, "out", out)
-    if xp is np or env.check():
-        _check_content(batch, tokens, num_slots, cu_seqlens, slots)
     if out.size == 0 or batch == 0:
-        return out
-    align = min(alignment(a) for a in (q, k, v, out, state))
-    kinds = x_type, dtype_name(state), align, arch_of(xp)
+        return None
+    kinds = (x_type, dtype_name(state), min(alignment(a) for a in (q, k, v, out, state)), arch_of(xp))
     if cu_seqlens is None:
         plan, columns = _plan_lightning_attention(batch, heads, key_dim, value_dim, *kinds)
         tile = block_size = 1
@@ -316,15 +324,14 @@ def lightning_attention(q, k, v, state, slopes, /, *, scale=1.0, cu_seqlens=None
         plan, columns, tile, block_size = _plan_lightning_attention_prefill(
             batch, heads, key_dim, value_dim, block_size, *kinds)
     slot, state_head, state_key, _ = strides(state)
-    launch(plan, make_args(
+    return Template(plan, make_args(
         plan, q=head_view(q), k=head_view(k), v=head_view(v), out=head_view(out), state=state, slopes=slopes,
         cu_seqlens=cu_seqlens, slots=slots, has_state=_as_bytes(has_state), mask=_as_bytes(mask), stride_slot=slot,
         stride_state_head=state_head, stride_key=state_key, stride_slope=_stride(slopes),
         stride_start=_stride(cu_seqlens), stride_sequence=_stride(slots), stride_has=_stride(has_state),
         stride_mask=_stride(mask), tokens=tokens, heads=heads, key_dim=key_dim, value_dim=value_dim,
-        num_slots=num_slots, slices=-(-value_dim // columns), columns=columns, tile=tile, block_size=block_size,
+        num_slots=state.shape[0], slices=-(-value_dim // columns), columns=columns, tile=tile, block_size=block_size,
         scale=scale))
-    return out
 
 
 def lightning_slopes(num_heads, layer, num_layers, *, convention="minimax", xp=np):
