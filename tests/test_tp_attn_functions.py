@@ -295,7 +295,7 @@ def test_every_keyword(keyword, paged):
 
 def test_quantized_caches():
     lists = Lists("fp32, uneven", True, InProcessCommunicator(2), dim=32)
-    formats = {"k_format": "hadamard8", "v_format": "int4", "dtype": "float32"}
+    formats = {"k_format": "hadamard8", "v_format": "hadamard4", "dtype": "float32"}
     parts = [PagedCache(1, 8, 4, heads, 32, **formats) for heads in lists.context.kv_heads]
     lists.caches = [[part.k[0] for part in parts], [part.v[0] for part in parts]]
     whole = PagedCache(1, 8, 4, 7, 32, **formats)
