@@ -15,9 +15,10 @@
 //            carry: grid (batch, any), block (any), no shared memory
 // aliasing   none
 // traffic    inputs twice and out once; of states tokens / piece * heads * head_dim * state_size * 4 bytes, four times.
-//            Neither is what limits it: per token and head_dim * state_size states the recurrence takes two times that
-//            many exponentials (Mamba-1) and five times that many multiply-adds, the dual form about three times that
-//            many multiply-adds, all on CUDA cores
+//            That does not limit it. Per token and head_dim * state_size states the recurrence takes twice as many
+//            exponentials (Mamba-1: the special function units set the pace) and five times as many multiply-adds; the
+//            dual form about three times as many multiply-adds, all on CUDA cores and with operands from shared memory,
+//            whose bandwidth allows about half their rate
 #include "prelude.cuh"
 #include "params.h"
 #include "selective_state.cuh"
@@ -72,6 +73,12 @@ struct Work {
     if (!OUTPUTS) return 0.0f;
     if (carried.data != nullptr) return carried.data[dim * carried.stride_dim + n];
     return reads_pool ? to_float(pool.data[dim * pool.stride_dim + n]) : 0.0f;
+  }
+  // Four of them; those past state_size are 0.
+  __device__ __forceinline__ Floats<4> begin_four(int dim, int n, int state_size) const {
+    if (!OUTPUTS || (carried.data == nullptr && !reads_pool)) return Floats<4>::all(0.0f);
+    if (carried.data == nullptr) return load_part<4>(pool.data + dim * pool.stride_dim + n, state_size - n, false);
+    return load_part<4>(carried.data + dim * carried.stride_dim + n, state_size - n, state_size % 4 == 0);
   }
   __device__ __forceinline__ void end(int dim, int n, float state) const {
     if (!OUTPUTS) carried.data[dim * carried.stride_dim + n] = state;
@@ -135,7 +142,9 @@ CA_KERNEL __launch_bounds__(128, 4) void selective_scan(const __grid_constant__ 
 #else
 #include "selective_dual.cuh"
 
-CA_KERNEL __launch_bounds__(128, 4) void selective_scan_dual(const __grid_constant__ SelectiveScanArgs args) {
+constexpr int MIN_BLOCKS = VEC == 8 ? 2 : 4;  // shared memory allows two with 128 states
+
+CA_KERNEL __launch_bounds__(128, MIN_BLOCKS) void selective_scan_dual(const __grid_constant__ SelectiveScanArgs args) {
   scan_by_products(args);
 }
 

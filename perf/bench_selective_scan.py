@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import numpy as np
 import pytest
-from bench_selective_state_update import SHAPES, inputs
+from bench_selective_state_update import SHAPES, by_array_library, inputs
 from timing import DEVICE
 
 import cupyattn
@@ -27,7 +27,12 @@ def bench_selective_scan(bench, shape, sequences, tokens):
         x, dt, B, C, z = rows
         return reference(x, dt, A, B, C, D, z, dt_bias, True, state=state[:1])
 
+    def token_by_token(state, starts, x, dt, A, B, C, D, z, dt_bias, out):
+        for t in range(tokens):
+            row = slice(t, t + 1)
+            by_array_library(state, x[row], dt[row], A, B[row], C[row], D, z[row], dt_bias, out[row])
+
     channels = int(np.prod(shape.dims))
     bench(f"{shape} {sequences} x {tokens} float16", make, call, expected, tolerance=(4e-3, 2.0**-10),
           checked=lambda result: result[:CHECKED], nbytes=sequences * tokens * channels * 6,
-          flops=5 * sequences * tokens * channels * shape.states)
+          flops=5 * sequences * tokens * channels * shape.states, baseline=None if DEVICE.is_gpu else token_by_token)

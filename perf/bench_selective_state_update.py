@@ -62,13 +62,16 @@ def bench_selective_state_update(bench, shape, batch, state_dtype):
 
     size = int(np.prod(states))
     bench(f"{shape} batch {batch} state {state_dtype}", make, call, expected, tolerance=(2e-3, 2.0**-10),
-          nbytes=2 * size * np.dtype(state_dtype).itemsize, flops=5 * size, baseline=None if shape.heads else _mamba1)
+          nbytes=2 * size * np.dtype(state_dtype).itemsize, flops=5 * size, baseline=by_array_library)
 
 
-def _mamba1(state, x, dt, A, B, C, D, z, dt_bias, out):
-    """The same by the array library, Mamba-1's shapes."""
+def by_array_library(state, x, dt, A, B, C, D, z, dt_bias, out):
+    """The same with one group, by the array library."""
     xp = DEVICE.xp
-    step = xp.logaddexp(0, dt.astype("float32") + dt_bias)[:, :, None]
+    if x.ndim == 3:   # a step and a rate per head; one group
+        dt, dt_bias, D, A = dt[:, :, None], dt_bias[:, None], D[:, None], A[:, None, None]
+        B, C = B[:, 0, None], C[:, 0, None]
+    step = xp.logaddexp(0, dt.astype("float32") + dt_bias)[..., None]
     x, gate = x.astype("float32"), z.astype("float32")
-    state[...] = xp.exp(step * A) * state + step * x[:, :, None] * B[:, None]
+    state[...] = xp.exp(step * A) * state + step * x[..., None] * B[:, None]
     out[...] = ((state * C[:, None]).sum(-1) + D * x) * gate / (1 + xp.exp(-gate))

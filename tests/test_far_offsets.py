@@ -6,6 +6,7 @@ import resource
 import numpy as np
 import pytest
 from compare import assert_same_bits, dtype_of, poison, sparse_array
+from selective_models import Model
 
 import cupyattn
 from cupyattn import QMatrix, attention_plans
@@ -78,6 +79,35 @@ def test_kv_append(dtype, check):
         assert_same_bits(huge[pages], small)
         for page in _wrapped(pages, len(huge)):
             assert np.isnan(huge[page]).all(), f"page {page} was written"
+
+
+@pytest.mark.parametrize("check", [False, True], ids=["plain", "checked"])
+def test_pools_of_states(check):
+    """Slots of the state kernels; the convolution's windows are the same memory."""
+    slots = _far_pages("float32")
+    model = Model(heads=HEADS, channels=16, states=16)
+    near = model.pool(slots.size, np.arange(slots.size))
+    far = sparse_array((int(slots.max()) + 1, *near.shape[1:]), "float32")
+    for slot in _wrapped(slots, len(far)):
+        poison(far[slot])
+    far[slots] = near
+    inputs, side_by_side = model.inputs(slots.size), np.arange(slots.size, dtype=np.int32)
+    starts, weight = np.arange(slots.size + 1, dtype=np.int32), np.ones((PER_PAGE // 4, 4), np.float32)
+    x = np.random.default_rng(3).standard_normal((slots.size, PER_PAGE // 4)).astype(np.float32)
+
+    def call(pool, at):
+        windows = pool.reshape(len(pool), PER_PAGE // 4, 4)
+        yield cupyattn.selective_state_update(pool, **inputs, dt_softplus=True, state_batch_indices=at)
+        yield cupyattn.selective_scan(**inputs, dt_softplus=True, state=pool, cu_seqlens=starts, slots=at)
+        yield cupyattn.causal_conv1d_update(x, windows, weight, conv_state_indices=at)
+        yield cupyattn.causal_conv1d(x, weight, conv_states=windows, cu_seqlens=starts, slots=at)
+
+    with settings(check=check):
+        for got, want in zip(call(far, slots), call(near, side_by_side), strict=True):
+            assert_same_bits(got, want)
+    assert_same_bits(far[slots], near)
+    for slot in _wrapped(slots, len(far)):
+        assert np.isnan(far[slot]).all(), f"slot {slot} was written"
 
 
 # ---- reading -------------------------------------------------------------------------------------------------

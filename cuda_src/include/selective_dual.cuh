@@ -13,6 +13,7 @@
 //            u twice [32, DIMS], M [32, 36]; and 96 floats and 32 doubles of tokens. Five barriers per 32 tokens
 constexpr int DIMS = CA_DIMS;    // of a block, a multiple of VEC
 constexpr int TOKENS = 32;
+constexpr int ROUNDS = 4;        // groups of four numbers that a thread asks for before it waits
 constexpr int B_STRIDE = TOKENS + 4, STATE_STRIDE = DIMS + 4, M_STRIDE = TOKENS + 4;  // against bank conflicts
 constexpr float FAR = 200.0f;
 
@@ -55,6 +56,10 @@ __device__ __forceinline__ void add_products(Columns (&sums)[ROWS], const float*
   }
 }
 
+// Of the i-th group of four states that is loaded: its token, its first state.
+__device__ __forceinline__ int token_of(int i) { return i / 4 % 8 + i / 32 % (TOKENS / 8) * 8; }
+__device__ __forceinline__ int state_of(int i) { return (i % 4 + i / TOKENS / 4 * 4) * 4; }
+
 // B, C, steps and s of `count` tokens from `tile` on; behind the last barrier u.
 __device__ __forceinline__ void load_tile(const SelectiveScanArgs& args, const Shared& shared, const Piece& piece,
                                           int tile, int count, int head, int first_dim) {
@@ -63,12 +68,25 @@ __device__ __forceinline__ void load_tile(const SelectiveScanArgs& args, const S
   for (int t = threadIdx.x; t < TOKENS; t += blockDim.x) {
     shared.steps[t] = t < count ? step_size<DT>(in, piece.first + tile + t, head, 0) : 0.0f;
   }
-  for (int i = threadIdx.x; i < TOKENS * shared.states; i += blockDim.x) {
-    const int t = i / shared.states, n = i % shared.states;
-    const bool is_there = t < count && n < in.state_size;
-    shared.b[n * B_STRIDE + t] = is_there ? to_float(row_of<T>(in.B, piece, tile + t, group)[n]) : 0.0f;
-    if (OUTPUTS) {
-      shared.c[t * (shared.states + 4) + n] = is_there ? to_float(row_of<T>(in.C, piece, tile + t, group)[n]) : 0.0f;
+  // four states of eight tokens, then the next four states: whole sectors to read, few bank conflicts to write
+  const int quads = ceil_div(shared.states, 16) * 4;
+  const bool b_aligned = rows_are_aligned<T>(in.B), c_aligned = rows_are_aligned<T>(in.C);
+  for (int first = threadIdx.x; first < TOKENS * quads; first += ROUNDS * blockDim.x) {
+    Floats<4> b[ROUNDS], c[ROUNDS];
+#pragma unroll
+    for (int r = 0; r < ROUNDS; ++r) {
+      const int t = token_of(first + r * blockDim.x), n = state_of(first + r * blockDim.x);
+      const int there = t < count ? in.state_size - n : 0;
+      b[r] = load_part<4>(row_of<T>(in.B, piece, tile + t, group) + n, there, b_aligned);
+      if (OUTPUTS) c[r] = load_part<4>(row_of<T>(in.C, piece, tile + t, group) + n, there, c_aligned);
+    }
+#pragma unroll
+    for (int r = 0; r < ROUNDS; ++r) {
+      const int t = token_of(first + r * blockDim.x), n = state_of(first + r * blockDim.x);
+      if (n >= shared.states) continue;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) shared.b[(n + j) * B_STRIDE + t] = b[r].x[j];
+      if (OUTPUTS) c[r].store(shared.c + t * (shared.states + 4) + n);
     }
   }
   __syncthreads();
@@ -85,12 +103,24 @@ __device__ __forceinline__ void load_tile(const SelectiveScanArgs& args, const S
     shared.until[t] = expf(static_cast<float>(sum - at));
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < TOKENS * DIMS; i += blockDim.x) {
-    const int t = i / DIMS, dim = first_dim + i % DIMS;
-    const bool is_there = t < count && dim < in.head_dim;
-    const float u = is_there ? shared.steps[t] * to_float(row_of<T>(in.x, piece, tile + t, head)[dim]) : 0.0f;
-    shared.u[i] = u;
-    shared.weighed[i] = shared.until[t] * u;
+  const bool x_aligned = rows_are_aligned<T>(in.x);
+  constexpr int ACROSS = DIMS / 4;
+  for (int first = threadIdx.x; first < TOKENS * ACROSS; first += ROUNDS * blockDim.x) {
+    Floats<4> x[ROUNDS];
+#pragma unroll
+    for (int r = 0; r < ROUNDS; ++r) {
+      const int i = first + r * blockDim.x, t = i / ACROSS, dim = first_dim + i % ACROSS * 4;
+      x[r] = load_part<4>(row_of<T>(in.x, piece, tile + t, head) + dim, t < count ? in.head_dim - dim : 0, x_aligned);
+    }
+#pragma unroll
+    for (int r = 0; r < ROUNDS; ++r) {
+      const int i = first + r * blockDim.x, t = i / ACROSS;
+      if (t >= TOKENS) break;
+      x[r] *= shared.steps[t];
+      x[r].store(shared.u + i * 4);
+      x[r] *= shared.until[t];
+      x[r].store(shared.weighed + i * 4);
+    }
   }
 }
 
@@ -118,41 +148,64 @@ __device__ __forceinline__ void make_m(const Shared& shared) {
   }
 }
 
+// D of VEC dims; of no dim, or without D, 0.
+__device__ __forceinline__ Columns skips_of(const SelectiveInputs& in, int head, int dim) {
+  Columns skips = Columns::all(0.0f);
+  if (in.D.data != nullptr) {
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) {
+      if (dim + j < in.head_dim) skips.x[j] = *channel(in.D, head, dim + j);
+    }
+  }
+  return skips;
+}
+
 __device__ __forceinline__ void make_outputs(const SelectiveScanArgs& args, const Shared& shared, const Piece& piece,
                                              int tile, int count, int head, int first_dim) {
   constexpr int ROWS = 4, ACROSS = DIMS / VEC;
   const SelectiveInputs& in = args.in;
   const int states = shared.states;
+  const bool has_skip = in.D.data != nullptr, has_gate = in.z.data != nullptr;
+  const HeadView& gates = has_gate ? in.z : in.x;
+  const bool aligned = rows_are_aligned<T>(in.x) && rows_are_aligned<T>(gates) && rows_are_aligned<T>(args.out);
   for (int at = threadIdx.x; at < TOKENS / ROWS * ACROSS; at += blockDim.x) {
     const int row = at / ACROSS * ROWS, column = at % ACROSS * VEC;
     if (row >= count) continue;
-    Columns sums[ROWS];
+    const int dim = first_dim + column;
+    Columns sums[ROWS], x[ROWS], z[ROWS];
+    const Columns skips = skips_of(in, head, dim);
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) sums[r] = Columns::all(0.0f);
+    for (int r = 0; r < ROWS; ++r) {  // these are on their way while the products are made
+      const int there = row + r < count ? in.head_dim - dim : 0;
+      x[r] = load_part<VEC>(row_of<T>(in.x, piece, tile + row + r, head) + dim, has_skip ? there : 0, aligned);
+      z[r] = load_part<VEC>(row_of<T>(gates, piece, tile + row + r, head) + dim, has_gate ? there : 0, aligned);
+      sums[r] = Columns::all(0.0f);
+    }
     add_products(sums, shared.c + row * (states + 4), states + 4, shared.state + column, STATE_STRIDE, states);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) sums[r] *= shared.from[row + r];
     add_products(sums, shared.m + row * M_STRIDE, M_STRIDE, shared.u + column, DIMS, row + ROWS);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      const int token = tile + row + r, dims = row + r < count ? args.in.head_dim - first_dim - column : 0;
-      float y[VEC], z[VEC];
+      if (row + r >= count) break;
+      if (has_skip) sums[r].add_product(skips, x[r]);
+      float y[VEC];
 #pragma unroll
-      for (int j = 0; j < VEC; ++j) {
-        const int dim = first_dim + column + j;
-        y[j] = sums[r].x[j];
-        if (in.D.data != nullptr && j < dims) {
-          y[j] = fmaf(*channel(in.D, head, dim), to_float(row_of<T>(in.x, piece, token, head)[dim]), y[j]);
+      for (int j = 0; j < VEC; ++j) y[j] = sums[r].x[j];
+      if (has_gate) {
+#pragma unroll
+        for (int j = 0; j < VEC; ++j) y[j] = gate(y[j], z[r].x[j]);
+      }
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) sums[r].x[j] = y[j];
+      T* out = out_row(args, piece, tile + row + r, head) + dim;
+      if (aligned && dim + VEC <= in.head_dim) {
+        store_floats<VEC>(out, sums[r]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < VEC; ++j) {
+          if (dim + j < in.head_dim) out[j] = from_float<T>(y[j]);
         }
-        z[j] = in.z.data != nullptr && j < dims ? to_float(row_of<T>(in.z, piece, token, head)[dim]) : 0.0f;
-      }
-      if (in.z.data != nullptr) {
-#pragma unroll
-        for (int j = 0; j < VEC; ++j) y[j] = gate(y[j], z[j]);
-      }
-#pragma unroll
-      for (int j = 0; j < VEC; ++j) {
-        if (j < dims) out_row(args, piece, token, head)[first_dim + column + j] = from_float<T>(y[j]);
       }
     }
   }
@@ -190,10 +243,21 @@ __device__ __forceinline__ void scan_by_products(const SelectiveScanArgs& args) 
   const Shared shared(memory, args.in.state_size);
 
   // 1. the state the piece begins with
-  for (int i = threadIdx.x; i < DIMS * shared.states; i += blockDim.x) {
-    const int dim = i / shared.states, n = i % shared.states;
-    const bool is_state = dim < dims && n < args.in.state_size;
-    shared.state[n * STATE_STRIDE + dim] = is_state ? work.begin(first_dim + dim, n) : 0.0f;
+  const int quads = shared.states / 4;
+  for (int first = threadIdx.x; first < DIMS * quads; first += ROUNDS * blockDim.x) {
+    Floats<4> four[ROUNDS];
+#pragma unroll
+    for (int r = 0; r < ROUNDS; ++r) {
+      const int i = first + r * blockDim.x, dim = i / quads, n = i % quads * 4;
+      four[r] = dim < dims ? work.begin_four(first_dim + dim, n, args.in.state_size) : Floats<4>::all(0.0f);
+    }
+#pragma unroll
+    for (int r = 0; r < ROUNDS; ++r) {
+      const int i = first + r * blockDim.x, dim = i / quads, n = i % quads * 4;
+      if (dim >= DIMS) break;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) shared.state[(n + j) * STATE_STRIDE + dim] = four[r].x[j];
+    }
   }
 
   float total = 0.0f;

@@ -22,6 +22,23 @@ template <int N, typename T>
 __device__ __forceinline__ Floats<N> load_floats(const T* p) { return Floats<N>::from(load_vec<T, N>(p)); }
 template <int N>
 __device__ __forceinline__ Floats<N> load_floats(const float* p) { return Floats<N>::load(p); }
+// The first `count` of N numbers, and zeros; `whole`: all N are one access, or accesses of 16 bytes.
+template <int N, typename T>
+__device__ __forceinline__ Floats<N> load_part(const T* p, int count, bool whole) {
+  if (whole && count >= N) return load_floats<N>(p);
+  Floats<N> some = Floats<N>::all(0.0f);
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    if (j < count) some.x[j] = to_float(p[j]);
+  }
+  return some;
+}
+template <typename T>
+__device__ __forceinline__ bool rows_are_aligned(const HeadView& view) {
+  const int64_t strides = (view.stride_token | view.stride_head) * static_cast<int64_t>(sizeof(T));
+  return (reinterpret_cast<int64_t>(view.data) | strides) % 16 == 0;
+}
+
 template <int N, typename T>
 __device__ __forceinline__ void store_floats(T* p, const Floats<N>& x) {
   constexpr int PIECE = N * sizeof(T) > 16 ? 16 / sizeof(T) : N;

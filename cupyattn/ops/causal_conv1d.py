@@ -60,7 +60,7 @@ def _plan_causal_conv1d(batch, tokens, packed, channels, width, x, weight, state
         layout = "any"
     if layout == "rows" or not wide or channels % vec:
         vec, layout = 1, "any" if layout == "channels" else layout
-    piece = max(width, 256 if arch == "cpu" else 64)
+    piece = max(width, 32 if arch == "cpu" else 64)
     if layout == "rows":
         piece = max(piece, tokens)
     pieces = tokens // piece + batch + 1 if packed else batch * -(-tokens // piece)
