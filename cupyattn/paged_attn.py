@@ -5,16 +5,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .attention_args import check_sides
 from .attention_impl import AttentionImpl, AttentionMetadata, AttentionOutput, AttentionRegistry
 from .caches.base import is_array
 from .caches.paged_attention import PagedAttentionCacheView, PagedAttentionMetadata
 from .ops.attention import attention
 from .ops.schedule import schedule as make_schedule
-from .quantized_kv import QuantizedKV
+from .quantized_kv import QuantizedKV, kv_side
 from .reference.attention import attention as reference
 from .runtime.arrays import array_namespace, dtype_name
 from .runtime.capturing import refuse_to_keep
-from .runtime.checks import check_array, check_flag, check_shape
+from .runtime.checks import FLOATS, check_array, check_dtype, check_flag, check_shape
 
 __all__ = ["AttentionImpl", "AttentionMetadata", "AttentionOutput", "AttentionRegistry", "PagedAttn"]
 _KINDS = {"numpy": "NumPy", "cupy": "CuPy"}
@@ -218,6 +219,10 @@ class PagedAttn(AttentionImpl):
             refuse_to_keep(f"call {name} with NumPy arrays, of which the host makes lengths and tables anew")
         step = _step(name, xp, cache_view, cache_metadata)
         check_shape(name, "q", q, (step.tokens, None, None), "[tokens, num_heads, head_dim]")
+        if write_kv or attend is not attention:   # nothing is stored for queries that attention refuses
+            check_dtype(name, "q", q, FLOATS)
+            pages = {"key_pages": cache_view.k_cache, "value_pages": cache_view.v_cache}
+            check_sides(name, *q.shape[1:], *(kv_side(name, *side) for side in pages.items()), tuple(pages))
         if write_kv:
             _write(name, cache_view, cache_metadata, step, **new)
         found = attend(q, cache_view.k_cache, cache_view.v_cache, cu_seqlens_q=step.cu_seqlens_q,

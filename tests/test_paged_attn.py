@@ -410,6 +410,27 @@ def test_pages_where_tokens_are(xp, mode, name, page):
     assert step.view == before
 
 
+def test_table_entries_past_the_end(xp):
+    """They may be anything; EasyDeL reads them and loads what they name."""
+    step, wild = Step(xp, columns=2).write(new=False), Step(xp, columns=2).write(new=False)
+    for name, rows in (("prefill_page_table", wild.tables[:1]), ("decodes_page_table", wild.tables[1:])):
+        table = xp.numpy(getattr(wild.metadata, name))
+        for row, pages in zip(np.atleast_2d(table), rows, strict=True):
+            row[len(pages):] = 2_147_480_000
+        setattr(wild.metadata, name, xp.array(table))
+    assert_same_bits(wild.out(), step.out())
+
+
+@modes
+@pytest.mark.parametrize("xp", ["standin"], indirect=True)
+def test_nothing_is_read_on_the_host(xp, mode):
+    step = Step(xp, **MODES[mode]).write(new="mixed" not in mode)
+    q, k, v = (xp.array(a) for a in (step.q, step.k, step.v))
+    before = dict(xp.events)
+    PagedAttn(AttentionMetadata())(q, k, v, step.view, step.metadata)
+    assert {name for name in xp.events if xp.events[name] != before.get(name, 0)} == {"allocations", "launches"}
+
+
 @pytest.mark.parametrize("xp", ["standin", pytest.param("cupy", marks=pytest.mark.gpu)], indirect=True)
 def test_checks_of_device_arrays(xp, monkeypatch):
     step = Step(xp, length=None, decodes=(5,)).write()
@@ -567,6 +588,9 @@ def test_refusals():
     refused(TypeError, "cache_view must be a PagedAttentionCacheView, got NoneType", view=None)
     refused(TypeError, "cache_metadata must be a PagedAttentionMetadata, got dict", metadata={})
     refused(ValueError, r"q must be \[tokens, num_heads, head_dim\] = \[13, \*, \*\], got \[12, 8, 16\]", q=q[1:])
+    refused(TypeError, "q must be float16 or bfloat16 or float32, got float64", q=q.astype(np.float64))
+    refused(ValueError, "key_pages must have a num_kv_heads that divides the 3 heads of q, got 2", q=q[:, :3])
+    refused(ValueError, "key_pages must have q's head_dim 8, got 16", q=np.ascontiguousarray(q[..., :8]))
     refused(TypeError, "k must be a NumPy or CuPy array, got None", k=None)
     refused(ValueError, r"v must be \[tokens, num_kv_heads, head_dim\] = \[13, \*, \*\], got \[12, 2, 16\]", v=v[1:])
     refused(TypeError, "write_kv must be True or False, got 1", write_kv=1)
