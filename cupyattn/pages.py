@@ -98,6 +98,10 @@ class PageManager:
         """Holders of `page`; 0 when it is free or reserved."""
         return self._holders.get(page, 0)
 
+    def __contains__(self, sequence):
+        """Whether it is a sequence of this manager."""
+        return sequence in self._sequences
+
     def pages_for(self, num_tokens):
         """Pages that `num_tokens` tokens occupy."""
         return -(-_count("num_tokens", num_tokens, least=0) // self.page_size)

@@ -215,3 +215,18 @@ def test_copies_of_one_step_that_depend_on_each_other():
     cache.step([a, b], 1)
     assert (a.pages, b.pages) == ([2], [0])
     assert cache.k[0][:3, :, 0, 0].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 2, 2]]
+
+
+def test_steps_that_are_refused():
+    cache, other = PagedCache(1, 4, 4, 1, 8), PagedCache(1, 4, 2, 1, 8)
+    own, foreign = cache.pages.sequence(), other.pages.sequence()
+    for sequences, options, message in (
+            ([own, foreign], {}, r"of this cache's pages, got sequences\[1\] of another PageManager"),
+            ([own, own], {}, r"name each once, got sequences\[1\] twice"),
+            ([own], {"others": [other]}, r"4 pages of 4 tokens like this cache, got others\[0\] with 4 of 2"),
+            ([], {}, "PagedParams: batch_size must be at least 1, got 0")):
+        with pytest.raises(ValueError, match=message):
+            cache.step(sequences, 1, **options)
+    assert own.pages == [] and cache.pages.num_free == 4
+    with pytest.raises(ValueError, match="PagedCache.defragment: others must have"):
+        cache.defragment(others=[other])
