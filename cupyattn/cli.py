@@ -220,10 +220,14 @@ def _print_summary(console, completions, profile, seconds, xp):
         table.add_row(name, str(launches), f"{spent:.3f}", f"{spent / seconds:.1%}")
     speed = ", ".join(f"{completion.tokens_per_s:.1f}" for completion in completions)
     generated = sum(len(completion.tokens) for completion in completions)
+    own, shared = (sum(getattr(c, name) for c in completions) for name in ("own_pages", "shared_pages"))
+    fed, reused = sum(len(c.prompt_ids) for c in completions), sum(c.reused_tokens for c in completions)
     hits, compiled = _cache_hits(xp)
     console.print()
     console.print(table)
     for name, value in (("tokens/s", f"{speed} ({generated} tokens in {seconds:.2f} s, prompt included)"),
+                        ("pages", f"{own}, saved {shared} that prompts share; {fed - reused} prompt tokens computed, "
+                                  f"saved {reused}"),
                         ("executor", _executor_name(xp)),
                         ("kernels", f"{hits} from the cache, {compiled} compiled")):
         console.print(f"{name:<10}{value}", highlight=False, markup=False, soft_wrap=True)
@@ -241,6 +245,7 @@ def generate(
     dtype: Annotated[Dtype, typer.Option(help="Of activations.")] = Dtype.float16,
     kv_dtype: Annotated[str | None, typer.Option(help=KV_HELP)] = None,
     device: Annotated[Device, typer.Option(help="auto takes a GPU if CuPy finds one.")] = Device.auto,
+    share_prefix: Annotated[bool, typer.Option(help="Keep what prompts begin alike with in the cache once.")] = True,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt and line on stdout.")] = False,
 ):
@@ -265,18 +270,21 @@ def generate(
             llama = Llama.load(path, dtype=dtype.value, kv_dtype=kv_dtype, xp=xp, quantize=quantize, progress=progress)
         ids = [llama.tokenizer.encode(prompt) for prompt in prompts]
         with _CompileProgress(console, xp) as progress:
-            llama.warm_up(ids, page_size=page_size, progress=progress)
+            llama.warm_up(ids, page_size=page_size, share_prefix=share_prefix, progress=progress)
         printer = None if as_json else _TextPrinter(prompts)
         begin = time.perf_counter()
         with runtime.profiling() as profile:
             completions = llama.generate(ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
-                                         ignore_eos=ignore_eos, page_size=page_size, on_token=printer)
+                                         ignore_eos=ignore_eos, page_size=page_size, share_prefix=share_prefix,
+                                         on_token=printer)
         seconds = time.perf_counter() - begin
         if as_json:
             for completion in completions:
                 typer.echo(json.dumps({
                     "prompt_ids": completion.prompt_ids, "tokens": [token._asdict() for token in completion.tokens],
-                    "text": completion.text, "tokens_per_s": completion.tokens_per_s, "device": device_name(xp)}))
+                    "text": completion.text, "tokens_per_s": completion.tokens_per_s, "device": device_name(xp),
+                    "reused_tokens": completion.reused_tokens, "shared_pages": completion.shared_pages,
+                    "own_pages": completion.own_pages}))
         _print_summary(console, completions, profile, seconds, xp)
 
 

@@ -23,7 +23,8 @@ def layout(chains, remembered, places):
     order = dict.fromkeys(page for pages in chains for page in pages if page in allowed)
     wanted = dict(zip(order, places, strict=False))
     taken = set(wanted.values())
-    vacant = iter(sorted(allowed - taken - set(remembered)))
+    free = allowed - taken - set(remembered)
+    vacant = iter([*sorted(free - order.keys()), *sorted(free & order.keys())])   # empty ones first: fewer circles
     wanted |= {page: next(vacant) for page in remembered if page in taken}
     return {page: place for page, place in wanted.items() if page != place}
 

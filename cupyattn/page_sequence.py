@@ -1,6 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pages of one sequence whose tokens are known, so that others may share them."""
 
+from array import array
+
+
+def token_list(tokens):
+    """Any integers that fit 64 bits as a list; TypeError or OverflowError for others."""
+    return array("q", tokens).tolist()
+
 
 class PageSequence:
     """Pages that hold the keys and values of one sequence; `PageManager.sequence` makes it.
@@ -122,7 +129,7 @@ class PageSequence:
         tokens : sequence of int
             At most `room`.
         """
-        tokens = [int(token) for token in tokens]
+        tokens = token_list(tokens)
         manager, size = self._manager, self._manager.page_size
         if len(tokens) > self.room:
             raise ValueError(f"PageSequence.append: tokens must be at most {self.room}, the room reserved, got "

@@ -8,7 +8,7 @@ from collections import Counter, deque
 import numpy as np
 
 from .defragmentation import layout, rounds
-from .page_sequence import PageSequence
+from .page_sequence import PageSequence, token_list
 from .prefix_index import PrefixIndex
 
 
@@ -97,6 +97,10 @@ class PageManager:
     def ref_count(self, page):
         """Holders of `page`; 0 when it is free or reserved."""
         return self._holders.get(page, 0)
+
+    def __contains__(self, sequence):
+        """Whether it is a sequence of this manager."""
+        return sequence in self._sequences
 
     def pages_for(self, num_tokens):
         """Pages that `num_tokens` tokens occupy."""
@@ -252,7 +256,7 @@ class PageManager:
         PageSequence
             Its `num_tokens` says how many were found.
         """
-        tokens = [int(token) for token in tokens]
+        tokens = token_list(tokens)
         with self._lock:
             pages, count = self._index.match(salt, tokens) if share_prefix else ([], 0)
             return self._new_sequence(pages, count, salt if share_prefix else None)

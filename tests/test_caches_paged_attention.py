@@ -16,6 +16,7 @@ from cupyattn import (
     PagedAttentionCacheView,
     PagedAttentionMetadata,
     QuantizedKV,
+    page_move,
     paged_decode,
 )
 from cupyattn.quantized_kv import FORMATS
@@ -83,6 +84,31 @@ def test_pages_are_freed_once(freed, message):
     with pytest.raises(ValueError, match=message):
         manager.free_hbm_pages(freed)
     assert manager.num_free == 6 and manager.alloc_hbm_pages(6) == [4, 5, 6, 7, 8, 9]
+
+
+def test_prompts_that_begin_alike_share_pages(xp):
+    """The manager's sequences: whole pages are the other prompt's, a begun one is copied, lists go beside them."""
+    manager, view = HBMPageManager(metadata()), make(xp)
+    listed = manager.alloc_hbm_pages(2)
+    k, v = rows(xp, 12)
+    first = manager.pages.sequence(range(10))
+    assert first.reserve(10) == {} and first.pages == [3, 4, 5] and listed == [1, 2]
+    view.write_prefill_to_cache(k[:10], v[:10], prompt(xp, 10, 0, 10, first.pages))
+    first.append(range(10))
+    second = manager.pages.sequence([*range(7), 50])
+    assert second.num_tokens == 7
+    ((source, destination), tokens), = second.reserve(1).items()
+    page_move([view.k_cache, view.v_cache], ints(xp, [source]), ints(xp, [destination]), tokens=ints(xp, [tokens]))
+    view.write_prefill_to_cache(k[10:11], v[10:11], prompt(xp, 8, 7, 1, second.pages))
+    second.append([50])
+    assert second.pages == [3, 6] and manager.num_free == 3
+    row = xp.numpy(k)
+    places = {(first.pages[t // PS], t % PS): row[t] for t in range(10)}
+    places |= {(6, t - 4): row[t if t < 7 else 10] for t in range(4, 8)}
+    assert_same_bits(xp.numpy(view.key_pages), expected(xp, "float32", places))
+    first.free()
+    manager.free_hbm_pages(listed)
+    assert manager.num_free == 7 and len(manager.alloc_hbm_pages(7)) == 7 and manager.alloc_hbm_pages(1) == []
 
 
 @pytest.mark.parametrize("pages", [1, 0, -3])

@@ -42,7 +42,8 @@ def test_json():
     objects = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(objects) == 2
     for found in objects:
-        assert set(found) == {"prompt_ids", "tokens", "text", "tokens_per_s", "device"}
+        assert set(found) == {"prompt_ids", "tokens", "text", "tokens_per_s", "device", "reused_tokens", "shared_pages",
+                              "own_pages"}
         assert found["device"] == "cpu" and found["tokens_per_s"] > 0
         assert len(found["tokens"]) == 5
         for token in found["tokens"]:
@@ -52,6 +53,21 @@ def test_json():
         assert "".join(token["text"] for token in found["tokens"]) == found["text"]
     assert objects[0]["prompt_ids"] == [504, 3575, 282, 4649, 314]
     assert objects[0]["text"] == " Paris.\n\nThe" and objects[1]["text"] == " 4, 5"
+
+
+def test_prompts_that_begin_alike():
+    """Computed once and kept once; what that saves is told, and it can be switched off."""
+    prompts = ["The capital of France is Paris, and the", "The capital of France is Paris, but its"]
+    options = ("--max-new-tokens", 3, "--page-size", 4, "--device", "cpu")
+    result = run("generate", *prompts, *options, "--json")
+    alone = run("generate", *prompts, *options, "--json", "--no-share-prefix")
+    found, expected = ([json.loads(line) for line in one.stdout.splitlines()] for one in (result, alone))
+    assert [one["tokens"] for one in found] == [one["tokens"] for one in expected]
+    assert len(found[1]["prompt_ids"]) == 9 and len(found[0]["prompt_ids"]) == 9
+    assert [(one["reused_tokens"], one["shared_pages"], one["own_pages"]) for one in found] == [(0, 0, 3), (7, 1, 2)]
+    assert [(one["reused_tokens"], one["shared_pages"], one["own_pages"]) for one in expected] == [(0, 0, 3)] * 2
+    assert "pages     5, saved 1 that prompts share; 11 prompt tokens computed, saved 7" in result.stderr
+    assert "pages     6, saved 0 that prompts share; 18 prompt tokens computed, saved 0" in alone.stderr
 
 
 def test_tune(monkeypatch):

@@ -142,6 +142,84 @@ def test_page_size_and_unused_slots_change_no_bit(monkeypatch):
         assert model.generate([prompt], max_new_tokens=6, page_size=page_size)[0].tokens == expected
 
 
+def alike(length, *ends):
+    """Prompts with the same `length` tokens at their beginning."""
+    beginning = [3 + n * n % 600 for n in range(length)]
+    return [[*beginning, *end] for end in ends]
+
+
+@pytest.mark.parametrize(("dtype", "kv_dtype"), [("float16", None), ("float32", "int8"),
+                                                 ("float16", "hadamard8/hadamard4")])
+def test_sharing_prefixes_changes_no_bit(dtype, kv_dtype):
+    """Whole pages, begun pages, whole prompts, prompts that are the beginning of another, and tokens one by one."""
+    model = random_llama(SMALL, 1, dtype=dtype, kv_dtype=kv_dtype)
+    prompts = [*alike(20, [50, 51, 52], [60], [50, 51, 52], [50, 51, 52, 53, 54]), *alike(6, [], [9]), [7]]
+    options = dict(max_new_tokens=7, page_size=4)
+    shared = model.generate(prompts, **options)
+    alone = model.generate(prompts, share_prefix=False, **options)
+    for found, expected in zip(shared, alone, strict=True):
+        assert found.tokens == expected.tokens            # ids, log-probabilities and top 5
+    assert [c.reused_tokens for c in shared] == [0, 19, 20, 23, 4, 4, 0]
+    assert [c.shared_pages for c in shared] == [0, 4, 5, 5, 1, 1, 0]
+    assert all(c.shared_pages + c.own_pages == d.own_pages for c, d in zip(shared, alone, strict=True))
+    assert [c.reused_tokens + c.shared_pages for c in alone] == [0] * 7
+
+
+def test_shared_pages_need_no_room_of_their_own(monkeypatch):
+    """The cache is as large as what the prompts need together, also when some end at once or are longer than a step."""
+    model, sizes = random_llama(dataclasses.replace(SMALL, context_length=600), seed=1), []
+    new_cache = Llama.new_cache
+    monkeypatch.setattr(Llama, "new_cache", lambda self, pages, size: sizes.append(pages) or
+                        new_cache(self, pages, size))
+    prompts = alike(300, [1, 2], [3], [4, 5, 6])
+    model.warm_up(prompts, page_size=16)
+    found = {}
+    for share, pages in ((True, 19 + 2 * 1), (False, 3 * 19)):
+        sizes.clear()
+        found[share] = model.generate(prompts, max_new_tokens=2, page_size=16, share_prefix=share)
+        assert sizes[-1] == pages == sum(c.own_pages for c in found[share])
+    assert [c.reused_tokens for c in found[True]] == [0, 299, 300]
+    for shared, alone in zip(found[True], found[False], strict=True):
+        assert [token.id for token in shared.tokens] == [token.id for token in alone.tokens]
+    (once, *_) = model.generate(prompts, max_new_tokens=1, page_size=16)   # all are freed as they are prefilled
+    assert once.tokens == [found[True][0].tokens[0]]
+
+
+def test_a_prompt_that_goes_on_as_another_was_continued():
+    """What was generated and the same as a prompt are not taken for each other: their kernels round differently."""
+    model = random_llama(SMALL, seed=1)
+    (prompt,) = alike(10, [])
+    (first,) = model.generate([prompt], max_new_tokens=12, page_size=4)
+    longer = [*prompt, *(token.id for token in first.tokens[:9])]
+    together = model.generate([prompt, longer], max_new_tokens=12, page_size=4)
+    assert together[0].tokens == first.tokens
+    assert together[1].tokens == model.generate([longer], max_new_tokens=12, page_size=4)[0].tokens
+
+
+def test_drafts_that_are_refused_leave_no_trace():
+    """Verifying 5 drafted tokens at once and taking back 3 gives the bits of feeding 2, also where pages are shared."""
+    model, rows = random_llama(SMALL, seed=1, kv_dtype="hadamard8"), []
+    (prompt,) = alike(11, [])
+    for drafts in ([[20, 21, 22, 23, 24], [30, 31]], [[20, 21], [30, 31]]):
+        cache = model.new_cache(9, 4)
+        first = cache.pages.sequence()
+        logits(model, cache, first, prompt)
+        sequence = first.fork()
+        logits(model, cache, sequence, drafts[0])
+        sequence.truncate(len(prompt) + 2)
+        rows.append(logits(model, cache, sequence, drafts[1]))
+        cache.defragment()
+        rows[-1] = np.stack([rows[-1], logits(model, cache, first, [30, 31])])
+    assert np.array_equal(rows[0], rows[1])
+
+
+def logits(model, cache, sequence, ids):
+    """Of the last token of `ids`, which go on `sequence`."""
+    hidden = model.forward(np.int32(ids), cache.step([sequence], len(ids)), cache)
+    sequence.append(ids)
+    return model.logits(hidden[-1:])
+
+
 def test_logprobs_do_not_depend_on_the_chunking():
     """Row i of a long prompt equals the last row of the prompt cut there: decoding sees what prefill saw."""
     model = random_llama(SMALL, seed=2)
@@ -173,13 +251,13 @@ def test_rounded_layers(xp):
 
 def test_warm_up_compiles_everything(monkeypatch, tmp_path):
     model = random_llama(SMALL, seed=1)
-    prompts = [[1, 2, 3], list(range(13))]
+    prompts = [[1, 2, 3], list(range(13)), [*range(10), 5, 6]]
     seen = []
     model.warm_up(prompts, page_size=4, progress=lambda done, total, spec: seen.append((done, total)))
     assert seen == [(n, len(seen) - 1) for n in range(len(seen))] and len(seen) > 1
     monkeypatch.setenv("CUPYATTN_FORBID_COMPILE", "1")
     monkeypatch.setenv("CUPYATTN_CACHE_DIR", str(tmp_path))
-    assert [len(c.tokens) for c in model.generate(prompts, max_new_tokens=5, page_size=4)] == [5, 5]
+    assert [len(c.tokens) for c in model.generate(prompts, max_new_tokens=5, page_size=4)] == [5, 5, 5]
 
 
 def test_generation_stops_at_the_context():

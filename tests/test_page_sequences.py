@@ -330,6 +330,19 @@ def test_shortage_names_the_numbers(tokens, message):
         fork.reserve(-1)
 
 
+@pytest.mark.parametrize(("token", "error"), [(2**63, OverflowError), (1.5, TypeError), ("a", TypeError)])
+def test_what_is_no_token_changes_nothing(token, error):
+    manager = PageManager(4, 2)
+    sequence = fill(manager, [1])
+    sequence.reserve(3)
+    before = str(manager), repr(sequence)
+    with pytest.raises(error):
+        sequence.append([2, token])
+    with pytest.raises(error):
+        manager.sequence([1, 2, token])
+    assert (str(manager), repr(sequence)) == before
+
+
 def test_state_that_can_be_printed():
     manager = PageManager(8, 4)
     fill(manager, range(7)).free()
@@ -381,7 +394,8 @@ def test_rounds_move_everything_without_overwriting():
 
 
 def test_layout_moves_only_what_is_in_the_way():
-    assert layout([[5, 3], [5, 7]], [0, 6], list(range(8))) == {5: 0, 3: 1, 7: 2, 0: 3}
+    assert layout([[5, 3], [5, 7]], [0, 6], list(range(8))) == {5: 0, 3: 1, 7: 2, 0: 4}
+    assert layout([[5, 0]], [1], [0, 1, 5]) == {5: 0, 0: 1, 1: 5}
     assert layout([[0, 1]], [2], [0, 1, 2]) == {}
     assert layout([[4, 5]], [], [1, 4, 5]) == {4: 1, 5: 4}    # 2 and 3 are somebody's
 

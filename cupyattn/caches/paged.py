@@ -145,7 +145,7 @@ class PagedCache:
         q_len : int
         max_pages : int, optional
             Columns of the block table. Default: as many as the longest sequence needs.
-        others : iterable of PagedCache
+        others : list of PagedCache
             Caches with other keys and values on the same pages, e.g. of a draft model or of other ranks.
 
         Returns
@@ -156,7 +156,18 @@ class PagedCache:
         ------
         MemoryError
             There are too few free pages for one of the sequences; those before it have their room.
+        ValueError
+            A sequence of other pages, or named twice; a cache of other pages.
         """
+        seen = set()
+        for n, sequence in enumerate(sequences):
+            if sequence not in self.pages:
+                raise ValueError(f"PagedCache.step: sequences must be of this cache's pages, got sequences[{n}] of "
+                                 "another PageManager")
+            if sequence in seen:
+                raise ValueError(f"PagedCache.step: sequences must name each once, got sequences[{n}] twice")
+            seen.add(sequence)
+        self._check_others("step", others)
         copies = {}
         try:
             for sequence in sequences:
@@ -170,7 +181,7 @@ class PagedCache:
             self._move(copies, others)
         lengths = [sequence.num_tokens for sequence in sequences]
         table = self.pages.block_table([sequence.pages for sequence in sequences], max_pages=max_pages)
-        return PagedParams(len(sequences), table, lengths, max(lengths), self.page_size, q_len)
+        return PagedParams(len(sequences), table, lengths, max(lengths, default=0), self.page_size, q_len)
 
     def defragment(self, *, others=()):
         """Give every sequence pages in a row, as far as sharing permits; see `PageManager.defragment`.
@@ -179,7 +190,7 @@ class PagedCache:
 
         Parameters
         ----------
-        others : iterable of PagedCache
+        others : list of PagedCache
             As in `step`.
 
         Returns
@@ -187,10 +198,17 @@ class PagedCache:
         int
             Pages moved.
         """
+        self._check_others("defragment", others)
         done = self.pages.defragment()
         for moves in done:
             self._move(dict.fromkeys(moves.items(), self.page_size), others)
         return sum(map(len, done))
+
+    def _check_others(self, method, others):
+        for n, cache in enumerate(others):
+            if (cache.num_pages, cache.page_size) != (self.num_pages, self.page_size):
+                raise ValueError(f"PagedCache.{method}: others must have {self.num_pages} pages of {self.page_size} "
+                                 f"tokens like this cache, got others[{n}] with {cache.num_pages} of {cache.page_size}")
 
     def _move(self, copies, others):
         """Copy tokens between pages: ``{(page, page): tokens}``."""

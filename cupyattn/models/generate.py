@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..page_sequence import PageSequence
+from ..pages import PageManager
 from .gguf import ModelError
-from .llama import PREFILL_CHUNK, step_params, to_host
+from .llama import PREFILL_CHUNK, to_host
 
 
 class Token(NamedTuple):
@@ -22,7 +24,11 @@ class Token(NamedTuple):
 
 @dataclass
 class Completion:
-    """What `generate` returns for one prompt."""
+    """What `generate` returns for one prompt.
+
+    Its first reused_tokens prompt tokens were in the cache already and were not computed again. Of its pages
+    shared_pages are an earlier prompt's, the others its own.
+    """
 
     prompt_ids: list
     tokens: list = field(default_factory=list)
@@ -30,6 +36,9 @@ class Completion:
     started: float = 0.0  # clock after the prompt's first token, seconds
     ended: float = 0.0
     prefill_seconds: float = 0.0
+    reused_tokens: int = 0
+    shared_pages: int = 0
+    own_pages: int = 0
 
     @property
     def text(self):
@@ -47,10 +56,7 @@ class Completion:
 @dataclass
 class _Sequence:
     ids: list  # prompt, then generated tokens
-    limit: int  # tokens to generate at most
-    max_pages: int  # width of every block table of this run
-    pages: list = field(default_factory=list)
-    cached: int = 0  # tokens whose keys and values are in the cache
+    cached: PageSequence  # those whose keys and values are in the cache
 
 
 def log_softmax(logits):
@@ -62,19 +68,30 @@ def log_softmax(logits):
     return result
 
 
-def start(model, prompts, max_new_tokens, page_size):
-    """Sequences of token lists and a PagedCache with room for all of them.
+class _Forecast(NamedTuple):
+    """What a run will need."""
 
-    Returns
-    -------
-    (list of _Sequence, PagedCache)
-    """
+    limits: list  # tokens to generate for each prompt
+    num_pages: int  # of the cache
+    max_pages: int  # width of every block table
+    chunks: set  # lengths of prefill steps
+    copies: bool  # whether begun pages are copied
+
+
+def forecast(model, prompts, max_new_tokens, page_size, share_prefix):
+    """What `generate` will need, from a run without arrays, in which no prompt ends early."""
     # The last token generated is never fed back, so a full context still yields one.
     limits = [min(max_new_tokens, model.config.context_length - len(ids) + 1) for ids in prompts]
-    pages = [-(-(len(ids) + limit - 1) // page_size) for ids, limit in zip(prompts, limits, strict=True)]
-    sequences = [_Sequence([int(id) for id in ids], limit, max(pages))
-                 for ids, limit in zip(prompts, limits, strict=True)]
-    return sequences, model.new_cache(sum(pages), page_size)
+    lengths = [len(ids) + limit - 1 for ids, limit in zip(prompts, limits, strict=True)]
+    widths = [-(-length // page_size) for length in lengths]
+    pages, chunks, copies = PageManager(sum(widths), page_size), set(), False
+    for ids, length in zip(prompts, lengths, strict=True):
+        sequence = pages.sequence(ids[:-2], share_prefix=share_prefix)
+        found = sequence.num_tokens
+        copies |= bool(sequence.reserve(length - found))
+        sequence.append(ids[found:])
+        chunks |= set(_chunks(len(ids) - found))
+    return _Forecast(limits, pages.capacity - pages.num_free, max(widths, default=1), chunks, copies)
 
 
 def check_prompts(model, prompts):
@@ -90,32 +107,50 @@ def check_prompts(model, prompts):
                              f"got {min(ids)} to {max(ids)}")
 
 
-def step_shapes(prompts):
-    """The (batch, q_len) steps that `generate` takes: the chunks of every prompt, then ever fewer together."""
-    chunks = {(1, min(PREFILL_CHUNK, len(ids) - begin))
-              for ids in prompts for begin in range(0, len(ids), PREFILL_CHUNK)}
-    return sorted(chunks | {(batch, 1) for batch in range(1, len(prompts) + 1)})
+def _forward(model, sequences, cache, q_len, max_pages):
+    """Feed the next `q_len` tokens of every sequence; their hidden rows [batch * q_len, hidden]."""
+    params = cache.step([sequence.cached for sequence in sequences], q_len, max_pages=max_pages)
+    ids = [s.ids[s.cached.num_tokens:s.cached.num_tokens + q_len] for s in sequences]
+    return model.forward(model.xp.asarray(np.int32(ids).reshape(-1)), params, cache)
 
 
-def _advance(model, sequences, cache, q_len):
-    """One step over `q_len` tokens of every sequence; their hidden rows [batch * q_len, hidden]."""
+def _chunks(count):
+    """Lengths of prefill steps over `count` tokens. None is 1: the kernel for that, decoding's, rounds otherwise."""
+    while count:
+        size = min(PREFILL_CHUNK, count)
+        size -= count - size == 1
+        yield size
+        count -= size
+
+
+def _start(cache, ids, share_prefix):
+    """_Sequence of a prompt, with what is in the cache of it; at least its last 2 tokens are to be fed."""
+    return _Sequence([int(id) for id in ids], cache.pages.sequence(ids[:-2], share_prefix=share_prefix))
+
+
+def _prefill(model, sequence, cache, max_pages):
+    """Feed a prompt alone, in chunks; yields the hidden rows of each chunk."""
+    for q_len in _chunks(len(sequence.ids) - sequence.cached.num_tokens):
+        begin = sequence.cached.num_tokens
+        hidden = _forward(model, [sequence], cache, q_len, max_pages)
+        sequence.cached.append(sequence.ids[begin:begin + q_len])
+        yield hidden
+
+
+def _decode(model, sequences, cache, max_pages):
+    """One step over the last token of every sequence; their hidden rows [batch, hidden]."""
+    hidden = _forward(model, sequences, cache, 1, max_pages)
     for sequence in sequences:
-        if not cache.pages.grow(sequence.pages, sequence.cached + q_len):
-            raise MemoryError("generate: the KV cache has no free page left")
-    params = step_params(cache, [s.pages for s in sequences], [s.cached for s in sequences], q_len,
-                         sequences[0].max_pages)
-    ids = np.concatenate([s.ids[s.cached:s.cached + q_len] for s in sequences]).astype(np.int32)
-    hidden = model.forward(model.xp.asarray(ids), params, cache)
-    for sequence in sequences:
-        sequence.cached += q_len
+        # by another name than a prompt's, so that no page of a prompt, with other roundings, takes the place of theirs
+        sequence.cached.append([~sequence.ids[-1]])
     return hidden
 
 
-def prefill(model, sequence, cache):
-    """Feed the prompt alone, in chunks; yields the hidden rows of each chunk."""
-    total = len(sequence.ids)
-    while sequence.cached < total:
-        yield _advance(model, [sequence], cache, min(PREFILL_CHUNK, total - sequence.cached))
+def prompt_rows(model, ids, page_size):
+    """Hidden rows of every token of a prompt, chunk by chunk."""
+    needed = forecast(model, [ids], 1, page_size, share_prefix=False)
+    cache = model.new_cache(needed.num_pages, page_size)
+    yield from _prefill(model, _start(cache, ids, share_prefix=False), cache, needed.max_pages)
 
 
 class _Sampler:
@@ -147,11 +182,12 @@ class _Sampler:
 
 
 def generate(model, prompts, *, max_new_tokens=64, temperature=0.0, seed=0, ignore_eos=False, page_size=16,
-             on_token=None, progress=None):
+             share_prefix=True, on_token=None, progress=None):
     """Continue several prompts together in one paged cache.
 
-    Each prompt is prefilled alone, then all are decoded together and leave the batch as they finish. What a prompt
-    gets does not depend, bit for bit, on the prompts beside it.
+    Each prompt is prefilled alone, then all are decoded together and leave the batch as they finish. Tokens with which
+    an earlier prompt began, too, are not computed again; whole pages of them are in the cache once. What a prompt gets
+    does not depend, bit for bit, on the prompts beside it.
 
     Parameters
     ----------
@@ -168,6 +204,8 @@ def generate(model, prompts, *, max_new_tokens=64, temperature=0.0, seed=0, igno
         Go on after an end-of-text token, which otherwise is the last token and has no text.
     page_size : int
         Tokens per page of the KV cache. Default 16.
+    share_prefix : bool
+        False: every prompt is computed from its first token on, on pages of its own.
     on_token : callable, optional
         ``on_token(index, token, finished)`` for every token as it comes, `index` being the prompt's.
     progress : callable, optional
@@ -186,8 +224,9 @@ def generate(model, prompts, *, max_new_tokens=64, temperature=0.0, seed=0, igno
         raise ValueError("generate: max_new_tokens and page_size must be at least 1, temperature and seed at least 0, "
                          f"got {max_new_tokens}, {page_size}, {temperature} and {seed}")
     prompts = [model.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
-    model.warm_up(prompts, page_size=page_size, progress=progress)
-    sequences, cache = start(model, prompts, max_new_tokens, page_size)
+    model.warm_up(prompts, page_size=page_size, share_prefix=share_prefix, progress=progress)
+    needed = forecast(model, prompts, max_new_tokens, page_size, share_prefix)
+    sequences, cache = [], model.new_cache(needed.num_pages, page_size)
     completions = [Completion(ids) for ids in prompts]
     samplers = [_Sampler(model, ids, temperature, seed) for ids in prompts]
     stop_ids = model.tokenizer.eos_ids if model.tokenizer and not ignore_eos else frozenset()
@@ -196,25 +235,30 @@ def generate(model, prompts, *, max_new_tokens=64, temperature=0.0, seed=0, igno
         """Sample the next token of prompt `index` and record it."""
         completion, sequence = completions[index], sequences[index]
         token = samplers[index](logits)
-        completion.finished = token.id in stop_ids or len(completion.tokens) + 1 == sequence.limit
+        completion.finished = token.id in stop_ids or len(completion.tokens) + 1 == needed.limits[index]
         if completion.finished:
             token = token._replace(text=token.text + samplers[index].finish())
-            cache.pages.free(sequence.pages)
+            completion.own_pages = len(sequence.cached.pages) - completion.shared_pages
+            sequence.cached.free()
         sequence.ids.append(token.id)
         completion.tokens.append(token)
         completion.ended = time.perf_counter()
         if on_token is not None:
             on_token(index, token, completion.finished)
 
-    for index, sequence in enumerate(sequences):
+    for index, ids in enumerate(prompts):
         begin = time.perf_counter()
-        *_, hidden = prefill(model, sequence, cache)
+        sequence = _start(cache, ids, share_prefix)
+        sequences.append(sequence)
+        completions[index].reused_tokens = sequence.cached.num_tokens
+        completions[index].shared_pages = sequence.cached.num_tokens // page_size
+        *_, hidden = _prefill(model, sequence, cache, needed.max_pages)
         take(index, to_host(model.logits(hidden[-1:]))[0])
         completions[index].prefill_seconds = time.perf_counter() - begin
     for completion in completions:
         completion.started = time.perf_counter()
     while active := [n for n, completion in enumerate(completions) if not completion.finished]:
-        hidden = _advance(model, [sequences[n] for n in active], cache, 1)
+        hidden = _decode(model, [sequences[n] for n in active], cache, needed.max_pages)
         for index, logits in zip(active, to_host(model.logits(hidden)), strict=True):
             take(index, logits)
     return completions

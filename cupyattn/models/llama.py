@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .. import PagedCache, PagedParams, QAttn, embedding, quant_gemm, rms_norm, runtime, silu_mul
+from .. import PagedCache, QAttn, embedding, page_move, quant_gemm, rms_norm, runtime, silu_mul
 from ..kv_formats import FLOATS, FORMATS
 from ..runtime.arrays import dtype_of
 from .config import config_from, config_from_hugging_face
@@ -47,14 +47,6 @@ def kv_formats(name):
         raise ValueError(f"Llama: kv_dtype must be one of {', '.join((*FLOATS, *FORMATS))}, or two of the latter "
                          f"{len(FORMATS)} as K/V, got {name!r}")
     return formats
-
-
-def step_params(cache, page_lists, lengths, q_len, max_pages):
-    """PagedParams of a step that appends `q_len` tokens to sequences of `lengths` tokens living on `page_lists`."""
-    table = np.zeros((len(page_lists), max_pages), np.int32)
-    for row, pages in enumerate(page_lists):
-        table[row, :len(pages)] = pages
-    return PagedParams(len(page_lists), table, np.int32(lengths), max(lengths), cache.page_size, q_len)
 
 
 class Llama:
@@ -95,7 +87,7 @@ class Llama:
         self.config, self.tokenizer, self.xp = config, tokenizer, xp
         self.dtype, self.kv_formats = _dtype(dtype), kv_formats(kv_dtype or dtype)
         self._scales = None  # of static KV formats, per layer
-        self._warm = set()  # (batch, q_len, page_size) of steps whose kernels are compiled
+        self._warm = set()  # (batch, q_len, page_size) of steps, page_size of copies whose kernels are compiled
         weights, c = Weights(tensors, xp, quantize), config
         q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         self._embedding = weights.matrix("token_embd", c.vocab_size, c.hidden_size)
@@ -210,8 +202,7 @@ class Llama:
         text = self.tokenizer.encode(_CALIBRATION) if self.tokenizer else range(3, self.config.vocab_size, 7)
         ids = np.fromiter(text, np.int32)[:min(PREFILL_CHUNK, self.config.context_length)]
         cache = self._cache(1, len(ids), ("float32", "float32"), (None, None))
-        params = step_params(cache, [cache.pages.allocate_tokens(len(ids))], [0], len(ids), 1)
-        self.forward(self.xp.asarray(ids), params, cache)
+        self.forward(self.xp.asarray(ids), cache.step([cache.pages.sequence()], len(ids)), cache)
         axes = {"head": (0, 1, 3), "channel": (0, 1)}
         return tuple(
             [_scale(layer, axes[STATIC_SCALES[format]]) for layer in side] if format in STATIC_SCALES else None
@@ -258,7 +249,7 @@ class Llama:
         out = self.xp.empty((len(hidden), self.config.vocab_size), np.float32)
         return quant_gemm(hidden, self._head, out=out)
 
-    def warm_up(self, prompts, *, page_size=16, progress=None):
+    def warm_up(self, prompts, *, page_size=16, share_prefix=True, progress=None):
         """Check prompts, and compile in parallel every kernel that `generate` and `logprobs` launch for them.
 
         Parameters
@@ -267,15 +258,20 @@ class Llama:
             Token ids.
         page_size : int
             Tokens per page of the KV cache.
+        share_prefix : bool
+            As for `generate`.
         progress : callable, optional
             ``progress(0, total, None)`` at the start, then ``progress(done, total, spec)`` after each kernel; not
             called at all when an earlier call has done everything.
         """
-        from .generate import check_prompts, step_shapes
+        from .generate import check_prompts, forecast
 
         check_prompts(self, prompts)
-        wanted = {}
-        for batch, q_len in step_shapes(prompts):
+        wanted, needed = {}, forecast(self, prompts, 1, page_size, share_prefix)
+        if needed.copies and page_size not in self._warm:
+            wanted |= self._copy_kernels(page_size)
+            self._warm.add(page_size)
+        for batch, q_len in sorted({(1, chunk) for chunk in needed.chunks} | {(n + 1, 1) for n in range(len(prompts))}):
             if (batch, q_len, page_size) not in self._warm:  # only saves time: a launch compiles what is missing
                 wanted |= self._kernels(batch, q_len, page_size)
                 self._warm.add((batch, q_len, page_size))
@@ -287,12 +283,18 @@ class Llama:
     def _kernels(self, batch, q_len, page_size):
         """Specialisations that one step launches."""
         cache = self.new_cache(batch * -(-q_len // page_size), page_size)
-        lists = [cache.pages.allocate_tokens(q_len) for _ in range(batch)]
-        params = step_params(cache, lists, [0] * batch, q_len, len(lists[0]))
+        params = cache.step([cache.pages.sequence() for _ in range(batch)], q_len)
         with runtime.recording() as recorded:
             hidden = self.forward(self.xp.zeros(batch * q_len, np.int32), params, cache)
             self.logits(hidden)
             self.logits(hidden[-1:])
+        return recorded
+
+    def _copy_kernels(self, page_size):
+        """Specialisations that the copy of a page launches."""
+        cache, ids = self.new_cache(2, page_size), self.xp.arange(2, dtype=np.int32)
+        with runtime.recording() as recorded:
+            page_move([*cache.k, *cache.v], ids[:1], ids[1:])
         return recorded
 
     def logprobs(self, ids, *, page_size=16, progress=None):
@@ -312,11 +314,10 @@ class Llama:
         ndarray [len(ids), vocab_size], float64, NumPy
             Row i is the natural log-softmax over the token after ``ids[:i + 1]``.
         """
-        from .generate import log_softmax, prefill, start
+        from .generate import log_softmax, prompt_rows
 
         self.warm_up([ids], page_size=page_size, progress=progress)
-        (sequence,), cache = start(self, [ids], 1, page_size)
-        rows = [self.logits(hidden) for hidden in prefill(self, sequence, cache)]
+        rows = [self.logits(hidden) for hidden in prompt_rows(self, ids, page_size)]
         return np.concatenate([log_softmax(to_host(part)) for part in rows])
 
     def generate(self, prompts, **options):
