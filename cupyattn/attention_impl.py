@@ -179,7 +179,7 @@ class AttentionImpl(ABC):
 
 
 class AttentionRegistry:
-    """Attention operators by name."""
+    """Attention operators by name, as a model's configuration chooses one."""
 
     _registry = {}
 
