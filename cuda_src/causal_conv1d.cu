@@ -22,6 +22,7 @@
 #include "params.h"
 #include "eight_floats.cuh"
 #include "sequences.cuh"
+#include "silu.cuh"
 #include "vector_store.cuh"
 
 using T = CA_T;                                      // x and out
@@ -106,14 +107,7 @@ struct Sequence {
     return biases;
   }
   __device__ __forceinline__ void write(int t, const Channels& sum) const {
-    float y[VEC];
-#pragma unroll
-    for (int v = 0; v < VEC; ++v) y[v] = sum.x[v];
-    if (args.silu) {
-#pragma unroll
-      for (int v = 0; v < VEC; ++v) y[v] = __fdividef(y[v], 1.0f + expf(-y[v]));
-    }
-    store_global(out + t * args.out.stride_token, from_float<T, VEC>(y));
+    store_floats<VEC>(out + t * args.out.stride_token, args.silu ? silu(sum) : sum);
   }
 
   // The state after the sequence; window[a - 1] is the input of age a before token 0.

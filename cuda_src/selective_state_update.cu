@@ -24,7 +24,7 @@
 using T = CA_T;                                    // x, z, B, C and out
 using DT = CA_DT;                                  // dt
 using S = CA_S;                                    // state
-constexpr int VEC = CA_VEC;                        // states per access; divides state_size and the strides of state, B, C, A
+constexpr int VEC = CA_VEC;                      // states per access; divides state_size and strides of state, B, C, A
 constexpr int LANES = CA_LANES;                    // threads that share the states of a dim
 constexpr int ROWS = CA_ROWS;                      // dims of a thread at a time
 constexpr bool STATE_DECAYS = CA_STATE_DECAYS;     // A has an axis of states
@@ -76,7 +76,8 @@ void selective_state_update(const __grid_constant__ SelectiveStateUpdateArgs arg
         c_states = load_floats<VEC>(C + n);
       };
       if (lane * VEC < in.state_size) load(lane * VEC);
-      float inputs[ROWS], steps[ROWS], decays[ROWS], skips[ROWS], gates[ROWS];
+      float inputs[ROWS], steps[ROWS], decays[ROWS], skips[ROWS];
+      Floats<ROWS> raw_gates;
 #pragma unroll
       for (int i = 0; i < ROWS; ++i) {
         const int dim = min(first + i * groups, in.head_dim - 1);
@@ -84,7 +85,7 @@ void selective_state_update(const __grid_constant__ SelectiveStateUpdateArgs arg
         steps[i] = i > 0 && one_step ? steps[0] : raw_step<DT>(in, b, head, dim);
         decays[i] = STATE_DECAYS ? 0.0f : *channel(in.A, head, dim);
         skips[i] = in.D.data != nullptr ? *channel(in.D, head, dim) : 0.0f;
-        gates[i] = in.z.data != nullptr ? to_float(z[dim]) : 0.0f;
+        raw_gates.x[i] = in.z.data != nullptr ? to_float(z[dim]) : 0.0f;
       }
 #pragma unroll
       for (int i = 0; i < ROWS; ++i) {
@@ -103,7 +104,7 @@ void selective_state_update(const __grid_constant__ SelectiveStateUpdateArgs arg
           const int dim = first + i * groups;
           if (STATE_DECAYS) {
             rates[i] *= steps[i] * LOG2_E;
-            old[i] *= decay(rates[i]);
+            old[i] *= exp2_of_any(rates[i]);
           } else {
             old[i] *= decays[i];
           }
@@ -114,6 +115,7 @@ void selective_state_update(const __grid_constant__ SelectiveStateUpdateArgs arg
       }
 
       // 3. the outputs: lane i % LANES writes dim i
+      const Floats<ROWS> gates = silu(raw_gates);
       float y[ROWS];
 #pragma unroll
       for (int i = 0; i < ROWS; ++i) {
@@ -127,7 +129,7 @@ void selective_state_update(const __grid_constant__ SelectiveStateUpdateArgs arg
         const int dim = first + i * groups;
         if (lane != i % LANES || dim >= in.head_dim) continue;
         if (in.D.data != nullptr) y[i] = fmaf(skips[i], inputs[i], y[i]);
-        if (in.z.data != nullptr) y[i] = gate(y[i], gates[i]);
+        if (in.z.data != nullptr) y[i] *= gates.x[i];
         out[dim] = from_float<T>(y[i]);
       }
     }

@@ -189,22 +189,14 @@ __device__ __forceinline__ void make_outputs(const SelectiveScanArgs& args, cons
     for (int r = 0; r < ROWS; ++r) {
       if (row + r >= count) break;
       if (has_skip) sums[r].add_product(skips, x[r]);
-      float y[VEC];
-#pragma unroll
-      for (int j = 0; j < VEC; ++j) y[j] = sums[r].x[j];
-      if (has_gate) {
-#pragma unroll
-        for (int j = 0; j < VEC; ++j) y[j] = gate(y[j], z[r].x[j]);
-      }
-#pragma unroll
-      for (int j = 0; j < VEC; ++j) sums[r].x[j] = y[j];
+      if (has_gate) sums[r] *= silu(z[r]);
       T* out = out_row(args, piece, tile + row + r, head) + dim;
       if (aligned && dim + VEC <= in.head_dim) {
         store_floats<VEC>(out, sums[r]);
       } else {
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
-          if (dim + j < in.head_dim) out[j] = from_float<T>(y[j]);
+          if (dim + j < in.head_dim) out[j] = from_float<T>(sums[r].x[j]);
         }
       }
     }

@@ -68,14 +68,15 @@ __device__ __forceinline__ void scan_by_tokens(const SelectiveScanArgs& args) {
 
     for (int t = 0; t < count; t += AHEAD) {
       // 3. eight tokens
-      float x[AHEAD], steps[AHEAD], gates[AHEAD], y[AHEAD];
+      float x[AHEAD], steps[AHEAD], y[AHEAD];
+      Floats<AHEAD> gates;
 #pragma unroll
       for (int i = 0; i < AHEAD; ++i) {
         const int token = is_dim && t + i < count ? tile + t + i : -1;
         x[i] = token < 0 ? 0.0f : to_float(row_of<T>(in.x, piece, token, head)[dim]);
         steps[i] = token < 0 ? 0.0f : raw_step<DT>(in, piece.first + token, head, dim);
         const bool is_gated = OUTPUTS && token >= 0 && in.z.data != nullptr;
-        gates[i] = is_gated ? to_float(row_of<T>(in.z, piece, token, head)[dim]) : 0.0f;
+        gates.x[i] = is_gated ? to_float(row_of<T>(in.z, piece, token, head)[dim]) : 0.0f;
         y[i] = 0.0f;
       }
 #pragma unroll
@@ -89,14 +90,14 @@ __device__ __forceinline__ void scan_by_tokens(const SelectiveScanArgs& args) {
         States sums = States::all(0.0f), decays = rates[0];
         if (!STATE_DECAYS) {
           decays *= steps[i];
-          decays = decay(decays);
+          decays = exp2_of_any(decays);
         }
 #pragma unroll UNROLLED
         for (int k = 0; k < COUNT; ++k) {
           if (STATE_DECAYS) {
             decays = rates[k % RATES];
             decays *= steps[i];
-            decays = decay(decays);
+            decays = exp2_of_any(decays);
           }
           states[k] *= decays;
           states[k].add_product(steps[i] * x[i], States::load(b + k * LANES * VEC));
@@ -111,8 +112,9 @@ __device__ __forceinline__ void scan_by_tokens(const SelectiveScanArgs& args) {
           for (int i = 0; i < AHEAD; ++i) y[i] = fmaf(skip, x[i], y[i]);
         }
         if (in.z.data != nullptr) {
+          gates = silu(gates);
 #pragma unroll
-          for (int i = 0; i < AHEAD; ++i) y[i] = gate(y[i], gates[i]);
+          for (int i = 0; i < AHEAD; ++i) y[i] *= gates.x[i];
         }
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {

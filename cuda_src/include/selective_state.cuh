@@ -9,15 +9,14 @@
 
 #include "eight_floats.cuh"
 #include "params.h"
+#include "silu.cuh"
 #include "vector_store.cuh"
-
-constexpr float LOG2_E = 1.4426950408889634f;
 
 __device__ __forceinline__ const float* channel(const PerChannel& values, int head, int dim) {
   return values.data + head * values.stride_head + dim * values.stride_dim;
 }
 
-// N numbers as floats, from and to memory in accesses of at most 16 bytes.
+// N numbers as floats, from memory in accesses of at most 16 bytes; store_floats writes them so.
 template <int N, typename T>
 __device__ __forceinline__ Floats<N> load_floats(const T* p) { return Floats<N>::from(load_vec<T, N>(p)); }
 template <int N>
@@ -37,18 +36,6 @@ template <typename T>
 __device__ __forceinline__ bool rows_are_aligned(const HeadView& view) {
   const int64_t strides = (view.stride_token | view.stride_head) * static_cast<int64_t>(sizeof(T));
   return (reinterpret_cast<int64_t>(view.data) | strides) % 16 == 0;
-}
-
-template <int N, typename T>
-__device__ __forceinline__ void store_floats(T* p, const Floats<N>& x) {
-  constexpr int PIECE = N * sizeof(T) > 16 ? 16 / sizeof(T) : N;
-#pragma unroll
-  for (int j = 0; j < N; j += PIECE) {
-    float some[PIECE];
-#pragma unroll
-    for (int i = 0; i < PIECE; ++i) some[i] = x.x[j + i];
-    store_global(p + j, from_float<T, PIECE>(some));
-  }
 }
 
 template <typename DT>
@@ -78,16 +65,5 @@ template <typename DT>
 __device__ __forceinline__ float step_size(const SelectiveInputs& in, int64_t token, int head, int dim) {
   return finish_step(in, raw_step<DT>(in, token, head, dim));
 }
-
-// 2^a of any number; the host's exp2 wants it below 128.
-template <int N>
-__device__ __forceinline__ Floats<N> decay(Floats<N> a) {
-#if CA_CPU
-  a.x = a.x > 128.0f ? 128.0f - typename Floats<N>::Numbers{} : a.x;
-#endif
-  return exp2(a);
-}
-
-__device__ __forceinline__ float gate(float y, float z) { return y * __fdividef(z, 1.0f + expf(-z)); }
 
 #endif  // CUPYATTN_SELECTIVE_STATE_CUH

@@ -6,7 +6,7 @@
 #ifndef CUPYATTN_VECTOR_STORE_CUH
 #define CUPYATTN_VECTOR_STORE_CUH
 
-#include "prelude.cuh"
+#include "eight_floats.cuh"
 
 // store_vec to global memory, as one instruction for 16 and 8 bytes.
 template <typename T, int N>
@@ -28,6 +28,19 @@ __device__ __forceinline__ void store_global(T* p, const Vec<T, N>& x) {
     store_vec(p, x);
   }
 #endif
+}
+
+// N floats rounded to T, in stores of at most 16 bytes.
+template <int N, typename T>
+__device__ __forceinline__ void store_floats(T* p, const Floats<N>& x) {
+  constexpr int PIECE = N * sizeof(T) > 16 ? 16 / sizeof(T) : N;
+#pragma unroll
+  for (int j = 0; j < N; j += PIECE) {
+    float some[PIECE];
+#pragma unroll
+    for (int i = 0; i < PIECE; ++i) some[i] = x.x[j + i];
+    store_global(p + j, from_float<T, PIECE>(some));
+  }
 }
 
 #endif  // CUPYATTN_VECTOR_STORE_CUH
