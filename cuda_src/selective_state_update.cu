@@ -21,13 +21,13 @@
 #include "sequences.cuh"
 #include "warp.cuh"
 
-using T = CA_T;                                    // x, z, B, C and out
-using DT = CA_DT;                                  // dt
-using S = CA_S;                                    // state
+using T = CA_T;                                  // x, z, B, C and out
+using DT = CA_DT;                                // dt
+using S = CA_S;                                  // state
 constexpr int VEC = CA_VEC;                      // states per access; divides state_size and strides of state, B, C, A
-constexpr int LANES = CA_LANES;                    // threads that share the states of a dim
-constexpr int ROWS = CA_ROWS;                      // dims of a thread at a time
-constexpr bool STATE_DECAYS = CA_STATE_DECAYS;     // A has an axis of states
+constexpr int LANES = CA_LANES;                  // threads that share the states of a dim
+constexpr int ROWS = CA_ROWS;                    // dims of a thread at a time
+constexpr bool STATE_DECAYS = CA_STATE_DECAYS;   // A has an axis of states
 static_assert(sizeof(SelectiveStateUpdateArgs) == CA_SIZEOF_ARGS, "selective_state_update: Python and CUDA disagree");
 
 using States = Floats<VEC>;
