@@ -16,7 +16,7 @@
 // traffic    sequences * channels * (tokens * 2 * sizeof(T) + state) bytes; of the state every element is read at most
 //            once and written once: 2 * state_len elements, circular width - 1 + tokens of them
 // in flight  an H200 wants about 29 KiB per SM. Packed rows: AHEAD * 16 bytes per thread, with 3 blocks of 128 threads
-//            24 KiB. One token: by rows 16 bytes of a float32 state per thread, with 12 blocks 24 KiB; by channels
+//            24 KiB. One token: by rows 16 bytes of a float32 state per thread, with 10 blocks 20 KiB; by channels
 //            (width - 1) * 16 bytes, with 3 blocks 18 KiB; x and out come on top
 #include "prelude.cuh"
 #include "params.h"
@@ -40,7 +40,7 @@ constexpr int HELD = WIDTH > 0 ? WIDTH - 1 : 0;  // earlier inputs in registers
 constexpr int TAPS = WIDTH > 0 ? WIDTH : 1, WINDOW = HELD > 0 ? HELD : 1, PLACES = ROW > 0 ? ROW : 1;  // of arrays
 constexpr int ACCESS = !CHANNEL_VECTORS ? 1 : VEC * sizeof(S) > 16 ? 16 / sizeof(S) : VEC;  // channels of the state
 constexpr int AHEAD = 4;                         // tokens loaded before the first of them is used
-constexpr int MIN_BLOCKS = ROW > 0 ? 12 : 3;     // of 128 threads per SM
+constexpr int MIN_BLOCKS = ROW > 0 ? 10 : 3;     // of 128 threads per SM
 
 // A sequence from channel c on.
 struct Sequence {

@@ -135,7 +135,7 @@ CA_KERNEL __launch_bounds__(256) void selective_scan_carry(const __grid_constant
 #elif CA_FORM == 1
 #include "selective_recurrence.cuh"
 
-CA_KERNEL __launch_bounds__(128, 4) void selective_scan(const __grid_constant__ SelectiveScanArgs args) {
+CA_KERNEL __launch_bounds__(128, 3) void selective_scan(const __grid_constant__ SelectiveScanArgs args) {
   scan_by_tokens(args);
 }
 

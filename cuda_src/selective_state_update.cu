@@ -14,7 +14,7 @@
 // traffic    batch * heads * head_dim * (2 * state_size * sizeof(S) + a few) bytes: every element of the state is read
 //            once and written once. A with an axis of states is read for every row of the batch, from L2
 // in flight  ROWS * VEC * sizeof(S) = 64 bytes of state per thread before the first is used; with 4 blocks of 128
-//            threads per SM 32 KiB (16-bit states: 3 blocks, 24 KiB), and an H200 wants about 29
+//            threads per SM 32 KiB (16-bit states: 2 or 3 blocks, 16 or 24 KiB), and an H200 wants about 29
 #include "prelude.cuh"
 #include "params.h"
 #include "selective_state.cuh"
@@ -31,7 +31,7 @@ constexpr bool STATE_DECAYS = CA_STATE_DECAYS;   // A has an axis of states
 static_assert(sizeof(SelectiveStateUpdateArgs) == CA_SIZEOF_ARGS, "selective_state_update: Python and CUDA disagree");
 
 using States = Floats<VEC>;
-constexpr int MIN_BLOCKS = VEC == 8 ? 3 : 4;  // of 128 threads per SM
+constexpr int MIN_BLOCKS = VEC < 8 ? 4 : STATE_DECAYS ? 2 : 3;  // of 128 threads per SM
 
 CA_KERNEL __launch_bounds__(128, MIN_BLOCKS)
 void selective_state_update(const __grid_constant__ SelectiveStateUpdateArgs args) {
