@@ -26,6 +26,7 @@
 #include "kv_encode.cuh"
 #include "page_table.cuh"
 #include "pairs.cuh"
+#include "vector_store.cuh"
 #include "warp.cuh"
 
 using T = CA_T;                                 // k, v, q, q_out and biases
@@ -283,11 +284,11 @@ __device__ __forceinline__ void copy_row(const T* x, int lane, int lanes, E* out
   for (int d = lane * VEC; d < dims; d += lanes * VEC) {
     const Vec<T, VEC> part = load_vec<T, VEC>(x + d);
     if constexpr (SameType<T, E>::value) {
-      store_vec(out + d, part);
+      store_global(out + d, part);
     } else {
       float values[VEC];
       to_float(part, values);
-      store_vec(out + d, from_float<E, VEC>(values));
+      store_global(out + d, from_float<E, VEC>(values));
     }
   }
 }

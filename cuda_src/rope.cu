@@ -16,6 +16,7 @@
 #include "prelude.cuh"
 #include "params.h"
 #include "pairs.cuh"
+#include "vector_store.cuh"
 
 using T = CA_T;                                   // x and out
 using Table = CA_TABLE;                           // cos and sin
@@ -61,15 +62,15 @@ __device__ __forceinline__ void load_pairs(const T* x, int pair, int half, float
 __device__ __forceinline__ void store_pairs(T* out, int pair, int half, const float (&first)[PAIRS],
                                             const float (&second)[PAIRS]) {
   if constexpr (!INTERLEAVED) {
-    store_vec(out + pair, from_float<T, PAIRS>(first));
-    store_vec(out + pair + half, from_float<T, PAIRS>(second));
+    store_global(out + pair, from_float<T, PAIRS>(first));
+    store_global(out + pair + half, from_float<T, PAIRS>(second));
   } else if constexpr (VEC == 1) {
     out[2 * pair] = from_float<T>(first[0]);
     out[2 * pair + 1] = from_float<T>(second[0]);
   } else {
     float both[2 * PAIRS];
     merge_pairs(first, second, both);
-    store_vec(out + 2 * pair, from_float<T, 2 * PAIRS>(both));
+    store_global(out + 2 * pair, from_float<T, 2 * PAIRS>(both));
   }
 }
 
@@ -116,7 +117,7 @@ CA_KERNEL __launch_bounds__(256, 4) void rope(const __grid_constant__ RopeArgs a
 #pragma unroll
           for (int v = 0; v < VEC; ++v) row.v[v] = from_float<T>(__int_as_float(0x7fffffff));
         }
-        store_vec(out + head * args.out.stride_head + d, row);
+        store_global(out + head * args.out.stride_head + d, row);
       }
     }
   }

@@ -15,6 +15,7 @@ import pytest
 from compare import assert_close, assert_same_bits, dtype_of
 
 from cupyattn import attention_plans, matmul_plans
+from cupyattn.ops import kv_append, rope
 from cupyattn.quant.layout import Form
 from cupyattn.runtime import Plan, Specialisation, arch_of, cuda, launch, make_args
 from cupyattn.runtime.cpu import counters, settings
@@ -224,6 +225,18 @@ def test_tensor_core_instructions_are_counted():
         _launch(NumpyArrays(), "mma_16", np.zeros((32, 10), np.uint32), 4, 32, "float16")
         _launch(NumpyArrays(), "matrices", np.zeros((32, 8), np.uint16), 15, 32, "float16")
     assert launches[0].counts["mma"] == 1 and launches[1].counts["ldmatrix"] == 6
+
+
+@pytest.mark.parametrize("spec", [
+    s for s in (*rope.CORE, *kv_append.CORE) for constants in [dict(s.constants)]
+    if constants.get("VEC") == 8 or constants.get("WIDE") == 1 and {constants["K"], constants["V"]} <= {
+        "KvPlain<__half>", "KvPlain<__nv_bfloat16>", "KvPlain<float>"}], ids=str)
+def test_wide_rows_are_stored_whole(spec):
+    """The compiler would make a 2-byte store of each of the eight."""
+    compiled = nvrtc.compile_code(cuda.code(spec), cuda.options(spec, "sm_90a"), "sm_90a")
+    names = {nvrtc.mnemonic(line) for loop in nvrtc.loops(compiled.cubin, spec.kernel) for line in loop}
+    stores = {name for name in names if name.startswith("STG")}
+    assert stores and stores <= {"STG.E.128", "STG.E.64"}, stores
 
 
 # instructions of paged_decode_mma per token and KV head: what was reached, rounded up

@@ -19,7 +19,7 @@
 #include "eight_floats.cuh"
 #include "page_table.cuh"
 #include "params.h"
-#include "prelude.cuh"
+#include "vector_store.cuh"
 
 // ---- eight codes of one byte each, or spread out of a word, as floats ------------------------------------------
 
@@ -246,7 +246,7 @@ struct KvPlain {
 #else
     constexpr int WIDTH = ALIGNED ? 16 / static_cast<int>(sizeof(T)) : 1;
 #pragma unroll
-    for (int i = 0; i < 8; i += WIDTH) store_vec(p + i, load_vec<T, WIDTH>(x.v + i));
+    for (int i = 0; i < 8; i += WIDTH) store_global(p + i, load_vec<T, WIDTH>(x.v + i));
 #endif
   }
   template <bool ALIGNED = true>
