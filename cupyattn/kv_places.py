@@ -145,19 +145,20 @@ def check_places(places, caches):
 
 
 def _are_certainly_right(places, num_pages, page_size):
-    """A shortcut for one token of each of a few sequences, in host memory; False says nothing."""
-    table, positions, wanted = places.table, places.positions, []
+    """A shortcut for a few tokens of a few sequences, in host memory; False says nothing."""
+    table, positions, q_len, wanted = places.table, places.positions, places.q_len or 1, []
     if table is None or table.form != "dense" or places.batch_indices is not None or places.key_stride > 1 or \
-            not isinstance(positions, np.ndarray) or not len(positions) == table.batch <= 16:
+            not isinstance(positions, np.ndarray) or not len(positions) == table.batch <= 16 // q_len:
         return False
     page_of = table.block_table.item
-    for sequence, position in enumerate(positions.tolist()):
-        if not 0 <= position < table.max_pages * page_size:
+    for sequence, first in enumerate(positions.tolist()):
+        if not 0 <= first <= table.max_pages * page_size - q_len:
             return False
-        page = page_of(sequence, position // page_size)
-        if not 0 <= page < num_pages:
-            return False
-        wanted.append((page, position % page_size))
+        for position in range(first, first + q_len):
+            page = page_of(sequence, position // page_size)
+            if not 0 <= page < num_pages:
+                return False
+            wanted.append((page, position % page_size))
     return len(set(wanted)) == len(wanted)
 
 

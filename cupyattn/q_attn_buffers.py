@@ -109,7 +109,7 @@ def token_rows(xp, name, array, batch_size, q_len, width, dtype):
     tokens = batch_size * q_len
     _check_kind(xp, name, array, dtype)
     if array.shape == (tokens, width):
-        return array
+        return as_rows("QAttn", name, array)
     if array.shape[:-1] != (batch_size, q_len) or array.shape[-1] != width:
         heads = array.shape[-2:] if array.shape[:-2] in ((batch_size, q_len), (tokens,)) else (0, 0)
         if heads[0] * heads[1] == width:   # heads are an axis of their own

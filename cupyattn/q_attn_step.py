@@ -120,6 +120,9 @@ def steps_of(params, cache, xp):
         else:
             found = (Step(params, cache, xp, device),)
         known[key] = found
+    if many and len({id(one) for one in cache}) < len(cache):
+        raise ValueError(f"{OP}: cache must be a list of different ones, got one twice, whose first page would be that "
+                         "of two sequences")
     return found
 
 

@@ -125,6 +125,11 @@ def test_q_len_refused():
         r"positions must be \[tokens / q_len\] = \[2\], got \[6\]": {"q_len": 3, "positions": POSITIONS[:6]},
         "q_len must be that of the 2 sequences of block_table, got 2 for 6": {"q_len": 2, "positions": POSITIONS[:3]},
         r"positions must be in \[-1, 64\), .* got 80": {"q_len": 3, "positions": np.int32([0, 78])},
+        r"positions must be in \[-1, 64\), .* got 64": {"q_len": 3, "positions": np.int32([0, 62])},
+        "block_table must be in .* got 10": {"q_len": 3, "positions": np.int32([0, 14]),
+                                             "block_table": np.int32([[0, 1, 2, 3], [4, 10, 5, 6]])},
+        "places must differ from token to token, got page 4 slot 2 twice": {
+            "q_len": 3, "positions": np.int32([0, 2]), "block_table": np.int32([[4, 1, 2, 3], [4, 7, 5, 6]])},
         "rope_rows must be in .* got 64": {"q_len": 3, "positions": np.int32([0, 1]), "rope_rows": np.int32([0, 62])},
         "batch_indices must be None": {"q_len": 3, "positions": POSITIONS[:2], "batch_indices": np.int32([0] * 6)}}
     for message, change in wrong.items():

@@ -208,6 +208,40 @@ def test_a_schedule_of_other_lengths_writes_nothing():
     assert (cache.k[0] == 0.5).all() and (cache.v[0] == 0.5).all()
 
 
+def test_layouts_without_rows_write_nothing():
+    """Of x, `out` and attention's result, as [tokens, width]."""
+    layer = Layer(NumpyArrays(), dtype="float16")
+    cache, params, x = contiguous(layer, 2), Params(2, 3, 0), layer.inputs(2, 3).reshape(6, 64)
+    for pool in (cache.k[0], cache.v[0]):
+        pool[...] = 0.5
+    for name, arrays in (("x", {"x": np.asfortranarray(x)}), ("out", {"x": x, "out": np.zeros((64, 6), np.float16).T})):
+        with pytest.raises(ValueError, match=f"QAttn: {name} must have a contiguous last axis, got strides"):
+            layer.attn.forward(**arrays, params=params, cache=cache, **layer.tables)
+    with pytest.raises(ValueError, match="QAttn: attn_output must have a contiguous last axis"):
+        layer.attn.forward_2(x, np.zeros((128, 6), np.float16).T, 2, 3)
+    assert (cache.k[0] == 0.5).all() and (cache.v[0] == 0.5).all()
+
+
+def test_pages_of_two_tokens_write_nothing():
+    """Pages that are twice among those of new tokens, and one cache for two sequences."""
+    layer = Layer(NumpyArrays(), dtype="float16")
+    cache, x = PagedCache(1, 10, 4, 2, 32), layer.inputs(2, 3)
+    for pool in (cache.k[0], cache.v[0]):
+        pool[...] = 0.5
+    rows = x.copy()
+    for table, lengths in (([[1, 2], [1, 3]], [0, 2]), ([[1, 2], [3, 2]], [2, 4]), ([[1, 4], [3, 2]], [2, 5])):
+        params = PagedParams(2, table, lengths, max(lengths), page_size=4, q_len=3)
+        if table[0][1] == 4:
+            layer.attn.forward(x.copy(), params, PagedCache(1, 10, 4, 2, 32), 0, **layer.tables)   # all apart
+        else:
+            with pytest.raises(ValueError, match="places must differ from token to token"):
+                layer.attn.forward(x, params, cache, 0, **layer.tables)
+    with pytest.raises(ValueError, match="QAttn: cache must be a list of different ones, got one twice"):
+        layer.attn.forward(x, Params(2, 3, [0, 0]), [cache, cache], 0, **layer.tables)
+    assert_same_bits(x, rows)
+    assert (cache.k[0] == 0.5).all() and (cache.v[0] == 0.5).all()
+
+
 def test_arrays_that_cannot_be_written():
     """x of a whole step and of the second half, and the outputs of the first."""
     layer = Layer(NumpyArrays(), dtype="float16")
