@@ -187,6 +187,8 @@ def _forward(op, *, tp_context, hidden_states, temp_bc0_, temp_bc1_, temp_bc2_, 
                "window_size": window_size, "softcap": softcap}
     if isinstance(pre_layernorm, list | tuple) and not pre_layernorm:
         pre_layernorm = None
+    if not isinstance(loras, list | tuple):
+        raise TypeError(f"{op}: loras must be a list of dicts of projections to LoRA, got {type(loras).__name__}")
     style, loras, rotary_dim = rope_style_of(rope_style, op=op), tuple(loras), rotary_dim or head_dim
     layer = _layer_of(op, tp_context, {
         "pre_layernorm": pre_layernorm, "q_proj": q_proj, "k_proj": k_proj, "v_proj": v_proj, "q_bias": q_bias,
@@ -348,6 +350,11 @@ def _check_caches(op, context, k_cache, v_cache, batch_size, q_len, lengths):
             raise ValueError(f"{op}: {'past_lens' if op == PAGED else 'past_len_tp'} must be from 0 to {room}, with "
                              f"which {q_len} new tokens have room, got {past.tolist()}")
         PageTable(table).check(op, past + np.int32(q_len), *pages)
+        positions = past.astype(np.int64)[:, None] + np.arange(q_len)
+        places = np.take_along_axis(table.astype(np.int64), positions // pages[1], 1) * pages[1] + positions % pages[1]
+        if len(np.unique(places)) < places.size:
+            raise ValueError(f"{op}: block_index must have a place of its own for every new token, got {table.tolist()}"
+                             f" with pages of {pages[1]} after {past.tolist()} tokens")
     return arrays
 
 

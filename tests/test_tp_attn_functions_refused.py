@@ -113,7 +113,9 @@ REFUSED = {   # change of the Lists of two ranks and of the Params: error, and w
                            "k_cache[0] must be writeable, got a read-only array"),
     "k_cache: none": (lambda s, p: caches(s, k=[None, None]), TypeError, "k_cache[0] must be a NumPy or CuPy array"),
     "loras": (lambda s, p: s.keywords.update(loras=[{"x": None}]), ValueError, "adapters must hold a LoRA for q, k, v"),
-    "loras: a name": (lambda s, p: s.keywords.update(loras="all"), TypeError, "adapters must be a dict of names to"),
+    "loras: a name": (lambda s, p: s.keywords.update(loras="all"), TypeError,
+                      "loras must be a list of dicts of projections to LoRA, got str"),
+    "loras: none": (lambda s, p: s.keywords.update(loras=None), TypeError, "loras must be a list of dicts of projectio"),
 }
 
 
@@ -154,6 +156,7 @@ def test_refused_hidden_states(hidden, error, message):
     (dict(block_index_tp=[]), ValueError, "block_index must be a list of one for each of the ranks .0, 1., got 0"),
     (dict(block_index_tp=[np.int32([[0, 1]])] * 2), ValueError, r"block_index must be \[batch_size, max_pages\] = .2,"),
     (dict(block_index_tp=[np.int32([[0], [8]])] * 2), ValueError, "got 8"),
+    (dict(block_index_tp=[np.int32([[3], [3]])] * 2), ValueError, "block_index must have a place of its own for every"),
     (dict(cache_seqlens_tp=[np.int32([0, -1])] * 2), ValueError, r"past_lens must be from 0 to 15, .* got \[0, -1\]"),
 ])
 def test_refused_pages(change, error, message):
@@ -162,7 +165,7 @@ def test_refused_pages(change, error, message):
     vars(params).update(change)
     with pytest.raises(error, match=f"tp_attn_forward_paged_: .*{message}"):
         lists.call(lists.layer.inputs(2, 1), params)
-    assert all(np.isnan(array).all() for array in sum(lists.caches, []))
+    assert all(np.isnan(array).all() for array in [*sum(lists.temps.values(), []), *sum(lists.caches, [])])
 
 
 def test_ranks_of_another_place():
