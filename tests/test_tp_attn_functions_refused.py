@@ -115,7 +115,7 @@ REFUSED = {   # change of the Lists of two ranks and of the Params: error, and w
     "loras": (lambda s, p: s.keywords.update(loras=[{"x": None}]), ValueError, "adapters must hold a LoRA for q, k, v"),
     "loras: a name": (lambda s, p: s.keywords.update(loras="all"), TypeError,
                       "loras must be a list of dicts of projections to LoRA, got str"),
-    "loras: none": (lambda s, p: s.keywords.update(loras=None), TypeError, "loras must be a list of dicts of projectio"),
+    "loras: none": (lambda s, p: s.keywords.update(loras=None), TypeError, "loras must be a list of dicts of project"),
 }
 
 
