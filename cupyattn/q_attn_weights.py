@@ -144,7 +144,8 @@ def tables(sin, cos, style, rotary_dim, xp, *, op=OP):
         if not hasattr(table, "dtype"):
             raise TypeError(f"{op}: {name} must be an array, got {type(table).__name__}")
     half = rotary_dim // 2
-    if cos.ndim == 2 and cos.shape[1] == half and cos.dtype == np.float32 == sin.dtype and sin.shape == cos.shape:
+    if cos.ndim == 2 and cos.shape[1] == half and cos.dtype == np.float32 == sin.dtype and sin.shape == cos.shape \
+            and cos.strides[1] == 4 == sin.strides[1]:
         return cos, sin
     for name, table in (("sin", sin), ("cos", cos)):
         if dtype_name(table) not in FLOATS:

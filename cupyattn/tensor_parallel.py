@@ -42,7 +42,7 @@ def split_heads(num_heads, weights):
         if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
             raise TypeError(f"split_heads: weights must be numbers, got {weight!r}")
     weights = [float(weight) for weight in weights]
-    total = math.fsum(weights)
+    total = sum(weights)
     if not weights or min(weights) < 0 or not 0 < total < math.inf:
         raise ValueError(f"split_heads: weights must be numbers of at least 0, not all 0, got {weights}")
     shares = [num_heads * weight / total for weight in weights]

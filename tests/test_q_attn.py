@@ -432,6 +432,16 @@ def test_tables_of_exllamav2(here, style, dtype):
         layer.check(k, np.stack(keys), what="keys")
 
 
+def test_tables_in_columns(here):
+    """Tables whose positions are the last axis in memory are copied."""
+    layer = Layer(here)
+    x = here.array(layer.inputs(2, 3))
+    columns = {name: here.array(np.ascontiguousarray(here.numpy(t).T)).T for name, t in layer.tables.items()}
+    for a, b in zip(layer.attn.forward_1(x, 2, 3, 0, **columns), layer.attn.forward_1(x, 2, 3, 0, **layer.tables),
+                    strict=True):
+        assert_same_bits(here.numpy(a), here.numpy(b))
+
+
 def test_strided_inputs_and_outputs(here):
     layer = Layer(here, dtype="float16")
     base = layer.rng.standard_normal((2, 3, 80)).astype(np.float16)

@@ -27,7 +27,7 @@ def test_split_heads():
             counts = split_heads(heads, weights)
             assert sum(counts) == heads
             assert all(abs(c - heads * w / sum(weights)) < 1 for c, w in zip(counts, weights, strict=True))
-    for weights in ([], [0, 0], [-1, 2], [float("nan")], [float("inf")]):
+    for weights in ([], [0, 0], [-1, 2], [float("nan")], [float("inf")], [1e308, 1e308]):
         with pytest.raises(ValueError, match="split_heads: weights must be numbers of at least 0, not all 0"):
             split_heads(4, weights)
     with pytest.raises(TypeError, match="split_heads: num_heads must be an integer"):
