@@ -3,6 +3,7 @@
 
 import importlib.util
 import os
+import signal
 import tempfile
 
 import numpy as np
@@ -104,3 +105,11 @@ def pytest_terminal_summary(terminalreporter):
 def pytest_configure(config):
     # a cache of the test run's own, unless the caller names one to keep
     os.environ.setdefault("CUPYATTN_CACHE_DIR", os.path.join(tempfile.gettempdir(), "cupyattn-test-cache"))
+
+
+@pytest.fixture
+def interrupts():
+    """Ctrl-C raises KeyboardInterrupt, also in a shell's background job, which begins with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -178,7 +178,7 @@ def test_endless_waiting_is_reported():
         _run("wait_for_last_warp", (1,), (64,), 64, repeat=0)
 
 
-def test_interrupt_inside_a_block():
+def test_interrupt_inside_a_block(interrupts):
     plan = Plan(Specialisation(SOURCE, "many_barriers", "ExecutorArgs", {}), "cpu", (1,), (64,))
     args = make_args(plan, out=np.zeros(1, np.float32), ints=np.zeros(1, np.int32), n=1, repeat=2_000_000_000)
     compile_all([plan.spec], "cpu")

@@ -264,7 +264,7 @@ def test_import_is_light():
     assert float(ratio) < 3 and modules == "[]"
 
 
-def test_interrupt_stops_a_long_kernel_and_leaves_the_executor_usable():
+def test_interrupt_stops_a_long_kernel_and_leaves_the_executor_usable(interrupts):
     plan = _scale("scale_slowly", grid=100000)
     x, out = np.ones(8, np.float32), np.zeros(1, np.float32)
     args = make_args(plan, x=x, out=out, n=8, factor=2e5)
