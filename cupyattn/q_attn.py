@@ -11,8 +11,8 @@ from .q_attn_buffers import buffers_of_rows, head_rows, row_numbers, token_rows
 from .q_attn_projections import Projections
 from .q_attn_step import steps_of
 from .q_attn_weights import check_scratch, compute_dtype, kind_of, lengths_of, rope_style_of, tables
+from .rank_lists import check_apart
 from .runtime.checks import check_dtype, check_flag, check_number, check_writeable
-from .runtime.structs import address
 
 
 class QAttn(Projections):
@@ -256,6 +256,7 @@ class QAttn(Projections):
         if out is not None:
             kind = check_dtype("QAttn", "out", out, tuple(dict.fromkeys((self._x_name, "float32"))))
             target = self._rows("out", out, *sizes, kind, written=True)
+            check_apart("QAttn", [("out", target)], [("x", rows)])
         turn = self._turn(params, sin, cos)
         caches = cache if isinstance(cache, list | tuple) else [cache]
         parts = [prepare(self, params, step, one, layer, turn, options, schedule)
@@ -359,8 +360,7 @@ class QAttn(Projections):
         tokens = self._tokens(batch_size, q_len)
         rows = self._rows("x", x, batch_size, q_len, self.hidden_size, self._x_name, written=True)
         mixed = self._rows("attn_output", attn_output, batch_size, q_len, self.q_size, self._dtype_name)
-        if address(mixed) == address(rows):
-            raise ValueError("QAttn: attn_output must be another array than x, which is written, got the same")
+        check_apart("QAttn", [("x", rows)], [("attn_output", mixed)])
         added = self._added(*self._names(loras, sequence_loras, loras_temp, tokens), batch_size, q_len)
         self._output(mixed, rows, self._workspace.of(tokens), added)
         return x

@@ -113,6 +113,16 @@ def test_calls_refuse():
         attn.forward_2(x, np.zeros((2, 3, 64), np.float16), 2, 3)
 
 
+def test_out_and_x_overlap():
+    layer = Layer(NumpyArrays(), dtype="float16")
+    both = layer.rng.standard_normal((3, 3, 64)).astype(np.float16)
+    before, cache = both.copy(), contiguous(layer, 2)
+    for first, out in ((0, both[:2]), (0, both[1:]), (1, both[:2])):
+        with pytest.raises(ValueError, match="x must share no memory with out, got arrays that overlap"):
+            layer.attn.forward(both[first:first + 2], Params(2, 3, 0), cache, 0, **layer.tables, out=out)
+    assert_same_bits(both, before)
+
+
 def test_other_layouts_are_refused():
     """As many numbers in another order of axes."""
     layer = Layer(NumpyArrays(), dtype="float16")
@@ -124,7 +134,7 @@ def test_other_layouts_are_refused():
     wide = QAttn(**_arguments(q_o_proj=np.zeros((128, 128), np.float16), hidden_size=128,
                               q_q_proj=np.zeros((128, 128), np.float16), q_k_proj=np.zeros((64, 128), np.float16),
                               q_v_proj=np.zeros((64, 128), np.float16), layernorm=None))
-    with pytest.raises(ValueError, match="attn_output must be another array than x, which is written"):
+    with pytest.raises(ValueError, match="attn_output must share no memory with x, got"):
         wide.forward_2(square, square, 2, 3)
     mixed = np.zeros((2, 4, 3, 32), np.float16)
     with pytest.raises(ValueError, match=r"attn_output must be .*, got \[2, 4, 3, 32\]"):

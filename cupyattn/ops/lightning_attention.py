@@ -28,7 +28,8 @@ def _spec(x, state, vec, prefill, on_cpu=False):
         rows = 1 if on_cpu else 4 if state != "float32" and vec > 1 else 8
     return Specialisation(_OP, f"{_OP}_prefill" if prefill else _OP, "LightningAttentionArgs",
                           {"T": x, "S": state, "VEC": vec, "CHUNKS": chunks, "ROWS": rows, "PREFILL": int(prefill),
-                           "TENSOR_CORES": 0, "KEY_DIM": 0, "COLUMNS": 0, "STAGES": 0})
+                           "TENSOR_CORES": 0, "KEY_DIM": 0, "COLUMNS": 0, "STAGES": 0},
+                          spill_bytes=256 if chunks > 1 else 0)   # no GPU is given these
 
 
 def _mma_spec(x, state, key_dim, columns, stages):
