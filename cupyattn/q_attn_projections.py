@@ -67,11 +67,8 @@ class Projections:
         self.loras = Adapters(adapters, sizes, self._dtype_name, self.xp)
         if self.loras.max_rank and self._ones is None:
             self._ones = self.xp.asarray(np.ones(self.hidden_size, np.float32))
-        self._lay_out()
-        return self.loras.max_rank
-
-    def _lay_out(self):
         self._workspace = Workspace(self, self.loras.max_rank > 0)
+        return self.loras.max_rank
 
     def _added(self, loras, sequence_loras, batch_size, q_len):
         """(numbers of adapters of all rows, Group or None) of a call; None for no adapter."""

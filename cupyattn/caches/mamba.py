@@ -76,25 +76,6 @@ class MambaCacheView(RecurrentView):
     metadata: MambaCacheMetaData
     layer_index: int | None = None
 
-    @classmethod
-    def init(cls, metadata=None, partition_specs=None, dtype="bfloat16", layer_index=None, *, ssm_dtype="float32",
-             xp=np):
-        """A view of zeros.
-
-        Parameters
-        ----------
-        metadata : MambaCacheMetaData
-        partition_specs : optional
-            Means nothing here.
-        dtype : dtype
-            Of the window.
-        layer_index : int, optional
-        ssm_dtype : dtype
-            Of the recurrent state, whose roundings add up over time: float32 whatever `dtype` is, unless chosen.
-        xp : numpy or cupy
-        """
-        return cls._zeros(metadata, dtype, layer_index, ssm_dtype, xp)
-
 
 @dataclass(eq=False, repr=False)
 class MambaCache(RecurrentCache):

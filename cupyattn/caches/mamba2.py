@@ -101,24 +101,7 @@ class Mamba2CacheView(RecurrentView):
     metadata: Mamba2CacheMetaData
     layer_index: int | None = None
 
-    @classmethod
-    def init(cls, metadata=None, partition_specs=None, dtype="bfloat16", layer_index=None, *, ssm_dtype="float32",
-             xp=np):
-        """A view of zeros.
-
-        Parameters
-        ----------
-        metadata : Mamba2CacheMetaData
-        partition_specs : optional
-            Means nothing here.
-        dtype : dtype
-            Of the window.
-        layer_index : int, optional
-        ssm_dtype : dtype
-            Of the recurrent state, whose roundings add up over time: float32 whatever `dtype` is, unless chosen.
-        xp : numpy or cupy
-        """
-        return cls._zeros(metadata, dtype, layer_index, ssm_dtype, xp, seqlen_offset=0)
+    _begins_with = {"seqlen_offset": 0}
 
     def reset(self, *, positions=False):
         """Zero the window and the state, with `positions` also positions and seqlen_offset. Returns self."""

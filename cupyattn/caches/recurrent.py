@@ -14,14 +14,30 @@ class RecurrentView(View):
     The arrays are what `causal_conv1d` and `selective_scan` take as pools of states; methods write them in place.
     """
 
+    _begins_with = {}   # fields that only one of the classes has
+
     @classmethod
-    def _zeros(cls, metadata, dtype, layer_index, ssm_dtype, xp, **more):
-        """A view of zeros; `more` are the fields of one class."""
+    def init(cls, metadata=None, partition_specs=None, dtype="bfloat16", layer_index=None, *, ssm_dtype="float32",
+             xp=np):
+        """A view of zeros.
+
+        Parameters
+        ----------
+        metadata : MambaCacheMetaData or Mamba2CacheMetaData
+        partition_specs : optional
+            Means nothing here.
+        dtype : dtype
+            Of the window.
+        layer_index : int, optional
+        ssm_dtype : dtype
+            Of the recurrent state, whose roundings add up over time: float32 whatever `dtype` is, unless chosen.
+        xp : numpy or cupy
+        """
         check_given(f"{cls.__name__}.init", metadata=metadata)
         return cls(conv_states=xp.zeros(metadata.conv_shape, dtype_of(dtype)),
                    ssm_states=xp.zeros(metadata.ssm_shape, dtype_of(ssm_dtype)),
                    positions=xp.zeros((metadata.batch_size,), np.int32), metadata=metadata, layer_index=layer_index,
-                   **more)
+                   **cls._begins_with)
 
     def update_conv_state(self, new_conv_state, cache_position):
         """Shift the window left by one, then overwrite columns.
