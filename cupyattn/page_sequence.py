@@ -15,6 +15,9 @@ class PageSequence:
     A step is: `reserve` room, make the copies it asks for, compute (`PagedCache.step` does the first two for a batch),
     then `append` the tokens that are in the cache now. Pages that others hold, too, are never written to.
 
+    `free` gives up the pages; so does the end of ``with manager.sequence(...) as sequence:``, and so does a sequence to
+    which nothing refers any more: keep it as long as a step reads its pages.
+
     Attributes
     ----------
     pages : list of int
@@ -71,7 +74,7 @@ class PageSequence:
         if count < 0:
             raise ValueError(f"PageSequence.reserve: count must not be negative, got {count}")
         manager, size = self._manager, self._manager.page_size
-        with manager._lock:
+        with manager._exclusive():
             if count <= self.room:
                 return {}
             at, used = divmod(self.num_tokens, size)
@@ -134,7 +137,7 @@ class PageSequence:
         if len(tokens) > self.room:
             raise ValueError(f"PageSequence.append: tokens must be at most {self.room}, the room reserved, got "
                              f"{len(tokens)}")
-        with manager._lock:
+        with manager._exclusive():
             while tokens:
                 at, used = divmod(self.num_tokens, size)
                 part, tokens = tokens[:size - used], tokens[size - used:]
@@ -162,7 +165,7 @@ class PageSequence:
         if not 0 <= num_tokens <= self.num_tokens:
             raise ValueError(f"PageSequence.truncate: num_tokens must be from 0 to {self.num_tokens}, got {num_tokens}")
         manager = self._manager
-        with manager._lock:
+        with manager._exclusive():
             kept = manager.pages_for(num_tokens)
             for page in reversed(self.pages[kept:]):
                 manager._take_back(page)
@@ -181,15 +184,19 @@ class PageSequence:
         PageSequence
         """
         manager = self._manager
-        with manager._lock:
+        with manager._exclusive():
             pages = self.pages[:manager.pages_for(self.num_tokens)]
             return manager._new_sequence(pages, self.num_tokens, self._salt)
 
     def free(self):
         """Give up all pages; what is in them is remembered while nobody needs them. The sequence is empty then."""
         manager = self._manager
-        with manager._lock:
-            for page in reversed(self.pages):
-                manager._release(page)
-            self.pages.clear()
+        with manager._exclusive():
+            manager._release_all(self.pages)
             self.num_tokens = self.room = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.free()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which page belongs to whom: the one page manager behind every paged cache."""
 
+import contextlib
 import threading
 import weakref
 from collections import Counter, deque
@@ -62,14 +63,26 @@ class PageManager:
         self._index = PrefixIndex(self.page_size)
         self._remembered = {}  # free pages in the index, the next to be granted first; a page after all that follow it
         self._sequences = weakref.WeakSet()  # for `defragment`
+        self._dropped = deque()  # pages of sequences that are gone and were not freed
         self._lock = threading.RLock()
+
+    @contextlib.contextmanager
+    def _exclusive(self):
+        """The state for one thread; sequences that nobody refers to any more have given up their pages.
+
+        They do it here, as a finalizer may run in the midst of anything.
+        """
+        with self._lock:
+            while self._dropped:
+                self._release_all(self._dropped.popleft())
+            yield
 
     def __repr__(self):
         return (f"PageManager(num_pages={self.num_pages}, page_size={self.page_size}, "
                 f"reserved={sorted(self.reserved)}, num_free={self.num_free})")
 
     def __str__(self):
-        with self._lock:
+        with self._exclusive():
             lines = [f"{self!r}: {len(self._holders)} held, {self.num_free} free, {self.num_remembered} of these "
                      "remembered"]
             for depth, page in self._index.walk():
@@ -87,16 +100,19 @@ class PageManager:
     @property
     def num_free(self):
         """Pages that can be allocated now, those remembered included."""
-        return len(self._free) + len(self._remembered)
+        with self._exclusive():
+            return len(self._free) + len(self._remembered)
 
     @property
     def num_remembered(self):
         """Free pages whose tokens a sequence could still find."""
-        return len(self._remembered)
+        with self._exclusive():
+            return len(self._remembered)
 
     def ref_count(self, page):
         """Holders of `page`; 0 when it is free or reserved."""
-        return self._holders.get(page, 0)
+        with self._exclusive():
+            return self._holders.get(page, 0)
 
     def __contains__(self, sequence):
         """Whether it is a sequence of this manager."""
@@ -114,7 +130,7 @@ class PageManager:
         list of int
             Empty when fewer than `count` pages are free, or when `count` is not positive.
         """
-        with self._lock:
+        with self._exclusive():
             return [self._grant() for _ in range(count)] if 0 < count <= self.num_free else []
 
     def _grant(self):
@@ -157,6 +173,11 @@ class PageManager:
                 self._remembered[page] = None
             else:
                 self._free.append(page)
+
+    def _release_all(self, pages):
+        """One holder less for each page of a sequence, the end of its text first; the list is empty then."""
+        while pages:
+            self._release(pages.pop())
 
     def allocate_tokens(self, num_tokens):
         """Take as many pages as a prompt of `num_tokens` tokens needs; as `allocate` otherwise."""
@@ -203,7 +224,7 @@ class PageManager:
             A page is not in use.
         """
         pages = list(pages)
-        with self._lock:
+        with self._exclusive():
             for page in pages:
                 if page not in self._holders:
                     raise ValueError(f"PageManager.share: pages must be in use, got {self._describe(page)}")
@@ -220,7 +241,7 @@ class PageManager:
             A page is not in use, or named more often than it has holders (a double free).
         """
         pages = list(pages)
-        with self._lock:
+        with self._exclusive():
             for page, times in Counter(pages).items():
                 holders = self._holders.get(page, 0)
                 if holders == 0:
@@ -257,7 +278,7 @@ class PageManager:
             Its `num_tokens` says how many were found.
         """
         tokens = token_list(tokens)
-        with self._lock:
+        with self._exclusive():
             pages, count = self._index.match(salt, tokens) if share_prefix else ([], 0)
             return self._new_sequence(pages, count, salt if share_prefix else None)
 
@@ -266,6 +287,7 @@ class PageManager:
             self._hold(page)
         made = PageSequence(self, list(pages), num_tokens, salt)
         self._sequences.add(made)
+        weakref.finalize(made, self._dropped.append, made.pages).atexit = False
         return made
 
     def defragment(self):
@@ -280,20 +302,21 @@ class PageManager:
         list of dict {int: int}
             To be done one after the other: page a goes to page b for all ``{a: b}``, none of which is both.
         """
-        with self._lock:
-            held = Counter(page for sequence in self._sequences for page in sequence.pages)
+        with self._exclusive():
+            sequences = list(self._sequences)   # none of them goes before its pages are renamed
+            held = Counter(page for sequence in sequences for page in sequence.pages)
             fixed = {page for page, holders in self._holders.items() if holders != held[page]} | self.reserved
             places = [page for page in range(self.num_pages) if page not in fixed]
-            chains = sorted(sequence.pages for sequence in self._sequences)
+            chains = sorted(sequence.pages for sequence in sequences)
             wanted = layout(chains, list(self._remembered), places)
             if wanted and not self._free and self._remembered:
                 self._forget_oldest()
                 wanted = layout(chains, list(self._remembered), places)
             done = rounds(wanted, self._free)
-            self._rename(done, places)
+            self._rename(done, places, sequences)
             return done
 
-    def _rename(self, done, places):
+    def _rename(self, done, places, sequences):
         """Pages have moved as `done` says, and only among `places`."""
         now = {}   # where what was in a page is
         was = {}
@@ -304,7 +327,7 @@ class PageManager:
         self._holders = {now.get(page, page): count for page, count in self._holders.items()}
         self._remembered = {now.get(page, page): None for page in self._remembered}
         self._index.rename(now)
-        for sequence in self._sequences:
+        for sequence in sequences:
             sequence.pages[:] = [now.get(page, page) for page in sequence.pages]
         self._free = deque(page for page in places if page not in self._holders and page not in self._remembered)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sequences that share pages: a model with a memory of tokens that watches every history, then each promise alone."""
 
+import gc
 from collections import Counter
 
 import hypothesis.strategies as st
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
+from cupyattn import pages as pages_module
 from cupyattn import prefix_index
 from cupyattn.defragmentation import layout, rounds
 from cupyattn.pages import PageManager
@@ -110,6 +112,16 @@ class SequencesMachine(RuleBasedStateMachine):
     def free(self, sequence):
         sequence.free()
         del self.live[sequence]
+
+    @rule(tokens=tokens)
+    def drop(self, tokens):
+        """One that nobody frees gives up its pages all the same, also those without tokens yet."""
+        sequence = self.sequence(tokens, "", True)
+        self.reserve(sequence, 4)
+        self.append(sequence, tokens[sequence.num_tokens:])
+        before, kept = Counter(sequence.pages), Counter({p: self.manager.ref_count(p) for p in sequence.pages})
+        del self.live[sequence], sequence
+        assert all(self.manager.ref_count(page) == kept[page] - count for page, count in before.items())
 
     @rule(target=lists, count=st.integers(1, 4))
     def allocate(self, count):
@@ -242,6 +254,65 @@ def test_a_page_that_becomes_full_gives_way_to_one_with_the_same():
     again.reserve(4)
     again.append([1, 2, 3, 4])
     assert again.pages == [0] and manager.ref_count(0) == 1 and manager.num_remembered == 0
+
+
+def test_two_pages_with_the_same_hash(monkeypatch):
+    """Other tokens, the same hash: neither is found for the other, replaces it, or takes its place in the index."""
+    monkeypatch.setattr(prefix_index, "chained_hash", lambda previous, tokens: b"the same")
+    manager = PageManager(8, 2)
+    first, second = fill(manager, [1, 2]), fill(manager, [3, 4])
+    assert first.pages == [0] and second.pages == [1]             # not deduplicated
+    for tokens, page in (([1, 2], 0), ([3, 4], 1)):
+        with manager.sequence(tokens) as found:
+            assert (found.pages, found.num_tokens) == ([page], 2)
+    below = fill(manager, [1, 2, 1, 2])                           # the same tokens after others are another page
+    assert below.pages == [0, 2] and manager.sequence([3, 4, 1, 2]).num_tokens == 2
+    second.truncate(0)                                            # forgets its own page only
+    assert manager.sequence([1, 2, 1, 2]).num_tokens == 4 and manager.sequence([3, 4]).num_tokens == 0
+    first.free()
+    below.truncate(0)
+    assert manager.num_free == 8 and manager.num_remembered == 0 and not manager._index._by_hash
+
+
+def test_a_sequence_that_is_gone_holds_no_pages():
+    """Dropped, dropped in a circle of references, left behind by an exception or by the end of a `with` block."""
+    manager = PageManager(4, 2)
+    sequence = fill(manager, [1, 2, 3])
+    sequence.reserve(4)
+    assert manager.num_free == 0
+    del sequence
+    assert manager.num_free == 4 and manager.num_remembered == 2   # as after free
+    sequence = fill(manager, [1, 2, 3])
+    sequence.itself = sequence
+    del sequence
+    gc.collect()
+    assert len(manager.allocate(4)) == 4                           # whatever is asked first
+    manager.free(range(4))
+    with pytest.raises(KeyError), manager.sequence() as sequence:
+        sequence.reserve(5)
+        raise KeyError
+    assert sequence.pages == [] and manager.num_free == 4
+    sequence.free()                                                # again, for nothing
+    del sequence
+    fill(manager, [1, 2]).free()
+    with pytest.raises(ValueError, match="page 0, which is already free"):
+        manager.free([0])
+
+
+def test_a_sequence_that_goes_while_pages_move_gives_up_the_right_ones(monkeypatch):
+    manager = PageManager(4, 1)
+    fill(manager, [9]).free()
+    sequences = [fill(manager, [n]) for n in (1, 2)]
+    assert [sequence.pages for sequence in sequences] == [[1], [2]]
+
+    def drop_one(*arguments):
+        sequences.clear()
+        return layout(*arguments)
+
+    monkeypatch.setattr(pages_module, "layout", drop_one)
+    assert manager.defragment()
+    assert manager.num_free == 4 and manager.num_remembered == 3
+    assert manager.sequence([1]).pages == [0] and manager.sequence([2]).pages == [1]
 
 
 def test_the_end_of_the_oldest_text_is_forgotten_first():

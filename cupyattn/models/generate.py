@@ -84,9 +84,10 @@ def forecast(model, prompts, max_new_tokens, page_size, share_prefix):
     limits = [min(max_new_tokens, model.config.context_length - len(ids) + 1) for ids in prompts]
     lengths = [len(ids) + limit - 1 for ids, limit in zip(prompts, limits, strict=True)]
     widths = [-(-length // page_size) for length in lengths]
-    pages, chunks, copies = PageManager(sum(widths), page_size), set(), False
+    pages, sequences, chunks, copies = PageManager(sum(widths), page_size), [], set(), False
     for ids, length in zip(prompts, lengths, strict=True):
         sequence = pages.sequence(ids[:-2], share_prefix=share_prefix)
+        sequences.append(sequence)   # which holds its pages
         found = sequence.num_tokens
         copies |= bool(sequence.reserve(length - found))
         sequence.append(ids[found:])
