@@ -55,3 +55,20 @@ def test_kernels_keep_their_house_rules():
         assert not re.search(r"#\s*if.*(CA_CPU|__CUDACC__|_WIN32)", text), f"{file.name}: host #ifdef"
         assert "asm" not in text, f"{file.name}: PTX belongs in cuda_src/include"
         assert not re.search(r"#include\s*<(?!cuda_)", text), f"{file.name}: system include"
+
+
+def test_readme_names_every_op_with_its_kernel():
+    readme = (ROOT / "README.md").read_text()
+    for stem in STEMS:
+        assert re.search(rf"^\| `{stem}`.*\| `cuda_src/{stem}\.cu` \|$", readme, re.MULTILINE), stem
+
+
+def test_readme_names_everything_public():
+    """In its tables `FooCache`, `…CacheView` stands for `FooCacheView`, too."""
+    words = set()
+    for line in (ROOT / "README.md").read_text().splitlines():
+        here = re.findall(r"\w+", line)
+        for ending in re.findall(r"…(\w+)", line):
+            here += [word.removesuffix("Cache") + ending for word in here if word.endswith("Cache")]
+        words.update(here)
+    assert set(cupyattn.__all__) <= words, sorted(set(cupyattn.__all__) - words)
