@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from cupyattn import diagnosis, matmul_tuning
 from cupyattn.cli import app
 
+README = Path(__file__).parent.parent / "README.md"
 COMMAND = [sys.executable, "-c", "from cupyattn.cli import main; main()"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
 
@@ -66,7 +67,8 @@ def test_prompts_that_begin_alike():
     assert len(found[1]["prompt_ids"]) == 9 and len(found[0]["prompt_ids"]) == 9
     assert [(one["reused_tokens"], one["shared_pages"], one["own_pages"]) for one in found] == [(0, 0, 3), (7, 1, 2)]
     assert [(one["reused_tokens"], one["shared_pages"], one["own_pages"]) for one in expected] == [(0, 0, 3)] * 2
-    assert "pages     5, saved 1 that prompts share; 11 prompt tokens computed, saved 7" in result.stderr
+    line = "pages     5, saved 1 that prompts share; 11 prompt tokens computed, saved 7"
+    assert line in result.stderr and f"\n{line}\n" in README.read_text()
     assert "pages     6, saved 0 that prompts share; 18 prompt tokens computed, saved 0" in alone.stderr
 
 

@@ -219,6 +219,13 @@ class PagesMachine(RuleBasedStateMachine):
         assert all(self.manager.ref_count(page) == held.get(page, 0) for page in range(12))
         assert not {0, 5} & held.keys()
 
+    def teardown(self):
+        """The pages that come back are those that were granted, each as often as it had holders."""
+        for page, count in self.holders.items():
+            self.manager.free([page] * count)
+        assert sorted(self.manager.allocate(10)) == [1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
+        assert self.manager.num_free == 0
+
 
 PagesMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True)
 TestEveryHistory = PagesMachine.TestCase
