@@ -277,6 +277,8 @@ class PageManager:
         PageSequence
             Its `num_tokens` says how many were found.
         """
+        if not isinstance(salt, str):
+            raise TypeError(f"PageManager.sequence: salt must be a str, got {type(salt).__name__}")
         tokens = token_list(tokens)
         with self._exclusive():
             pages, count = self._index.match(salt, tokens) if share_prefix else ([], 0)

@@ -35,6 +35,7 @@ class SequencesMachine(RuleBasedStateMachine):
     lists = Bundle("lists")
     tokens = st.lists(st.integers(0, 1), max_size=14)   # two tokens only: much is shared
     num_pages, page_size = 9, 3
+    finds_all = True
 
     def __init__(self):
         super().__init__()
@@ -177,6 +178,13 @@ class SequencesMachine(RuleBasedStateMachine):
                     assert self.memory[pages[page], slot] == (salt, tokens[:position + 1])
 
     @invariant()
+    def what_is_held_is_found(self):
+        """No page of a live text is forgotten: a new sequence of the same tokens finds all that are full."""
+        for salt, known in self.live.values():
+            if salt is not None and self.finds_all:
+                assert self.manager._index.match(salt, known)[1] >= len(known) // self.page_size * self.page_size
+
+    @invariant()
     def holders_are_counted_and_pages_conserved(self):
         held = Counter(page for pages in (*self.held, *(sequence.pages for sequence in self.live)) for page in pages)
         assert all(self.manager.ref_count(page) == held[page] for page in range(self.num_pages))
@@ -198,6 +206,8 @@ class SequencesMachine(RuleBasedStateMachine):
 
 class CollisionsMachine(SequencesMachine):
     """The same, where all pages have one of two hashes: those that are equal and of other tokens share nothing."""
+
+    finds_all = False
 
     def __init__(self):
         super().__init__()
@@ -412,6 +422,15 @@ def test_what_is_no_token_changes_nothing(token, error):
     with pytest.raises(error):
         manager.sequence([1, 2, token])
     assert (str(manager), repr(sequence)) == before
+
+
+@pytest.mark.parametrize("salt", [None, 0, b"adapter"])
+@pytest.mark.parametrize("share", [True, False])
+def test_a_salt_is_a_text(salt, share):
+    """A number would be taken for a page."""
+    message = f"PageManager.sequence: salt must be a str, got {type(salt).__name__}"
+    with pytest.raises(TypeError, match=message):
+        PageManager(4, 2).sequence([1, 2], salt=salt, share_prefix=share)
 
 
 def test_state_that_can_be_printed():
