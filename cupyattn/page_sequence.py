@@ -3,6 +3,8 @@
 
 from array import array
 
+from .runtime.checks import check_number
+
 
 def token_list(tokens):
     """Any integers that fit 64 bits as a list; TypeError or OverflowError for others."""
@@ -71,8 +73,7 @@ class PageSequence:
         MemoryError
             There are too few free pages; nothing has changed.
         """
-        if count < 0:
-            raise ValueError(f"PageSequence.reserve: count must not be negative, got {count}")
+        check_number("PageSequence.reserve", "count", count, least=0, integer=True)
         manager, size = self._manager, self._manager.page_size
         with manager._exclusive():
             if count <= self.room:
@@ -162,6 +163,7 @@ class PageSequence:
 
         They are not found any more unless others hold them.
         """
+        check_number("PageSequence.truncate", "num_tokens", num_tokens, integer=True)
         if not 0 <= num_tokens <= self.num_tokens:
             raise ValueError(f"PageSequence.truncate: num_tokens must be from 0 to {self.num_tokens}, got {num_tokens}")
         manager = self._manager

@@ -130,6 +130,7 @@ class PageManager:
         list of int
             Empty when fewer than `count` pages are free, or when `count` is not positive.
         """
+        count = _count("count", count)
         with self._exclusive():
             return [self._grant() for _ in range(count)] if 0 < count <= self.num_free else []
 
@@ -191,6 +192,8 @@ class PageManager:
         bool
             False when there are too few free pages; `pages` is then unchanged.
         """
+        if not isinstance(pages, list):
+            raise TypeError(f"PageManager.grow: pages must be a list, to be extended, got {type(pages).__name__}")
         missing = self.pages_for(num_tokens) - len(pages)
         if missing <= 0:
             return True
@@ -347,7 +350,10 @@ class PageManager:
         ndarray [tokens], int64
             What ``kv_append`` takes as `slots`.
         """
-        positions = np.asarray(positions, dtype=np.int64)
+        positions = np.asarray(positions)
+        if positions.size and positions.dtype.kind not in "iu":
+            raise TypeError(f"PageManager.slots_for: positions must be integers, got {positions.dtype.name}")
+        positions = positions.astype(np.int64)
         limit = len(pages) * self.page_size
         if positions.size and not (0 <= positions.min() and positions.max() < limit):
             raise ValueError(f"PageManager.slots_for: positions must be in [0, {limit}), the {len(pages)} pages given, "
@@ -381,9 +387,9 @@ class PageManager:
         return table
 
 
-def _count(name, value, *, least):
+def _count(name, value, *, least=None):
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"PageManager: {name} must be an int, got {type(value).__name__}")
-    if value < least:
+    if least is not None and value < least:
         raise ValueError(f"PageManager: {name} must be at least {least}, got {value}")
     return int(value)

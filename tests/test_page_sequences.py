@@ -407,8 +407,12 @@ def test_shortage_names_the_numbers(tokens, message):
     with pytest.raises(MemoryError, match="1 tokens after 1015 need 1 more pages of 4, 1 of them for a copy of a "
                                           "shared one, got 0 free of 256"):
         fork.reserve(1)
-    with pytest.raises(ValueError, match="PageSequence.reserve: count must not be negative, got -1"):
+    with pytest.raises(ValueError, match="PageSequence.reserve: count must be an int32 of at least 0, got -1"):
         fork.reserve(-1)
+    for call, name in ((fork.reserve, "reserve: count"), (fork.truncate, "truncate: num_tokens")):
+        for bad in (1.5, True, "a"):
+            with pytest.raises(TypeError, match=f"PageSequence.{name} must be an integer, got {type(bad).__name__}"):
+                call(bad)
 
 
 @pytest.mark.parametrize(("token", "error"), [(2**63, OverflowError), (1.5, TypeError), ("a", TypeError)])

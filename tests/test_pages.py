@@ -46,6 +46,13 @@ def test_grow():
     assert manager.grow(pages, 64) and pages == [0, 1, 2, 3]
 
 
+def test_a_tuple_does_not_grow_and_costs_no_page():
+    manager = PageManager(4, 16)
+    with pytest.raises(TypeError, match=r"^PageManager.grow: pages must be a list, to be extended, got tuple"):
+        manager.grow(tuple(manager.allocate(1)), 40)
+    assert manager.num_free == 3
+
+
 def test_share():
     manager = PageManager(4, 16)
     first = manager.allocate(2)
@@ -95,6 +102,8 @@ def test_slots_for():
     assert manager.slots_for([], []).tolist() == []
     huge = PageManager(2**10, 2**30).slots_for([2**10 - 1], [5])
     assert huge.tolist() == [(2**10 - 1) * 2**30 + 5]
+    with pytest.raises(TypeError, match="slots_for: positions must be integers, got float64"):
+        manager.slots_for([7, 3], [0.5])
     for bad in ([8], [-1]):
         with pytest.raises(ValueError, match=r"slots_for: positions must be in \[0, 8\)"):
             manager.slots_for([7, 3], bad)
@@ -120,6 +129,8 @@ def test_block_table():
     (ValueError, "reserved", lambda: PageManager(4, 4, reserved=[-1])),
     (ValueError, "num_tokens", lambda: PageManager(4, 4).allocate_tokens(-1)),
     (TypeError, "num_tokens", lambda: PageManager(4, 4).grow([], 1.5)),
+    (TypeError, "count", lambda: PageManager(4, 4).allocate(1.0)),
+    (TypeError, "count", lambda: PageManager(4, 4).allocate("1")),
 ])
 def test_bad_arguments_are_named(error, argument, call):
     with pytest.raises(error, match=rf"^PageManager: {argument} must"):
