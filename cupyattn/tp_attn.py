@@ -11,10 +11,10 @@ from .q_attn import QAttn
 from .q_attn_attend import Options
 from .q_attn_weights import vector
 from .quantized_kv import QuantizedKV
-from .rank_lists import array_module, check_alike, check_apart, check_list, check_place, each_rank
+from .rank_lists import array_module, check_alike, check_list, check_place, each_rank
 from .runtime import layer_workspace
 from .runtime.arrays import as_rows
-from .runtime.checks import check_number, check_writeable
+from .runtime.checks import check_apart, check_number, check_writeable
 from .tensor_parallel import TPContext
 from .tp_attn_rank import copy
 

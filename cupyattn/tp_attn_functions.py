@@ -7,9 +7,9 @@ from .attention_args import check_options
 from .page_table import PageTable
 from .q_attn_weights import rope_style_of, tables
 from .quantized_kv import QuantizedKV, kv_side
-from .rank_lists import array_module, check_alike, check_apart, check_list, check_place, each_rank
+from .rank_lists import array_module, check_alike, check_list, check_place, each_rank
 from .runtime.arrays import array_namespace, dtype_name
-from .runtime.checks import FLOATS, check_dtype, check_number, check_shape, check_writeable
+from .runtime.checks import FLOATS, check_apart, check_dtype, check_number, check_shape, check_writeable
 from .tensor_parallel import TPContext
 from .tp_attn_rank import Rank, Rows, Tokens, copy
 
