@@ -14,7 +14,7 @@ from .quantized_kv import QuantizedKV
 from .rank_lists import array_module, check_alike, check_list, check_place, each_rank
 from .runtime import layer_workspace
 from .runtime.arrays import as_rows
-from .runtime.checks import check_apart, check_number, check_writeable
+from .runtime.checks import check_apart, check_number, check_shape, check_writeable
 from .tensor_parallel import TPContext
 from .tp_attn_rank import copy
 
@@ -74,12 +74,14 @@ class TPShard:
             if layer.setdefault(name, value) != value:
                 raise ValueError(f"TPAttn: {name} must be {value} like the context's, got {layer[name]}")
         for name, kind in (("q", "q"), ("k", "kv"), ("v", "kv")):
-            layer[f"q_{name}_proj"] = context.shard_rows(layer[f"q_{name}_proj"], rank, kind)
-            layer[f"{name}_bias"] = context.shard_heads(layer.get(f"{name}_bias"), rank, kind)
-            norm = layer.get(f"{name}_norm")
-            if norm is not None and norm.ndim == 2:
-                layer[f"{name}_norm"] = context.shard_heads(norm, rank, kind)
-        layer["q_o_proj"] = context.shard_columns(layer["q_o_proj"], rank)
+            part = f"q_{name}_proj"
+            layer[part] = context.shard_rows(layer[part], rank, kind, name=part)
+            part = f"{name}_bias"
+            layer[part] = context.shard_heads(layer.get(part), rank, kind, name=part)
+            part = f"{name}_norm"
+            if getattr(layer.get(part), "ndim", 0) == 2:   # else one for all heads
+                layer[part] = context.shard_heads(layer[part], rank, kind, name=part)
+        layer["q_o_proj"] = context.shard_columns(layer["q_o_proj"], rank, name="q_o_proj")
         if rank > 0:
             layer["o_bias"] = None
         post = {name: layer.pop(name, None) for name in ("post_layernorm", "post_layernorm_bias")}
@@ -320,6 +322,8 @@ class TPAttn:
         for one, device in zip(array, communicator.devices, strict=True):
             if one is not None and not (name != "sinks" and isinstance(one, np.ndarray)):   # tables are copied
                 check_place("TPAttn", name, one, device)
+            if one is not None and name == "sinks":
+                check_shape("TPAttn", name, one, (self.context.num_heads,), "[num_heads]")
         return array
 
     def close(self):
