@@ -3,6 +3,7 @@
 
 import math
 import numbers
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -226,8 +227,8 @@ class TPContext:
         -------
         dict
         """
-        for loras in (adapters, *(adapters.values() if isinstance(adapters, dict) else ())):
-            if not isinstance(loras, dict):
+        for loras in (adapters, *(adapters.values() if isinstance(adapters, Mapping) else ())):
+            if not isinstance(loras, Mapping):
                 raise TypeError("TPContext: adapters must be a dict of names to dicts of projections to LoRA, got "
                                 f"{type(loras).__name__}")
         return {name: {projection: self._shard_lora(lora, projection, rank, features)
@@ -244,7 +245,8 @@ class TPContext:
         if not (hasattr(lora.a, "shape") and hasattr(lora.b, "shape")):
             raise TypeError(f"TPContext: adapters must have arrays a and b for {projection!r}, got "
                             f"{type(lora.a).__name__} and {type(lora.b).__name__}")
-        if lora.a.ndim != 2 or lora.b.ndim != 2 or (lora.a.shape[1], lora.b.shape[0]) != (inputs, outputs):
+        if lora.a.ndim != 2 or lora.b.ndim != 2 or (lora.a.shape[1], lora.b.shape[0]) != (inputs, outputs) \
+                or lora.a.shape[0] != lora.b.shape[1]:
             raise ValueError(f"TPContext: adapters must have a [rank, {inputs}] and b [{outputs}, rank] for "
                              f"{projection!r}, got {list(lora.a.shape)} and {list(lora.b.shape)}")
         if projection != "o":

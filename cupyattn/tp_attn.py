@@ -5,10 +5,9 @@ import numpy as np
 
 from .caches import PagedCache
 from .lora import names_of
-from .ops.layer_norm import layer_norm
-from .ops.rms_norm import rms_norm
 from .q_attn import QAttn
 from .q_attn_attend import Options
+from .q_attn_norms import add_normed
 from .q_attn_weights import vector
 from .quantized_kv import QuantizedKV
 from .rank_lists import array_module, check_alike, check_list, check_place, each_rank
@@ -99,19 +98,12 @@ class TPShard:
         """x from the sum of all parts."""
         if self.post_layernorm is None:
             copy(x, total)
-        elif not self.has_residual:
-            self._post_norm(total, x)
-        else:
-            normed = layer_workspace(self.attn.xp, x.nbytes, "normed")[:x.nbytes].view(x.dtype).reshape(x.shape)
-            self._post_norm(total, normed)
-            # x += normed; the norm of the sum is nobody's
-            rms_norm(normed, self.post_layernorm, eps=self.attn.norm_epsilon, residual=x, out=normed)
-
-    def _post_norm(self, total, out):
-        if self.attn.layernorm_is_rms:
-            rms_norm(total, self.post_layernorm, eps=self.attn.norm_epsilon, out=out)
-        else:
-            layer_norm(total, self.post_layernorm, self.post_layernorm_bias, eps=self.attn.norm_epsilon, out=out)
+            return
+        room = None
+        if self.has_residual:
+            room = layer_workspace(self.attn.xp, x.nbytes, "normed")[:x.nbytes].view(x.dtype).reshape(x.shape)
+        add_normed(total, x, room, self.post_layernorm, self.post_layernorm_bias, self.attn.layernorm_is_rms,
+                   self.attn.norm_epsilon)
 
     def __repr__(self):
         return f"TPShard(rank {self.rank}, {self.attn!r})"
@@ -190,7 +182,8 @@ class TPAttn:
         """The adapters that calls can name, in place of those of an earlier call; see `QAttn.set_loras`.
 
         They are this layer's alone: a model calls it for each of its layers, with an empty dict where an adapter has no
-        weights for one. Every process calls it, with the same adapters.
+        weights for one. Every process calls it, with the same adapters. Threads that share a layer name different ones
+        in their calls; none may be in a call meanwhile.
 
         Parameters
         ----------
