@@ -12,9 +12,9 @@ import sys
 import numpy as np
 
 from .devices import device_key
-from .rank_lists import check_apart, check_list, check_place
+from .rank_lists import check_list, check_place
 from .runtime.arrays import dtype_name
-from .runtime.checks import check_dtype, check_number, check_shape, check_writeable
+from .runtime.checks import check_apart, check_dtype, check_number, check_shape, check_writeable
 from .runtime.launch import run_library
 
 _SUMMED = ("float16", "bfloat16", "float32", "float64")

@@ -6,19 +6,12 @@ import numpy as np
 from .devices import to_host
 from .runtime.arrays import array_namespace
 from .runtime.checks import check_array, check_dtype, check_last_axis, check_shape, value_range
-from .runtime.structs import address
+from .runtime.structs import address, extent
 
 _OP = "PageTable"
 # fields of the kernels' PageTable that has no pages
 NO_PAGES = {"block_table": None, "indptr": None, "block_ptrs": None, "row_starts": None, "stride_seq": 0,
             "max_pages": 0, "page_size": 1, "num_pages": 0, "reserved": 0}
-
-
-def extent(array):
-    """(first byte, one past the last byte) of an array of any strides."""
-    reach = [(n - 1) * s for n, s in zip(array.shape, array.strides, strict=True)]
-    start = address(array) + sum(min(0, r) for r in reach)
-    return start, address(array) + sum(max(0, r) for r in reach) + array.itemsize
 
 
 class PageTable:

@@ -7,6 +7,8 @@ import numpy as np
 from .devices import device_key, to_device, to_host
 
 MASKED = np.float16(-65504.0)  # lowest finite float16: a row masked everywhere still has no NaN softmax
+_ASSIGNED = ("block_diag_layers", "position_offsets_tp", "past_len_tp", "block_index_tp", "cache_seqlens_tp",
+             "cache_seqlens_after_tp")   # attributes that may be replaced: who needs one looks at it every time
 
 
 class Params:
@@ -15,6 +17,7 @@ class Params:
     Everything array-like is copied to the host on construction, so later changes of the caller's arrays have no
     effect. The ``get_*`` methods return an array on the device asked for and keep one copy per device: only the
     first layer on a device pays for it. A device is None or ``"cpu"`` for NumPy, or an int for CuPy on that GPU.
+    Attributes stay as they are, but for those that the caller assigns and the lists of `prep_tp`.
     The lengths are numbers of this object: a step over a cache that is captured and replayed with other lengths takes
     `PagedParams`.
 
@@ -59,6 +62,8 @@ class Params:
     ------
     TypeError, ValueError
         An argument of the wrong kind or shape.
+    AttributeError
+        Another value is assigned to an attribute that stays.
     RuntimeError
         From the ``get_*`` methods: a GPU was asked for and CuPy or the GPU is missing.
 
@@ -78,24 +83,31 @@ class Params:
         self.paged = bool(paged)
         self.non_causal_attn = bool(non_causal_attn)
         self.multi_cache = isinstance(past_len, list | tuple)
-        self.past_len = self.past_lens = None
-        if self.multi_cache:
-            self.past_lens = [self._int("past_len", n, least=0) for n in past_len]
-        elif past_len is not None:
-            self.past_len = self._int("past_len", past_len, least=0)
+        self.past_lens = [self._int("past_len", n, least=0) for n in past_len] if self.multi_cache else None
+        self.past_len = None if self.multi_cache or past_len is None else self._int("past_len", past_len, least=0)
         self.input_mask = None if input_mask is None else self._mask("input_mask", input_mask)
+        if input_mask is not None:
+            self.input_mask.flags.writeable = False
         self.position_offsets = self._per_sequence("position_offsets", position_offsets)
         self.rope_offsets = self._per_sequence("rope_offsets", rope_offsets, one_for_all=True)
-        self.alt_rope_embed = self.alt_rope_embed_dict = None
-        if isinstance(alt_rope_embed, dict):
-            self.alt_rope_embed_dict = {key: self._rope_pair(pair) for key, pair in alt_rope_embed.items()}
-        elif alt_rope_embed is not None:
-            self.alt_rope_embed = self._rope_pair(alt_rope_embed)
+        many = alt_rope_embed if isinstance(alt_rope_embed, dict) else None
+        self.alt_rope_embed_dict = None if many is None else {key: self._rope_pair(pair) for key, pair in many.items()}
+        self.alt_rope_embed = None if alt_rope_embed is many else self._rope_pair(alt_rope_embed)
         self.attn_mask = self.attn_masks = self.past_lens_tensor = self.positions = None
         self.position_offsets_tp = self.past_len_tp = None
         self.cu_seqlens = None
         self.block_diag_layers = set()
         self._copies = {}  # (name, device) -> (host array, its copy there)
+
+    def __setattr__(self, name, value):
+        if name in vars(self) and name not in _ASSIGNED:
+            raise AttributeError(f"{self._op}: {name} must stay as it is, got another value; make another {self._op}, "
+                                 "layers keep what they made of this one")
+        object.__setattr__(self, name, value)
+
+    def _fill(self, name, value):
+        """Set an attribute that is None until it is first asked for."""
+        vars(self)[name] = value
 
     # ---- what kind of attention ------------------------------------------------------------------------
 
@@ -126,7 +138,7 @@ class Params:
         """`past_lens` on `device`, int32 [caches]."""
         self._required("past_lens")
         if self.past_lens_tensor is None:
-            self.past_lens_tensor = np.array(self.past_lens, dtype=np.int32)
+            self._fill("past_lens_tensor", np.array(self.past_lens, dtype=np.int32))
         return self._on(device, "past_lens", self.past_lens_tensor)
 
     def get_positions(self, device=None):
@@ -141,7 +153,7 @@ class Params:
                 if offsets is not None:
                     first = first + offsets.reshape(-1)
             positions = np.maximum(first[:, None] + np.arange(self.seq_len), 0)
-            self.positions = positions.astype(np.int32).reshape(-1)
+            self._fill("positions", positions.astype(np.int32).reshape(-1))
         return self._on(device, "positions", self.positions)
 
     def _past(self):
@@ -172,8 +184,8 @@ class Params:
             if self.input_mask is None and self.seq_len == 1 and not force:
                 return None
             self._required("past_len")
-            self.attn_mask = self.build_single_attn_mask(self.batch_size, self.seq_len, self.past_len, None,
-                                                         self.input_mask)
+            self._fill("attn_mask", self.build_single_attn_mask(self.batch_size, self.seq_len, self.past_len, None,
+                                                                self.input_mask))
         return self._on(device, "attn_mask", self.attn_mask)
 
     def get_attn_masks(self, device=None):
@@ -187,11 +199,11 @@ class Params:
                     raise ValueError(f"{self._op}: input_mask must have a row for each of the {len(rows)} caches, "
                                      f"got {len(self.input_mask)}")
                 rows = [self.input_mask[i:i + 1] for i in range(len(rows))]
-            self.attn_masks = [
+            self._fill("attn_masks", [
                 None if row is None and self.seq_len == 1 else
                 self.build_single_attn_mask(1, self.seq_len, past_len, None, row)
                 for past_len, row in zip(self.past_lens, rows, strict=True)
-            ]
+            ])
         return [self._on(device, f"attn_masks[{i}]", mask) for i, mask in enumerate(self.attn_masks)]
 
     def build_single_attn_mask(self, batch_size, seq_len, past_len, device=None, input_mask=None):
@@ -229,8 +241,9 @@ class Params:
             if value.ndim != 1 or value.size < 2 or value[0] != 0 or (np.diff(value) < 0).any():
                 raise ValueError(f"{self._op}: cu_seqlens must be [blocks + 1], start at 0 and not decrease, "
                                  f"got {value.tolist()}")
-        self._cu_seqlens = value
-        self.cu_seqlens_max = self.block_diag_mask = None
+            value.flags.writeable = False
+        for name, new in (("_cu_seqlens", value), ("cu_seqlens_max", None), ("block_diag_mask", None)):
+            self._fill(name, new)
 
     def get_cu_seqlens(self, device=None):
         """`cu_seqlens` on `device`, int32, or None."""
@@ -240,7 +253,7 @@ class Params:
         """Tokens of the longest block."""
         self._required("cu_seqlens")
         if self.cu_seqlens_max is None:
-            self.cu_seqlens_max = int(np.diff(self.cu_seqlens).max())
+            self._fill("cu_seqlens_max", int(np.diff(self.cu_seqlens).max()))
         return self.cu_seqlens_max
 
     def get_block_diag_mask(self, device=None):
@@ -253,7 +266,7 @@ class Params:
         """
         if self.cu_seqlens is not None and self.block_diag_mask is None:
             block = np.searchsorted(self.cu_seqlens[1:], np.arange(self.cu_seqlens[-1]), side="right")
-            self.block_diag_mask = np.where(block[:, None] == block, np.float16(0), MASKED)
+            self._fill("block_diag_mask", np.where(block[:, None] == block, np.float16(0), MASKED))
         return self._on(device, "block_diag_mask", self.block_diag_mask)
 
     # ---- RoPE tables -----------------------------------------------------------------------------------
@@ -326,6 +339,7 @@ class Params:
         if value is None:
             return None
         array = self._ints(name, value)
+        array.flags.writeable = False   # what layers made of it would not change
         if array.shape not in ((self.batch_size,), (self.batch_size, 1)) and not (one_for_all and array.size == 1):
             raise ValueError(f"{self._op}: {name} must be [batch_size={self.batch_size}] or [batch_size, 1], "
                              f"got {list(array.shape)}")
@@ -418,12 +432,11 @@ class PagedParams(Params):
         self.cache_seqlens = self._ints("cache_seqlens", cache_seqlens)
         self._check_pages()
         self.cache_seqlens_after = self.cache_seqlens + np.int32(self.q_len)
-        self.is_sequential, self.first_index = False, None
-        if self.batch_size == 1:
-            first = int(self.cache_seqlens[0])
-            pages = self.block_index[0, first // self.page_size:(first + self.q_len - 1) // self.page_size + 1]
-            self.is_sequential = bool((np.diff(pages) == 1).all())
-            self.first_index = int(pages[0]) * self.page_size + first % self.page_size
+        first = int(self.cache_seqlens[0])
+        pages = self.block_index[0, first // self.page_size:(first + self.q_len - 1) // self.page_size + 1]
+        alone = self.batch_size == 1
+        self.is_sequential = alone and bool((np.diff(pages) == 1).all())
+        self.first_index = int(pages[0]) * self.page_size + first % self.page_size if alone else None
         self.block_index_tp = self.cache_seqlens_tp = self.cache_seqlens_after_tp = None
         self._slots = None
 
@@ -467,7 +480,7 @@ class PagedParams(Params):
         if self._slots is None:
             position = self.cache_seqlens.astype(np.int64)[:, None] + np.arange(self.q_len)
             page = np.take_along_axis(self.block_index.astype(np.int64), position // self.page_size, axis=1)
-            self._slots = (page * self.page_size + position % self.page_size).reshape(-1)
+            self._fill("_slots", (page * self.page_size + position % self.page_size).reshape(-1))
         return self._on(device, "slot_mapping", self._slots)
 
     def get_attn_mask(self, device=None, force=False):

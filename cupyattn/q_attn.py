@@ -11,8 +11,7 @@ from .q_attn_buffers import buffers_of_rows, head_rows, row_numbers, token_rows
 from .q_attn_projections import Projections
 from .q_attn_step import steps_of
 from .q_attn_weights import check_scratch, compute_dtype, kind_of, lengths_of, rope_style_of, tables
-from .rank_lists import check_apart
-from .runtime.checks import check_dtype, check_flag, check_number, check_writeable
+from .runtime.checks import check_apart, check_dtype, check_flag, check_number, check_writeable
 
 
 class QAttn(Projections):

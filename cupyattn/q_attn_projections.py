@@ -5,10 +5,9 @@ import numpy as np
 
 from .lora import Adapters
 from .ops.embedding import embedding
-from .ops.layer_norm import layer_norm
 from .ops.quant_gemm import quant_gemm
-from .ops.rms_norm import rms_norm
 from .q_attn_buffers import Workspace
+from .q_attn_norms import add, add_normed, norm
 from .q_attn_weights import joined, matrix, vector
 
 
@@ -46,6 +45,8 @@ class Projections:
 
     def set_loras(self, adapters):
         """The adapters that calls can name, in place of those of an earlier call.
+
+        Threads that share a layer name different ones in their calls; none may be in a call meanwhile.
 
         Parameters
         ----------
@@ -85,7 +86,8 @@ class Projections:
         buffers = self._workspace.of(len(rows))
         normed, outs = rows, buffers.linears
         if self.layernorm is not None:
-            normed = self._norm(rows, self.layernorm, self.layernorm_bias, buffers.normed)
+            normed = norm(rows, self.layernorm, self.layernorm_bias, self.layernorm_is_rms, self.norm_epsilon,
+                          buffers.normed)
         numbers, group = added or ((), None)
         columns, order = buffers.outs, None if group is None else group.order
         if order is not None:
@@ -122,31 +124,17 @@ class Projections:
         if self.post_layernorm is not None:
             if order is not None:
                 projected = embedding(group.inverse, projected, out=buffers.projected)
-            self._add_normed(projected, rows, room, self.post_layernorm, self.post_layernorm_bias)
+            add_normed(projected, rows, room, self.post_layernorm, self.post_layernorm_bias, self.layernorm_is_rms,
+                       self.norm_epsilon)
         else:
             embedding(group.inverse, projected, out=rows if room is None else room)
             if room is not None:
-                self._add(room, rows, self._ones)
-
-    def _add_normed(self, y, x, room, gain, bias):
-        """x += norm(y) by way of `room`, like x (y itself, if it is); x = norm(y) where `room` is None."""
-        self._norm(y, gain, bias, x if room is None else room)
-        if room is not None:
-            self._add(room, x, gain)
-
-    def _add(self, y, x, gain):
-        """x += y, which is overwritten: the sum is what is wanted of this norm, its result is nobody's."""
-        rms_norm(y, gain, eps=self.norm_epsilon, residual=x, out=y)
+                add(room, rows, self._ones, self.norm_epsilon)
 
     def _sorted(self, order, rows, buffers):
         """`rows` in the order of their adapters."""
         nbytes = rows.size * rows.dtype.itemsize
         return embedding(order, rows, out=buffers.sorted_x[:nbytes].view(rows.dtype).reshape(rows.shape))
-
-    def _norm(self, x, gain, bias, out):
-        if self.layernorm_is_rms:
-            return rms_norm(x, gain, eps=self.norm_epsilon, out=out)
-        return layer_norm(x, gain, bias, eps=self.norm_epsilon, out=out)
 
     # ---- the end ---------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 
 import math
 import numbers
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -121,7 +122,7 @@ class TPContext:
         first = sum(counts[:rank])
         return first, first + counts[rank]
 
-    def shard_heads(self, array, rank, kind):
+    def shard_heads(self, array, rank, kind, *, name="array"):
         """The part of a rank of an array [heads, ...] or [heads * head_dim]: head norms, sinks, biases.
 
         Parameters
@@ -129,6 +130,8 @@ class TPContext:
         array : ndarray or None
         rank : int
         kind : "q" or "kv"
+        name : str
+            What messages call the array.
 
         Returns
         -------
@@ -137,15 +140,16 @@ class TPContext:
         """
         if array is None:
             return None
+        array_namespace("TPContext", **{name: array})
         first, last = self.heads(rank, kind)
         heads = self.num_heads if kind == "q" else self.num_kv_heads
-        unit = {heads: 1, heads * self.head_dim: self.head_dim}.get(array.shape[0])
+        unit = {heads: 1, heads * self.head_dim: self.head_dim}.get(array.shape[0] if array.ndim else None)
         if unit is None:
-            raise ValueError(f"TPContext: array must be [{heads} heads, ...] or [{heads * self.head_dim}, ...], got "
+            raise ValueError(f"TPContext: {name} must be [{heads} heads, ...] or [{heads * self.head_dim}, ...], got "
                              f"{list(array.shape)}")
         return array[first * unit:last * unit]
 
-    def shard_rows(self, weight, rank, kind):
+    def shard_rows(self, weight, rank, kind, *, name="weight"):
         """The rows of a rank of the q, k or v projection: those of its heads.
 
         Parameters
@@ -153,6 +157,8 @@ class TPContext:
         weight : QMatrix or ndarray [heads * head_dim, hidden_size]
         rank : int
         kind : "q" or "kv"
+        name : str
+            What messages call the weight.
 
         Returns
         -------
@@ -161,16 +167,18 @@ class TPContext:
         """
         first, last = self.heads(rank, kind)
         heads = self.num_heads if kind == "q" else self.num_kv_heads
-        _check_weight(weight, (heads * self.head_dim, self.hidden_size))
+        _check_weight(name, weight, (heads * self.head_dim, self.hidden_size))
         return _rows(weight, first * self.head_dim, last * self.head_dim)
 
-    def shard_columns(self, weight, rank):
+    def shard_columns(self, weight, rank, *, name="weight"):
         """The columns of a rank of the o projection: they multiply the attention of its heads, to be summed up.
 
         Parameters
         ----------
         weight : QMatrix or ndarray [hidden_size, num_heads * head_dim]
         rank : int
+        name : str
+            What messages call the weight.
 
         Returns
         -------
@@ -178,7 +186,7 @@ class TPContext:
             A copy; see the notes of ``QMatrix.column_shard``.
         """
         first, last = self.heads(rank, "q")
-        _check_weight(weight, (self.hidden_size, self.num_heads * self.head_dim))
+        _check_weight(name, weight, (self.hidden_size, self.num_heads * self.head_dim))
         start, stop = first * self.head_dim, last * self.head_dim
         if isinstance(weight, QMatrix):
             return weight.column_range(start, stop)
@@ -201,7 +209,7 @@ class TPContext:
         QMatrix or ndarray
             A view. Its features of the hidden state are ``hidden_range(rank)``.
         """
-        _check_weight(weight, (self.hidden_size, self.num_heads * self.head_dim))
+        _check_weight("weight", weight, (self.hidden_size, self.num_heads * self.head_dim))
         return _rows(weight, *self.hidden_range(rank))
 
     def shard_loras(self, adapters, rank, *, features=None):
@@ -219,8 +227,8 @@ class TPContext:
         -------
         dict
         """
-        for loras in (adapters, *(adapters.values() if isinstance(adapters, dict) else ())):
-            if not isinstance(loras, dict):
+        for loras in (adapters, *(adapters.values() if isinstance(adapters, Mapping) else ())):
+            if not isinstance(loras, Mapping):
                 raise TypeError("TPContext: adapters must be a dict of names to dicts of projections to LoRA, got "
                                 f"{type(loras).__name__}")
         return {name: {projection: self._shard_lora(lora, projection, rank, features)
@@ -237,7 +245,8 @@ class TPContext:
         if not (hasattr(lora.a, "shape") and hasattr(lora.b, "shape")):
             raise TypeError(f"TPContext: adapters must have arrays a and b for {projection!r}, got "
                             f"{type(lora.a).__name__} and {type(lora.b).__name__}")
-        if lora.a.ndim != 2 or lora.b.ndim != 2 or (lora.a.shape[1], lora.b.shape[0]) != (inputs, outputs):
+        if lora.a.ndim != 2 or lora.b.ndim != 2 or (lora.a.shape[1], lora.b.shape[0]) != (inputs, outputs) \
+                or lora.a.shape[0] != lora.b.shape[1]:
             raise ValueError(f"TPContext: adapters must have a [rank, {inputs}] and b [{outputs}, rank] for "
                              f"{projection!r}, got {list(lora.a.shape)} and {list(lora.b.shape)}")
         if projection != "o":
@@ -251,11 +260,11 @@ class TPContext:
                 f"{'+'.join(map(str, self.kv_heads))} of {self.head_dim}, hidden_size {self.hidden_size})")
 
 
-def _check_weight(weight, shape):
+def _check_weight(name, weight, shape):
     if not isinstance(weight, QMatrix):
-        array_namespace("TPContext", weight=weight)
+        array_namespace("TPContext", **{name: weight})
     if tuple(weight.shape) != shape:
-        raise ValueError(f"TPContext: weight must be [out_features, in_features] = {list(shape)}, got "
+        raise ValueError(f"TPContext: {name} must be [out_features, in_features] = {list(shape)}, got "
                          f"{list(weight.shape)}")
 
 

@@ -5,16 +5,15 @@ import numpy as np
 
 from .caches import PagedCache
 from .lora import names_of
-from .ops.layer_norm import layer_norm
-from .ops.rms_norm import rms_norm
 from .q_attn import QAttn
 from .q_attn_attend import Options
+from .q_attn_norms import add_normed
 from .q_attn_weights import vector
 from .quantized_kv import QuantizedKV
-from .rank_lists import array_module, check_alike, check_apart, check_list, check_place, each_rank
+from .rank_lists import array_module, check_alike, check_list, check_place, each_rank
 from .runtime import layer_workspace
 from .runtime.arrays import as_rows
-from .runtime.checks import check_number, check_writeable
+from .runtime.checks import check_apart, check_number, check_shape, check_writeable
 from .tensor_parallel import TPContext
 from .tp_attn_rank import copy
 
@@ -74,12 +73,14 @@ class TPShard:
             if layer.setdefault(name, value) != value:
                 raise ValueError(f"TPAttn: {name} must be {value} like the context's, got {layer[name]}")
         for name, kind in (("q", "q"), ("k", "kv"), ("v", "kv")):
-            layer[f"q_{name}_proj"] = context.shard_rows(layer[f"q_{name}_proj"], rank, kind)
-            layer[f"{name}_bias"] = context.shard_heads(layer.get(f"{name}_bias"), rank, kind)
-            norm = layer.get(f"{name}_norm")
-            if norm is not None and norm.ndim == 2:
-                layer[f"{name}_norm"] = context.shard_heads(norm, rank, kind)
-        layer["q_o_proj"] = context.shard_columns(layer["q_o_proj"], rank)
+            part = f"q_{name}_proj"
+            layer[part] = context.shard_rows(layer[part], rank, kind, name=part)
+            part = f"{name}_bias"
+            layer[part] = context.shard_heads(layer.get(part), rank, kind, name=part)
+            part = f"{name}_norm"
+            if getattr(layer.get(part), "ndim", 0) == 2:   # else one for all heads
+                layer[part] = context.shard_heads(layer[part], rank, kind, name=part)
+        layer["q_o_proj"] = context.shard_columns(layer["q_o_proj"], rank, name="q_o_proj")
         if rank > 0:
             layer["o_bias"] = None
         post = {name: layer.pop(name, None) for name in ("post_layernorm", "post_layernorm_bias")}
@@ -97,19 +98,12 @@ class TPShard:
         """x from the sum of all parts."""
         if self.post_layernorm is None:
             copy(x, total)
-        elif not self.has_residual:
-            self._post_norm(total, x)
-        else:
-            normed = layer_workspace(self.attn.xp, x.nbytes, "normed")[:x.nbytes].view(x.dtype).reshape(x.shape)
-            self._post_norm(total, normed)
-            # x += normed; the norm of the sum is nobody's
-            rms_norm(normed, self.post_layernorm, eps=self.attn.norm_epsilon, residual=x, out=normed)
-
-    def _post_norm(self, total, out):
-        if self.attn.layernorm_is_rms:
-            rms_norm(total, self.post_layernorm, eps=self.attn.norm_epsilon, out=out)
-        else:
-            layer_norm(total, self.post_layernorm, self.post_layernorm_bias, eps=self.attn.norm_epsilon, out=out)
+            return
+        room = None
+        if self.has_residual:
+            room = layer_workspace(self.attn.xp, x.nbytes, "normed")[:x.nbytes].view(x.dtype).reshape(x.shape)
+        add_normed(total, x, room, self.post_layernorm, self.post_layernorm_bias, self.attn.layernorm_is_rms,
+                   self.attn.norm_epsilon)
 
     def __repr__(self):
         return f"TPShard(rank {self.rank}, {self.attn!r})"
@@ -188,7 +182,8 @@ class TPAttn:
         """The adapters that calls can name, in place of those of an earlier call; see `QAttn.set_loras`.
 
         They are this layer's alone: a model calls it for each of its layers, with an empty dict where an adapter has no
-        weights for one. Every process calls it, with the same adapters.
+        weights for one. Every process calls it, with the same adapters. Threads that share a layer name different ones
+        in their calls; none may be in a call meanwhile.
 
         Parameters
         ----------
@@ -320,6 +315,8 @@ class TPAttn:
         for one, device in zip(array, communicator.devices, strict=True):
             if one is not None and not (name != "sinks" and isinstance(one, np.ndarray)):   # tables are copied
                 check_place("TPAttn", name, one, device)
+            if one is not None and name == "sinks":
+                check_shape("TPAttn", name, one, (self.context.num_heads,), "[num_heads]")
         return array
 
     def close(self):

@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """ExLlamaV2's tensor-parallel attention over lists of shards: same names, order of arguments and effects."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from .attention_args import check_options
+from .lora import LoRA
 from .page_table import PageTable
 from .q_attn_weights import rope_style_of, tables
 from .quantized_kv import QuantizedKV, kv_side
-from .rank_lists import array_module, check_alike, check_apart, check_list, check_place, each_rank
+from .rank_lists import array_module, check_alike, check_list, check_place, each_rank
 from .runtime.arrays import array_namespace, dtype_name
-from .runtime.checks import FLOATS, check_dtype, check_number, check_shape, check_writeable
+from .runtime.checks import FLOATS, check_apart, check_dtype, check_number, check_shape, check_writeable
 from .tensor_parallel import TPContext
 from .tp_attn_rank import Rank, Rows, Tokens, copy
 
 PAGED = "tp_attn_forward_paged_"
 _MOST_LAYERS = 512   # whose weights a context keeps prepared
+_MOST_ADAPTERS = 4   # sets of them that a layer does
 
 
 class _Layer:
@@ -22,7 +26,7 @@ class _Layer:
 
     def __init__(self, op, context, weights, options):
         self.weights = {name: value and tuple(value) for name, value in weights.items()}   # their ids are its key
-        self._context, self._loras = context, ()
+        self._context, self._adapters = context, {}   # by what they are made of, the latest
         communicator = context.communicator
         self.ranks, features = [], []
         for n, rank in each_rank(communicator, communicator.ranks):
@@ -40,15 +44,20 @@ class _Layer:
         first = sum(self.features[:rank])
         return first, first + self.features[rank]
 
-    def set_loras(self, loras):
-        """Add these adapters in the calls that follow; nothing to do if they are those of the last one."""
-        if len(loras) == len(self._loras) and all(a is b for a, b in zip(loras, self._loras, strict=True)):
-            return
-        communicator, adapters = self._context.communicator, dict(enumerate(loras))
-        parts = [self._context.shard_loras(adapters, rank, features=self.span(rank)) for rank in communicator.ranks]
-        for n, mine in each_rank(communicator, self.ranks):
-            mine.set_loras(parts[n])
-        self._loras = loras
+    def adapters(self, loras):
+        """The Adapters that each rank here adds in a call, None for none."""
+        communicator = self._context.communicator
+        if not loras:
+            return [None] * len(communicator.ranks)
+        key = tuple(tuple((p, *map(id, lora)) for p, lora in one.items()) for one in loras)
+        found = self._adapters.get(key)
+        if found is None:
+            given = {n: dict(one) for n, one in enumerate(loras)}
+            parts = [self._context.shard_loras(given, rank, features=self.span(rank)) for rank in communicator.ranks]
+            made = [mine.adapters(parts[n]) for n, mine in each_rank(communicator, self.ranks)]
+            _drop_oldest(self._adapters, _MOST_ADAPTERS)
+            found = self._adapters[key] = made, given   # which stay, so that their ids are theirs
+        return found[0]
 
 
 def tp_attn_forward_paged_(tp_context, hidden_states, temp_bc0_, temp_bc1_, temp_bc2_, temp_q_, temp_k_, temp_v_,
@@ -112,8 +121,8 @@ def tp_attn_forward_paged_(tp_context, hidden_states, temp_bc0_, temp_bc1_, temp
     window_size : int
         Visible tokens, the query's own included; 0 for all.
     loras : sequence of (dict of "q", "k", "v" or "o" to LoRA)
-        Adapters of the whole layer, in the order they are added. Each rank's part is prepared when they differ from the
-        last call's.
+        Adapters of the whole layer, in the order they are added. The ranks' parts are prepared once and kept for the
+        latest of them: give the same arrays again. Threads may give others.
     q_bias, k_bias, v_bias, o_bias : list of ndarray, optional
         Of the rows of each projection.
 
@@ -187,8 +196,7 @@ def _forward(op, *, tp_context, hidden_states, temp_bc0_, temp_bc1_, temp_bc2_, 
                "window_size": window_size, "softcap": softcap}
     if isinstance(pre_layernorm, list | tuple) and not pre_layernorm:
         pre_layernorm = None
-    if not isinstance(loras, list | tuple):
-        raise TypeError(f"{op}: loras must be a list of dicts of projections to LoRA, got {type(loras).__name__}")
+    _check_loras(op, loras)
     style, loras, rotary_dim = rope_style_of(rope_style, op=op), tuple(loras), rotary_dim or head_dim
     layer = _layer_of(op, tp_context, {
         "pre_layernorm": pre_layernorm, "q_proj": q_proj, "k_proj": k_proj, "v_proj": v_proj, "q_bias": q_bias,
@@ -204,17 +212,17 @@ def _forward(op, *, tp_context, hidden_states, temp_bc0_, temp_bc1_, temp_bc2_, 
     written += _check_caches(op, tp_context, k_cache, v_cache, batch_size, q_len, lengths)
     check_apart(op, written, [("hidden_states", hidden)])
     turns = _tables(op, communicator, style, rotary_dim, sin, cos, q_len, lengths)
-    layer.set_loras(loras)
+    adapters = layer.adapters(loras)
 
     _spread(communicator, hidden, [mine.x for mine in rows])
     for n, rank in each_rank(communicator, layer.ranks):
         tokens = Tokens(k_cache[n], v_cache[n], *(None if array is None else array[n] for array in lengths), *turns[n])
-        rank.attend(rows[n], tokens, batch_size, q_len, options)
+        rank.attend(rows[n], tokens, batch_size, q_len, options, adapters[n])
     communicator.all_gather([mine.q for mine in rows], 1, sizes=[head_dim * heads for heads in tp_context.q_heads],
                             out=[mine.mixed for mine in rows])
     own = [mine.x[:, slice(*layer.span(rank))] for mine, rank in zip(rows, communicator.ranks, strict=True)]
     for n, rank in each_rank(communicator, layer.ranks):
-        rank.project(rows[n], own[n] if post_layernorm is None else None)
+        rank.project(rows[n], own[n] if post_layernorm is None else None, adapters[n])
     whole = communicator.all_gather([mine.out for mine in rows], 1, sizes=layer.features)
     if post_layernorm is not None:
         for n, rank in each_rank(communicator, layer.ranks):
@@ -245,10 +253,15 @@ def _layer_of(op, context, weights, options):
     found = context.layers.get(key)
     if found is None:
         found = _Layer(op, context, weights, options)
-        while len(context.layers) >= _MOST_LAYERS:   # of a caller that makes new arrays for every call
-            context.layers.pop(next(iter(context.layers)))
+        _drop_oldest(context.layers, _MOST_LAYERS)   # of a caller that makes new arrays for every call
         context.layers[key] = found
     return found
+
+
+def _drop_oldest(kept, most):
+    """Make room for one more of `most` entries."""
+    for oldest in list(kept)[:1 - most]:   # a copy: other threads add to it
+        kept.pop(oldest, None)
 
 
 # ---- checks: all before any array is written ---------------------------------------------------------------
@@ -271,6 +284,19 @@ def _check_sizes(op, context, hidden_states, head_dim, rotary_dim, batch_size, q
         raise ValueError(f"{op}: hidden_states must be [batch_size={batch_size}, q_len={q_len}, {hidden}], got "
                          f"{list(hidden_states.shape)}")
     return dtype
+
+
+def _check_loras(op, loras):
+    """A list of dicts of LoRA; `TPContext.shard_loras` looks into these."""
+    found = type(loras).__name__
+    if isinstance(loras, list | tuple):
+        wrong = [one for one in loras if not isinstance(one, Mapping)]
+        wrong += [lora for one in loras if isinstance(one, Mapping) for lora in one.values()
+                  if not isinstance(lora, LoRA)]
+        if not wrong:
+            return
+        found = f"one with {type(wrong[0]).__name__}"
+    raise TypeError(f"{op}: loras must be a list of dicts of projections to LoRA, got {found}")
 
 
 _TEMPS = ("temp_bc0_", "temp_bc1_", "temp_bc2_", "temp_q_", "temp_k_", "temp_v_", "temp_o_")   # the fields of Rows

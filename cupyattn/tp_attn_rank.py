@@ -12,6 +12,7 @@ from .ops.paged_decode import MAX_Q_LEN, paged_decode
 from .ops.quant_gemm import quant_gemm
 from .ops.rms_norm import rms_norm
 from .q_attn_buffers import row_numbers
+from .q_attn_norms import add_normed
 from .q_attn_weights import matrix, vector
 from .rank_lists import array_module, check_place
 from .runtime.launch import run_library
@@ -89,16 +90,14 @@ class Rank:
                  "k_norm": gain("k_norm", (self.head_dim,), (kv_heads, self.head_dim))}
         self.finish = {"norm_eps": norm_epsilon} | {name: norm for name, norm in norms.items() if norm is not None}
         self.turn = {} if style is None else {"style": style, "rotary_dim": rotary_dim}
-        self._sizes = {"q": self.q.shape, "k": self.k.shape, "v": self.v.shape, "o": self.o.shape}
         self._dtype = dtype
-        self.set_loras({})
 
-    def set_loras(self, adapters):
-        """The adapters that `attend` and `project` add, all of them; their part for this rank."""
-        self.loras = Adapters(adapters, self._sizes, self._dtype, self.xp)
-        self._numbers = list(self.loras.names.values())
+    def adapters(self, given):
+        """What `attend` and `project` add, from this rank's part of some adapters."""
+        sizes = {"q": self.q.shape, "k": self.k.shape, "v": self.v.shape, "o": self.o.shape}
+        return Adapters(given, sizes, self._dtype, self.xp)
 
-    def attend(self, rows, tokens, batch_size, q_len, options):
+    def attend(self, rows, tokens, batch_size, q_len, options, loras=None):
         """Attention of the rank's heads over its cache, new tokens appended: from rows.x to rows.q.
 
         Parameters
@@ -108,6 +107,8 @@ class Rank:
         batch_size, q_len : int
         options : dict
             ``softmax_scale``, ``window_size`` and ``softcap`` of attention.
+        loras : Adapters, optional
+            All of them are added.
         """
         normed = rows.x
         if self.pre_layernorm is not None:
@@ -116,7 +117,8 @@ class Rank:
         for weight, bias, out in ((self.q, self.q_bias, raw), (self.k, self.k_bias, rows.k),
                                   (self.v, self.v_bias, rows.v)):
             quant_gemm(normed, weight, bias=bias, out=out)
-        self.loras.add(("q", "k", "v"), normed, {"q": raw, "k": rows.k, "v": rows.v}, self._numbers)
+        if loras is not None:
+            loras.add(("q", "k", "v"), normed, {"q": raw, "k": rows.k, "v": rows.v}, loras.names.values())
 
         table = row_numbers(self.xp, batch_size)[:, None] if tokens.table is None else tokens.table
         turn = self.turn
@@ -152,18 +154,17 @@ class Rank:
     def _heads(self, rows, heads):
         return rows.reshape(-1, heads, self.head_dim)
 
-    def project(self, rows, x):
+    def project(self, rows, x, loras=None):
         """rows.out = the rank's columns of x (None: 0) + attention of all heads @ Woᵀ."""
         if x is not None:
             copy(rows.out, x)
         quant_gemm(rows.mixed, self.o, bias=self.o_bias, accumulate=x is not None, out=rows.out)
-        self.loras.add(("o",), rows.mixed, {"o": rows.out}, self._numbers)
+        if loras is not None:
+            loras.add(("o",), rows.mixed, {"o": rows.out}, loras.names.values())
 
     def add_normed(self, projected, x):
         """x += post_norm(projected), which is overwritten."""
-        rms_norm(projected, self.post_layernorm, eps=self.eps, out=projected)
-        # the norm of the sum is nobody's
-        rms_norm(projected, self.post_layernorm, eps=self.eps, residual=x, out=projected)
+        add_normed(projected, x, projected, self.post_layernorm, None, True, self.eps)
 
 
 def copy(target, source):

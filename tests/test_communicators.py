@@ -13,7 +13,7 @@ from standin import install
 
 from cupyattn import CaptureError, Communicator, InProcessCommunicator, MPICommunicator, NCCLCommunicator
 from cupyattn.graphs import capture
-from cupyattn.rank_lists import check_apart
+from cupyattn.runtime.checks import check_apart
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

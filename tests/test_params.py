@@ -94,6 +94,41 @@ def test_inputs_are_copied(seq_len):
     assert pages.get_cache_seqlens_after().tolist() == [5 + seq_len, 9 + seq_len]
 
 
+CHANGE = {"cu_seqlens", "block_diag_layers", "position_offsets_tp", "past_len_tp", "block_index_tp",
+          "cache_seqlens_tp", "cache_seqlens_after_tp"}
+
+
+@pytest.mark.parametrize("make", [
+    lambda: Params(2, 3, 0, np.zeros((2, 3), np.float16), [0, 1], alt_rope_embed=(1, 2), rope_offsets=[0, 1]),
+    lambda: Params(2, 3, [4, 5], alt_rope_embed={}), lambda: paged([5, 9], 1, table=np.int32([[0, 1], [2, 3]]))],
+    ids=["Params", "several caches", "PagedParams"])
+def test_attributes_stay(make):
+    """Before and after they have been asked for; what may be assigned is what is looked at every time."""
+    params = make()
+    names = {name.removeprefix("_") for name in vars(params) if name not in ("_copies", "_slots")}
+    assert CHANGE & names == CHANGE & set(dir(params))
+    for ask in (lambda: None, params.get_positions, lambda: params.prep_tp([("cpu", 0, 1)])):
+        ask()
+        for name in names:
+            if name in CHANGE:
+                setattr(params, name, getattr(params, name))
+                continue
+            before = getattr(params, name)
+            with pytest.raises(AttributeError, match=f"{type(params).__name__}: {name} must stay as it is"):
+                setattr(params, name, 3)
+            assert getattr(params, name) is before
+
+
+def test_arrays_of_the_caller_stay():
+    """What layers make something of once cannot be written; nor can it by way of the methods."""
+    params = Params(2, 3, 0, np.zeros((2, 3), np.float16), [0, 1], rope_offsets=[0, 1])
+    params.cu_seqlens = [0, 2, 6]
+    for array in (params.input_mask, params.position_offsets, params.rope_offsets, params.cu_seqlens,
+                  params.get_position_offsets(), params.get_rope_offsets(), params.get_cu_seqlens()):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1
+
+
 # ---- masks ---------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("batch", "seq_len", "past_len"), [(1, 2, 0), (2, 3, 4), (3, 5, 1)])

@@ -198,6 +198,21 @@ def test_schedule_is_that_of_forward(xp):
             layer.attn.schedule(Params(1, 1, [0]), wrong)
 
 
+def test_blocks_assigned_between_calls(xp):
+    """What of Params may be assigned counts from the next call on."""
+    layer, params = Layer(xp, dtype="float16"), Params(2, 6, 0)
+    x, found = layer.inputs(2, 6), []
+    for blocks, layers in (([0, 4, 12], set()), ([0, 4, 12], {0}), ([0, 7, 12], {0}), ([0, 7, 12], {1})):
+        params.cu_seqlens, params.block_diag_layers = blocks, layers
+        fresh = Params(2, 6, 0)
+        fresh.cu_seqlens, fresh.block_diag_layers = blocks, layers
+        found.append(xp.numpy(layer.attn.forward(xp.array(x), params, **layer.tables)))
+        assert_same_bits(found[-1], xp.numpy(layer.attn.forward(xp.array(x), fresh, **layer.tables)))
+    assert len({array.tobytes() for array in found}) == 3
+    with pytest.raises(AttributeError, match="Params: past_len must stay as it is"):
+        params.past_len = 2
+
+
 def test_params_are_let_go():
     """What layers keep of Params goes with it."""
     import gc

@@ -91,6 +91,12 @@ def test_shards_of_what_heads_have():
     assert tp.shard_heads(None, 0, "q") is None
     with pytest.raises(ValueError, match=r"TPContext: array must be \[16 heads, ...\] or \[128, ...\], got \[9\]"):
         tp.shard_heads(np.ones(9), 0, "q")
+    for array, error, message in ((np.ones(9), ValueError, r"sinks must be \[8 heads, ...\] or \[64, ...\], got \[9\]"),
+                                  (np.float32(1), TypeError, "sinks must be a NumPy or CuPy array, got float32"),
+                                  (np.array(1.0), ValueError, "sinks must be .*, got \\[\\]"),
+                                  ([1.0] * 8, TypeError, "sinks must be a NumPy or CuPy array, got list")):
+        with pytest.raises(error, match=f"TPContext: {message}"):
+            tp.shard_heads(array, 0, "kv", name="sinks")
 
 
 def test_prep_tp(xp):

@@ -5,6 +5,7 @@ import contextlib
 import doctest
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -215,6 +216,28 @@ def test_adapters(name):
         attn.set_loras({"one": {"q": LoRA(np.ones((2, 3)), np.ones((3, 2)))}})
     with pytest.raises(ValueError, match="TPContext: adapters must hold a LoRA for q, k, v, o, got NoneType"):
         attn.set_loras({"one": {"q": None}})
+
+
+def test_threads_with_adapters_of_their_own():
+    """Each names its own, with x and caches of its own; nothing of a call is in the layer."""
+    layer, context, attn, _, _ = three_ranks()
+    attn.set_loras(adapters_of(layer))
+    x, names = layer.inputs(2, 1), ({}, {"loras": ["all"]}, {"sequence_loras": ["some", None]}, {"loras": ["some"]})
+
+    def result(options):
+        caches = caches_of(layer, False, context.kv_heads)
+        return attn.forward([x.copy() for _ in range(3)], Params(2, 1, 0), caches, **layer.tables, **options)[0]
+
+    want = [result(options) for options in names]
+    assert len({array.tobytes() for array in want}) == 4
+
+    def work(n):
+        for turn in range(12):
+            which = (n + turn) % 4
+            assert_same_bits(result(names[which]), want[which])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """ExLlamaV2's tensor-parallel functions give what one QAttn gives; Params.prep_tp supplies their lists."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import standin_nccl
@@ -192,6 +194,56 @@ def test_adapters(name):
         want = layer.attn.forward(x, params_of(True, 0, 3), cache, softmax_scale=SCALE, loras=names, **layer.tables,
                                   **OPTIONS)
         assert_equal_runs([[found]], [want], layer.dtype)
+
+
+def test_adapters_that_change():
+    """Of a dict changed between calls, the LoRA that it then holds; the same again and again are prepared once."""
+    lists = Lists("fp32, uneven", True, InProcessCommunicator(2))
+    adapters = adapters_of(lists.layer)
+    x, given = lists.layer.inputs(2, 3), dict(adapters["all"])
+
+    def result(*loras):
+        return lists.call(x, params_of(True, 0, 3), loras=loras).copy()
+
+    first = result(given)
+    (layer,) = lists.context.layers.values()
+    assert_same_bits(result(dict(adapters["all"])), first)
+    assert len(layer._adapters) == 1
+    del given["v"]
+    assert np.abs(result(given) - first).max() > 1e-2
+    given["v"] = adapters["all"]["v"]
+    assert_same_bits(result(given), first)
+    assert np.abs(result(given, given) - first).max() > 1e-2   # added twice
+    assert_same_bits(result({}), result())
+    for n in range(9):
+        result({"q": adapters["all"]["q"]._replace(scale=float(n))})
+    assert len(layer._adapters) == 4
+    assert_same_bits(result(given), first)
+
+
+def test_threads_with_adapters_of_their_own():
+    """Over one context and its weights, each with temporary arrays and caches of its own."""
+    layer = Layer(NUMPY, **LAYERS["fp32, uneven"])
+    adapters, lists = adapters_of(layer), [Lists("fp32, uneven", True, InProcessCommunicator(2)) for _ in range(3)]
+    for other in lists[1:]:
+        other.context = lists[0].context
+        other.positional, other.keywords = lists[0].positional, lists[0].keywords
+    x = layer.inputs(2, 1)
+
+    def result(mine, name):
+        return mine.call(x, params_of(True, 0, 1), loras=[adapters[name]] if name else []).copy()
+
+    names = ("all", None, "some")
+    want = {name: result(lists[0], name) for name in names}
+    assert len(lists[0].context.layers) == 1
+
+    def work(n):
+        for turn in range(12):
+            name = names[(n + turn) % 3]
+            assert_same_bits(result(lists[n], name), want[name])
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(work, range(3)))
 
 
 def test_weights_are_prepared_once():

@@ -9,7 +9,7 @@ import standin_nccl
 from standin import install
 from test_tp_attn_functions import Lists, params_of
 
-from cupyattn import InProcessCommunicator, NCCLCommunicator
+from cupyattn import InProcessCommunicator, LoRA, NCCLCommunicator
 
 
 def zeros(*shape, dtype=np.float32):
@@ -112,7 +112,18 @@ REFUSED = {   # change of the Lists of two ranks and of the Params: error, and w
     "k_cache: read-only": (lambda s, p: caches(s, k=[np.broadcast_to(c, c.shape) for c in s.caches[0]]), ValueError,
                            "k_cache[0] must be writeable, got a read-only array"),
     "k_cache: none": (lambda s, p: caches(s, k=[None, None]), TypeError, "k_cache[0] must be a NumPy or CuPy array"),
-    "loras": (lambda s, p: s.keywords.update(loras=[{"x": None}]), ValueError, "adapters must hold a LoRA for q, k, v"),
+    "loras: no projection": (lambda s, p: s.keywords.update(loras=[{"x": LoRA(zeros(2, 80), zeros(56, 2))}]),
+                             ValueError, "adapters must hold a LoRA for q, k, v, o, got LoRA for 'x'"),
+    "loras: shapes": (lambda s, p: s.keywords.update(loras=[{"k": LoRA(zeros(2, 80), zeros(55, 2))}]), ValueError,
+                      "adapters must have a [rank, 80] and b [56, rank] for 'k', got [2, 80] and [55, 2]"),
+    "loras: half of a pair": (lambda s, p: s.keywords.update(loras=[{"k": LoRA(zeros(2, 80), None)}]), TypeError,
+                              "adapters must have arrays a and b for 'k', got ndarray and NoneType"),
+    "loras: ranks": (lambda s, p: s.keywords.update(loras=[{"k": LoRA(zeros(2, 80), zeros(56, 3))}]), ValueError,
+                     "adapters must have a [rank, 80] and b [56, rank] for 'k', got [2, 80] and [56, 3]"),
+    "loras: no LoRA": (lambda s, p: s.keywords.update(loras=[{}, {"q": None}]), TypeError,
+                       "loras must be a list of dicts of projections to LoRA, got one with NoneType"),
+    "loras: names": (lambda s, p: s.keywords.update(loras=["all"]), TypeError,
+                     "loras must be a list of dicts of projections to LoRA, got one with str"),
     "loras: a name": (lambda s, p: s.keywords.update(loras="all"), TypeError,
                       "loras must be a list of dicts of projections to LoRA, got str"),
     "loras: none": (lambda s, p: s.keywords.update(loras=None), TypeError, "loras must be a list of dicts of project"),

@@ -62,7 +62,10 @@ STEPS_REFUSED = {   # arguments from (x, caches, layer): what the message says
     "sin: shapes": (lambda x, c, layer: dict(sin=[layer.sin, layer.sin, layer.sin[:9]]),
                     "sin must be [positions, 8] or [1, 1, positions, 16] for 16 rotated dims, got [9, 8]"),
     "cos: too few": (lambda x, c, layer: dict(cos=[layer.cos]), "cos must be a list of one for each of the ranks"),
-    "sinks: heads of a rank": (lambda x, c, _: dict(sinks=np.zeros(2, np.float32)), "array must be [6 heads, ...]"),
+    "sinks: heads of a rank": (lambda x, c, _: dict(sinks=np.zeros(2, np.float32)),
+                               "sinks must be [num_heads] = [6], got [2]"),
+    "sinks: dims": (lambda x, c, _: dict(sinks=[np.zeros(6, np.float32)] * 2 + [np.zeros(96, np.float32)]),
+                    "sinks must be [num_heads] = [6], got [96]"),
     "sinks: numbers": (lambda x, c, _: dict(sinks=0.5), "sinks must be a NumPy or CuPy array, got float"),
     "schedules: one": (lambda x, c, _: dict(schedules=_plan()), "schedules must be a list of one for each"),
     "schedules: other kind": (lambda x, c, _: dict(schedules=[_plan(), _plan(), 3]),
@@ -110,6 +113,16 @@ def test_a_schedule_has_one_name():
 def test_layers_refused():
     layer, context, attn, _, _ = three_ranks()
     _, arguments = whole_layer("fp32")
+    for name, value, error, message in (
+            ("q_k_proj", np.ones((3, 4), np.float32), ValueError, "must be [out_features, in_features] = [48, 48],"),
+            ("q_o_proj", [1], TypeError, "must be a NumPy or CuPy array, got list"),
+            ("q_bias", np.ones(9, np.float32), ValueError, "must be [6 heads, ...] or [96, ...], got [9]"),
+            ("v_bias", [1.0] * 48, TypeError, "must be a NumPy or CuPy array, got list"),
+            ("k_norm", np.ones((2, 16), np.float32), ValueError, "must be [3 heads, ...] or [48, ...], got [2, 16]")):
+        with pytest.raises(error, match=f"^TPContext: {name} {re.escape(message)}"):
+            TPAttn.from_layer(context, **arguments | {name: value})
+    with pytest.raises(TypeError, match="QAttn: q_norm must be a float16, bfloat16, float32 array, got list"):
+        TPAttn.from_layer(context, **arguments | {"q_norm": [1.0] * 16})
     wrong = [
         (ValueError, "shards must be a list of one for each of the ranks [0, 1, 2], got 2",
          lambda: TPAttn(attn.shards[:2], context)),

@@ -4,11 +4,13 @@
 import functools
 import math
 import numbers
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 
 from .arrays import dtype_name, dtype_of
+from .structs import address, extent
 
 FLOATS = ("float16", "bfloat16", "float32")
 _FLOAT_MAX, _INT_MAX = (2 - 2**-23) * 2.0**127, 2**31 - 1   # of the float and int32_t fields of a kernel's arguments
@@ -124,6 +126,37 @@ def check_writeable(op, name, array):
             s == 0 and n > 1 for s, n in zip(array.strides, array.shape, strict=True)):
         raise ValueError(f"{op}: {name} must not repeat elements, got strides {array.strides} for shape "
                          f"{list(array.shape)}; it is written")
+
+
+def check_apart(op, written, read=()):
+    """Arrays that are written share no element with each other, nor with those that are read.
+
+    Parameters
+    ----------
+    op : str
+    written, read : sequence of (name, ndarray)
+        Views of one array may lie between each other: the heads of two ranks in one cache, say.
+    """
+    spans = [(*extent(array), n, name, array) for n, (name, array) in enumerate((*written, *read)) if array.size]
+    spans.sort(key=lambda span: span[0])
+    reaching = []   # those before that end behind the start of the next
+    for span in spans:
+        reaching = [other for other in reaching if other[1] > span[0]]
+        for other in reaching:
+            (n, first, one), (_, second, two) = sorted((other[2:], span[2:]), key=lambda s: s[0])
+            if n < len(written) and np.shares_memory(_memory(one), _memory(two)):
+                raise ValueError(f"{op}: {second} must share no memory with {first}, got "
+                                 f"{'the same array twice' if one is two else 'arrays that overlap'}")
+        reaching.append(span)
+
+
+def _memory(array):
+    """A NumPy array for `np.shares_memory`, which asks only where its elements are; on a GPU nothing else can."""
+    if isinstance(array, np.ndarray):
+        return array
+    return np.asarray(SimpleNamespace(__array_interface__={
+        "version": 3, "shape": array.shape, "strides": array.strides, "typestr": f"|V{array.itemsize}",
+        "data": (address(array), True)}))
 
 
 def check_number(op, name, value, *, least=None, integer=False):

@@ -180,6 +180,13 @@ def address(array):
     return array.data.ptr
 
 
+def extent(array):
+    """(first byte, one past the last byte) of an array of any strides."""
+    reach = [(n - 1) * s for n, s in zip(array.shape, array.strides, strict=True)]
+    start = address(array) + sum(min(0, r) for r in reach)
+    return start, address(array) + sum(max(0, r) for r in reach) + array.itemsize
+
+
 def fill(struct, values):
     """Args of `struct` from a dict of field values.
 
