@@ -71,6 +71,33 @@ def test_in_place_nan_row_and_huge_values(xp):
     assert_close(xp.numpy(device), want, *ROUNDING["float32"])
 
 
+@pytest.mark.parametrize("residual", [None, "float32", "same"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("hidden", [128, 33])
+def test_infinities_and_nan(xp, dtype, residual, hidden):
+    """Those of float16 are its largest number; others leave nothing of their row, nor does NaN."""
+    residual = dtype if residual == "same" else residual
+    x, weight, r = _data(5, hidden, dtype, residual)
+    x[0, 3], x[1, 30], x[2, 5], x[2, 6], x[3, 7] = np.inf, -np.inf, np.inf, -np.inf, np.nan
+    if residual == "float16":
+        x[4, 8], r[4, 8] = 60000, 60000   # their sum overflows
+    want_r = None if r is None else r.copy()
+    with np.errstate(all="ignore"):
+        want = expected_norm(x, weight, residual=want_r)
+    device_r = None if r is None else xp.array(r)
+    found = xp.numpy(cupyattn.rms_norm(xp.array(x), xp.array(weight), residual=device_r))
+    assert_close(found, want, ROUNDING[dtype][0], ROUNDING[dtype][1] + 3e-6)
+    if r is not None:
+        assert_close(xp.numpy(device_r), want_r, *ROUNDING[residual])
+    assert np.isnan(found[3].astype(np.float32)).all()
+    rows = found[:3].astype(np.float32)
+    if (residual or dtype) == "float16":
+        assert np.isfinite(rows).all() and rows[0, 3] > 2 and rows[1, 30] < -2 and abs(rows[0]).astype(bool).sum() > 5
+        assert residual is None or xp.numpy(device_r)[4, 8] == np.inf and found[4, 8] > 2
+    else:
+        assert np.isnan(rows).sum() == 4 and np.nansum(np.abs(rows)) == 0
+
+
 def test_empty(xp):
     out = cupyattn.rms_norm(xp.array(np.zeros((0, 8), np.float16)), xp.array(np.ones(8, np.float16)))
     assert out.shape == (0, 8) and out.dtype == np.float16

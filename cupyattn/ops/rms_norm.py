@@ -87,7 +87,9 @@ def rms_norm(x, weight, /, *, eps=1e-6, residual=None, out_dtype=None, out=None)
 
     Notes
     -----
-    Computed in float32 with one rounding on store. On CuPy arrays asynchronous on the current stream.
+    Computed in float32 with one rounding on store. An infinity in float16, what a sum there overflows to, counts as
+    65504 with its sign, so that the rest of its row remains; in `residual` it stays infinite. Of other dtypes it gives
+    NaN and makes the rest of its row 0. NaN makes a row NaN. On CuPy arrays asynchronous on the current stream.
     Kernel: ``cuda_src/rms_norm.cu``.
 
     Examples
