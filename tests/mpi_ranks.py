@@ -90,10 +90,10 @@ def context_parallel(communicator, folder):
 
 def layers(communicator, folder):
     """Attention layers spread over the ranks, then decoding over keys that are, by the same communicator."""
-    from test_tp_attn import spread
+    from test_tp_attn import MPI_LAYERS, spread
 
     (results,) = context_parallel(communicator, folder)
-    for name in ("fp16", "fp32", "int4 and everything"):
+    for name in MPI_LAYERS:
         for paged in (True, False):
             (steps,) = spread(name, paged, communicator)
             results |= {f"{name} {paged} {n}": x for n, x in enumerate(steps)}

@@ -37,6 +37,7 @@ NUMPY = NumpyArrays()
 LAYERS = {
     "fp16": dict(dtype="float16", formats="float16", heads=8, kv_heads=4),
     "fp32": dict(dtype="float32", heads=6, kv_heads=3, dim=16, hidden=48, biases=True),
+    "eight KV heads": dict(dtype="float32", heads=16, kv_heads=8, dim=8, hidden=48, norm=None),
     "seven heads": dict(dtype="float32", heads=7, kv_heads=7, dim=24, hidden=56, head_norm="heads"),
     "int4 and everything": dict(dtype="float16", formats="int4-g32", heads=8, kv_heads=4, biases=True, post=True,
                                 head_norm="heads", rotary_dim=16, rope_style="gptj"),
@@ -45,6 +46,9 @@ LAYERS = {
     "no residual": dict(dtype="float32", heads=3, kv_heads=3, has_residual=False),
     "post-norm, no residual": dict(dtype="float32", heads=3, kv_heads=3, post=True, has_residual=False),
 }
+MPI_LAYERS = ("fp16", "fp32", "eight KV heads", "seven heads", "int4 and everything")
+HEADS = {("eight KV heads", 2): ([24, 8], [6, 2]), ("eight KV heads", 3): (None, [3, 3, 2]),   # weights, KV heads
+         ("seven heads", 2): (None, [4, 3])}
 STEPS = (5, 1, 3)   # new tokens of each step
 PAGES = np.int32([[3, 1, 0, 7], [2, 6, 5, 4]])   # of 4 tokens
 
@@ -107,8 +111,10 @@ def each(communicator, make):
 def spread(name, paged, communicator, xp=NUMPY):
     """The ranks of this process: for each of them x of each step."""
     layer, arguments = whole_layer(name)
+    weights, heads = HEADS.get((name, communicator.size), (None, None))
     context = TPContext(communicator, num_heads=layer.heads, num_kv_heads=layer.kv_heads, head_dim=layer.dim,
-                        hidden_size=layer.hidden)
+                        hidden_size=layer.hidden, weights=weights)
+    assert heads is None or context.kv_heads == heads
     attn = TPAttn.from_layer(context, **arguments)
     caches = each(communicator, lambda n: caches_of(layer, paged, [attn.shards[n].attn.num_kv_heads], xp)[0])
     tables = {n: each(communicator, lambda _, t=t: xp.array(t)) for n, t in layer.tables.items()}
@@ -145,7 +151,7 @@ def test_ranks_in_one_process(name, paged):
 def test_ranks_over_mpi(size, tmp_path):
     """The bits of ranks in one process, so close to the single run's; then context parallel over the same ranks."""
     here = {(name, paged): spread(name, paged, InProcessCommunicator(size))
-            for name in ("fp16", "fp32", "int4 and everything") for paged in (True, False)}
+            for name in MPI_LAYERS for paged in (True, False)}
     merged = decoded_by(InProcessCommunicator(size))
     found = run("layers", size, tmp_path)   # now that all kernels are compiled
     for rank in found:
@@ -175,7 +181,7 @@ def test_two_gpus_of_one_process():
     """Each rank on a GPU of its own, over NCCL; weights come from the host."""
     with install(devices=2) as xp, standin_nccl.install() as log:
         found = spread("int4 and everything", True, NCCLCommunicator.local([0, 1]), xp)
-        assert {entry[1:4] for entry in log} == {("allReduce", 2 * n * 64, "float32") for n in (2, *STEPS)}
+        assert log == [(rank, "allReduce", 2 * n * 64, "float32", None, 0) for n in (2, *STEPS) for rank in (0, 1)]
     assert_equal_runs(found, single("int4 and everything", True), "float16")
 
 
@@ -400,11 +406,23 @@ def test_a_result_beside_x(name):
 
 def test_a_captured_step(xp):
     """Replays see new inputs and lengths, and exchange anew."""
-    communicator = InProcessCommunicator(2, device=None if xp.name == "numpy" else 0)
+    check_captured(InProcessCommunicator(2, device=None if xp.name == "numpy" else 0), xp)
+
+
+def test_a_captured_step_over_nccl():
+    """Of a process with one rank, the exchange on the stream that captures and on that of each replay."""
+    with install() as xp, standin_nccl.install() as log:
+        check_captured(NCCLCommunicator.local([0]), xp)
+        assert {entry[:4] for entry in log} == {(0, "allReduce", 128, "float32")}
+        assert log[1][5] != 0   # after the warm-up
+
+
+def check_captured(communicator, xp):
     layer, arguments = whole_layer("fp16")
     context = TPContext(communicator, num_heads=8, num_kv_heads=4, head_dim=32, hidden_size=64)
     attn = TPAttn.from_layer(context, **arguments)
-    caches = each(communicator, lambda n: caches_of(layer, True, [2], xp)[0])
+    heads, kv_heads = context.q_heads[0], context.kv_heads[0]
+    caches = each(communicator, lambda n: caches_of(layer, True, [kv_heads], xp)[0])
     for cache in caches:
         cache.k[0].fill(0.25)
         cache.v[0].fill(0.5)
@@ -414,11 +432,11 @@ def test_a_captured_step(xp):
     devices = [None if device == "cpu" else device for device in communicator.devices]
     lengths = [params.get_cache_seqlens_after(device) for device in devices]
     plans = each(communicator, lambda n: cupyattn.schedule(
-        lengths[n], num_heads=4, num_kv_heads=2, head_dim=32, max_k_len=16, q_len=1))
+        lengths[n], num_heads=heads, num_kv_heads=kv_heads, head_dim=32, max_k_len=16, q_len=1))
 
     def step():
-        each(communicator, lambda n: cupyattn.schedule(lengths[n], num_heads=4, num_kv_heads=2, head_dim=32,
-                                                       max_k_len=16, q_len=1, out=plans[n]))
+        each(communicator, lambda n: cupyattn.schedule(lengths[n], num_heads=heads, num_kv_heads=kv_heads,
+                                                       head_dim=32, max_k_len=16, q_len=1, out=plans[n]))
         attn.forward(x, params, caches, schedules=plans, **tables)
 
     graph = capture(step, xp=xp.module)

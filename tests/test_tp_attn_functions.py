@@ -178,7 +178,9 @@ def test_on_the_device(xp, paged):
 def test_two_gpus_of_one_process():
     with install(devices=2) as xp, standin_nccl.install() as log:
         returned, _ = spread("fp16", True, NCCLCommunicator.local([0, 1]), xp)
-        assert {entry[1] for entry in log} == {"allGather", "broadcast"}
+        assert log[:2] == [(rank, "allGather", 1, "int64", None, 0) for rank in (0, 1)]   # rows of the ranks' o_proj
+        assert log[2:] == [(rank, call, 2 * n * width, "float16", root, 0) for n in STEPS for call, width, root in (
+            ("broadcast", 64, 0), ("allGather", 128, None), ("allGather", 32, None)) for rank in (0, 1)]
     assert_equal_runs([returned], single("fp16", True), "float16")
 
 
