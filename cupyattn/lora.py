@@ -15,8 +15,8 @@ from .ops.quant_gemm import quant_gemm
 from .quant import QMatrix
 from .quant.safetensors_file import Safetensors
 from .runtime import layer_workspace
-from .runtime.arrays import dtype_name, dtype_of
-from .runtime.checks import FLOATS, check_flag, check_number
+from .runtime.arrays import dtype_of
+from .runtime.checks import FLOATS, check_dtype, check_flag, check_number
 
 PROJECTIONS = ("q", "k", "v", "o")
 _NAME = re.compile(r"(?:.*\.)?layers\.(\d+)\.(?:self_attn|attention|attn)\.([qkvo])_proj"
@@ -84,6 +84,9 @@ class Adapters:
             raise TypeError(f"QAttn: adapters must be a dict of name to (dict of projection to LoRA), got "
                             f"{type(given).__name__}")
         given = dict(given)
+        if None in given:
+            raise ValueError("QAttn: adapters must have names other than None, which is a sequence without one in "
+                             f"sequence_loras, got {list(given)}")
         self.names = {name: n for n, name in enumerate(given)}
         self.xp, self.dtype = xp, dtype_of(dtype)
         for name, loras in given.items():
@@ -188,13 +191,11 @@ def _check(name, loras, sizes):
         where = f"loras[{name!r}][{p!r}]"
         if p not in sizes:
             raise ValueError(f"QAttn: loras[{name!r}] must be of projections {', '.join(sizes)}, got {p!r}")
-        if not isinstance(lora, LoRA) or not hasattr(lora.a, "shape") or not hasattr(lora.b, "shape"):
-            raise TypeError(f"QAttn: {where} must be a LoRA of two arrays, got {type(lora).__name__}"
-                            f"{' without one of them' if isinstance(lora, LoRA) else ''}")
+        if not isinstance(lora, LoRA):
+            raise TypeError(f"QAttn: {where} must be a LoRA of two arrays, got {type(lora).__name__}")
         out_features, in_features = sizes[p]
-        for letter, array in (("a", lora.a), ("b", lora.b)):
-            if dtype_name(array) not in FLOATS:
-                raise TypeError(f"QAttn: {where}.{letter} must be {', '.join(FLOATS)}, got {dtype_name(array)}")
+        check_dtype("QAttn", f"{where}.a", lora.a, FLOATS)
+        check_dtype("QAttn", f"{where}.b", lora.b, FLOATS)
         if lora.a.ndim != 2 or lora.a.shape[1] != in_features or lora.a.shape[0] == 0:
             raise ValueError(f"QAttn: {where}.a must be [rank, in_features={in_features}], got {list(lora.a.shape)}")
         if lora.b.shape != (out_features, lora.rank):
@@ -265,7 +266,7 @@ def load_lora(path, *, scaling=1.0, skip_others=False):
             (half, name), = halves.items()
             raise ValueError(f"load_lora: {path} must have lora_{'B' if half == 'A' else 'A'} beside {name}, got none")
         a, b = tensors[halves["A"]], tensors[halves["B"]]
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
             raise ValueError(f"load_lora: {halves['A']} must be [rank, in] and {halves['B']} [out, rank], got "
                              f"{list(a.shape)} and {list(b.shape)}")
         module = _module(halves["A"])
@@ -329,7 +330,10 @@ def _module(name):
 
 def _pattern(config, name, module, default):
     """The value of the first pattern that is the module's name or the end of it, as PEFT has it."""
-    for pattern, value in (config.get(name) or {}).items():
+    patterns = config.get(name) or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"load_lora: {name} of adapter_config.json must hold an object, got {patterns!r}")
+    for pattern, value in patterns.items():
         try:
             if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module):
                 return value

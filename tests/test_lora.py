@@ -3,6 +3,7 @@
 
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
 from attention_layers import Layer
@@ -104,6 +105,60 @@ def test_a_sequence_gets_what_it_gets_alone(here):
     q, k, v = layer.attn.forward_1(halves, 4, 3, 0, **layer.tables, sequence_loras=chosen)
     assert_same_bits(here.numpy(halves), x)
     assert_same_bits(here.numpy(k), here.numpy(cache.k[0])[:, :3])
+
+
+@pytest.mark.parametrize("name", ["float32", "fp16", "no residual, post-norm"])
+def test_adapters_of_rank_one(here, name):
+    """Alone, and beside one of many; a name that comes twice is added twice."""
+    layer = Layer(here, **LAYERS[name])
+    adapters = {"one": adapter(layer, 1), "many": adapter(layer, 24, "qo", 1)}
+    assert layer.attn.set_loras({"one": adapters["one"]}) == 1
+    check_steps(layer, adapters, 2, [["one"]] * 2, loras=["one"])
+    check_steps(layer, adapters, 2, [["one"], []], sequence_loras=["one", None])
+    assert layer.attn.set_loras(adapters) == 24
+    check_steps(layer, adapters, 2, [["one", "one"]] * 2, loras=("one", "one"))
+    check_steps(layer, adapters, 3, [["many"], ["one"], []], sequence_loras=np.array(["many", "one", None], object))
+
+
+def test_no_adapters(here):
+    """None at all, or those that have no weights for the layer: the bits of a layer that never had any."""
+    layer, plain = (Layer(here, dtype="float16", post=True) for _ in range(2))
+    x = layer.inputs(2, 3)
+    want = here.numpy(plain.attn.forward(here.array(x), Params(2, 3, 0), cache_for(layer, 2), 0, **layer.tables))
+    calls = [{}, {"loras": []}, {"sequence_loras": [None, None]}]
+    for given in ({}, {"a": {}, 0: {}}):
+        assert layer.attn.set_loras(given) == 0
+        calls += [{"loras": ["a"]}, {"sequence_loras": [0, "a"]}, {"loras": [0], "sequence_loras": ["a", None]}] \
+            if given else []
+        for options in calls:
+            got = here.array(x)
+            layer.attn.forward(got, Params(2, 3, 0), cache_for(layer, 2), 0, **layer.tables, **options)
+            assert_same_bits(here.numpy(got), want)
+
+
+def test_matrices_of_other_dtypes(here):
+    """Those of one adapter need not have one, nor that of the layer; they may lie where the layer is not."""
+    layer = Layer(here, dtype="float16")
+    mixed = {p: LoRA(lora.a.astype(a), lora.b.astype(b), lora.scale) for (p, lora), a, b in zip(
+        adapter(layer, 5).items(), ("float16", ml_dtypes.bfloat16, "float32", "float16"),
+        (ml_dtypes.bfloat16, "float32", "float16", "float16"), strict=True)}
+    assert layer.attn.set_loras({"host": mixed, "device": {p: lora._replace(
+        a=here.array(lora.a), b=here.array(np.asfortranarray(lora.b))) for p, lora in mixed.items()}}) == 5
+    for name in ("host", "device"):
+        check_steps(layer, {name: mixed}, 2, [[name]] * 2, loras=[name])
+
+
+def test_an_adapter_for_each_of_several_caches(here):
+    layer = Layer(here)
+    adapters = {"a": adapter(layer, 3), "b": adapter(layer, 8, "kv", 1)}
+    layer.attn.set_loras(adapters)
+    x, caches = layer.inputs(3, 4), [cache_for(layer, 1) for _ in range(3)]
+    names = ["b", None, "a"]
+    want, _, _ = layer.expected(x, layer.no_past(3), layer.no_past(3),
+                                loras=[[product(adapters[n])] if n else [] for n in names])
+    got = here.array(x)
+    layer.attn.forward(got, Params(3, 4, [0, 0, 0]), caches, 0, **layer.tables, sequence_loras=names)
+    layer.check(got, want, 1.5)
 
 
 def test_replays_add_the_adapters_of_the_capture(xp):
@@ -250,6 +305,10 @@ def tensor(name, *shape):
     ({"config": {"rank_pattern": {"layers.2.*o_proj": 16}}}, ValueError,
      "layers.2.self_attn.o_proj.lora_A.weight must have the rank 16 of"),
     ({"config": {"rank_pattern": {"(": 16}}}, ValueError, r"rank_pattern of .* must hold regular expressions, got"),
+    ({"config": {"rank_pattern": ["q_proj"]}}, ValueError, r"rank_pattern of .* must hold an object, got \['q_proj'\]"),
+    ({"config": {"alpha_pattern": 3}}, ValueError, "alpha_pattern of .* must hold an object, got 3"),
+    ({"config": {"alpha_pattern": {"o_proj": None}}}, TypeError, "lora_alpha of .* must be a number, got NoneType"),
+    ({"rank": 0}, ValueError, r"lora_A.weight must be \[rank, in\] and .* \[out, rank\], got \[0, 64\] and \["),
     ({"config": {"lora_alpha": "16"}}, TypeError, "lora_alpha of adapter_config.json must be a number, got str"),
     ({"drop": ["base_model.model.model.layers.2.self_attn.v_proj.lora_B.weight"]}, ValueError,
      "must have lora_B beside .*layers.2.self_attn.v_proj.lora_A.weight, got none"),
@@ -295,11 +354,18 @@ def test_refused():
                                                                                                good["q"].b)})
     refused(ValueError, r"\['q'\].b must be \[out_features=128, rank=4\], got \[64, 4\]", {"q": LoRA(good["q"].a,
                                                                                                     good["k"].b)})
-    refused(TypeError, r"\['k'\] must be a LoRA of two arrays, got LoRA without one of them", {"k": LoRA(good["k"].a,
-                                                                                                      None)})
-    refused(TypeError, r"\['k'\].b must be float16, bfloat16, float32, got float64",
+    refused(TypeError, r"\['k'\].b must be a NumPy or CuPy array, got NoneType", {"k": LoRA(good["k"].a, None)})
+    refused(TypeError, r"\['k'\].a must be a NumPy or CuPy array, got list", {"k": LoRA([[1.0] * 64], good["k"].b)})
+    refused(TypeError, r"\['k'\] must be a LoRA of two arrays, got tuple", {"k": (good["k"].a, good["k"].b)})
+    refused(ValueError, r"\['k'\].a must be \[rank, in_features=64\], got \[64\]", {"k": LoRA(good["k"].a[0],
+                                                                                           good["k"].b[:, :1])})
+    refused(ValueError, r"\['k'\].a must be \[rank, in_features=64\], got \[0, 64\]", {"k": LoRA(good["k"].a[:0],
+                                                                                              good["k"].b[:, :0])})
+    refused(TypeError, r"\['k'\].b must be float16 or bfloat16 or float32, got float64",
             {"k": LoRA(good["k"].a, good["k"].b.astype(float))})
     refused(ValueError, "scale must be a finite float32, got inf", {"k": good["k"]._replace(scale=np.inf)})
+    with pytest.raises(ValueError, match=r"adapters must have names other than None, .* got \['a', None\]"):
+        layer.attn.set_loras({"a": good, None: good})
     x, params = layer.inputs(2, 1), Params(2, 1, 0)
     for options, message in (({"loras": ["bad"]}, r"loras must be among 'good', got 'bad'; .*set_loras\(\{'bad': \{\}"),
                              ({"sequence_loras": ["good"]}, "a name or None for each of the 2 sequences, got 1"),
