@@ -233,10 +233,16 @@ class TPAttn:
         TypeError, ValueError
             As `QAttn.forward`, and for lists that do not fit the ranks, or memory that two of them would write. Nothing
             was changed then, on the ranks of this process.
+        NotImplementedError
+            An `input_mask` of its own for each head.
         """
         communicator, ranks = self.context.communicator, self.context.communicator.ranks
         none, names = [None] * len(ranks), names_of(loras, sequence_loras)
         self._check_lists(x, caches, schedules)
+        mask = getattr(params, "input_mask", None)
+        if mask is not None and mask.ndim == 4 and mask.shape[1] > 1 and communicator.size > 1:
+            raise NotImplementedError("TPAttn: params must have an input_mask that is the same for all heads, got one "
+                                      f"of {mask.shape[1]}")
         sin, cos, sinks = (self._for_each(*named) for named in (("sin", sin), ("cos", cos), ("sinks", sinks)))
         caches, schedules = caches or none, schedules or none
         parts, steps = [], []

@@ -83,6 +83,17 @@ STEPS_REFUSED = {   # arguments from (x, caches, layer): what the message says
 }
 
 
+@pytest.mark.parametrize("heads", [2, 6])
+def test_masks_of_heads_are_refused(heads):
+    """Also one that has as many as a rank, which none of its own would be."""
+    layer, _, attn, x, caches = three_ranks()
+    mask = np.zeros((1, heads, 1, 1), bool)
+    with pytest.raises(NotImplementedError, match="TPAttn: params must have an input_mask that is the same for all "
+                                                  f"heads, got one of {heads}"):
+        attn.forward(x, Params(1, 1, 0, mask), caches, **layer.tables)
+    assert all((pool == 7).all() for cache in caches for pool in (*cache.k, *cache.v))
+
+
 def _shared(cache):
     """`cache` with its keys for values."""
     cache.v = cache.k
