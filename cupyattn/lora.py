@@ -118,11 +118,11 @@ class Adapters:
         stacked = QMatrix.stack([QMatrix.from_dense(w.astype(self.dtype)) for w in weights]).to(self.xp)
         return stacked, [stacked.expert(n) for n in range(len(stacked))]
 
-    def numbers(self, names):
+    def numbers(self, names, argument="loras"):
         """Numbers of adapters by name; ValueError for a name that is none."""
         for name in names:
             if name not in self.names:
-                raise ValueError(f"QAttn: loras must be among {', '.join(map(repr, self.names)) or 'none'}, got "
+                raise ValueError(f"QAttn: {argument} must be among {', '.join(map(repr, self.names)) or 'none'}, got "
                                  f"{name!r}; one without weights for this layer is set_loras({{{name!r}: {{}}}})")
         return [self.names[name] for name in names]
 
@@ -135,7 +135,8 @@ class Adapters:
         key = tuple(names), q_len, device
         found = self._groups.get(key)
         if found is None:
-            numbers = np.array([-1 if name is None else self.numbers([name])[0] for name in names])
+            numbers = np.array([-1 if name is None else self.numbers([name], "sequence_loras")[0]
+                                for name in names])
             order = np.argsort(numbers, kind="stable")
             ends = np.searchsorted(numbers[order], np.arange(len(self.names) + 1)) * q_len
             to = self.xp.asarray

@@ -116,7 +116,9 @@ class TPContext:
 
     def heads(self, rank, kind):
         """First head of a rank, and the one after its last; `kind` is "q" or "kv"."""
-        counts = {"q": self.q_heads, "kv": self.kv_heads}[kind]
+        if kind not in ("q", "kv"):
+            raise ValueError(f"TPContext: kind must be 'q' or 'kv', got {kind!r}")
+        counts = self.q_heads if kind == "q" else self.kv_heads
         if not 0 <= rank < len(counts):
             raise ValueError(f"TPContext: rank must be from 0 to {len(counts) - 1}, got {rank}")
         first = sum(counts[:rank])

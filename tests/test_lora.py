@@ -369,7 +369,7 @@ def test_refused():
     x, params = layer.inputs(2, 1), Params(2, 1, 0)
     for options, message in (({"loras": ["bad"]}, r"loras must be among 'good', got 'bad'; .*set_loras\(\{'bad': \{\}"),
                              ({"sequence_loras": ["good"]}, "a name or None for each of the 2 sequences, got 1"),
-                             ({"sequence_loras": ["good", "bad"]}, "loras must be among 'good', got 'bad'")):
+                             ({"sequence_loras": ["good", "bad"]}, "sequence_loras must be among 'good', got 'bad'")):
         with pytest.raises(ValueError, match=message):
             layer.attn.forward(x, params, cache_for(layer, 2), 0, **layer.tables, **options)
     layer.attn.set_loras({})

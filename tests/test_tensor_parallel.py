@@ -127,6 +127,7 @@ def test_prep_tp(xp):
     (lambda: TPContext(2, num_heads=1, num_kv_heads=1, head_dim=8, hidden_size=8), TypeError,
      "communicator must be a Communicator, got int"),
     (lambda: context(2).heads(2, "q"), ValueError, "rank must be from 0 to 1, got 2"),
+    (lambda: context(2).heads(1, "k"), ValueError, "kind must be 'q' or 'kv', got 'k'"),
     (lambda: context(2).shard_rows(np.ones((3, 4)), 0, "q"), ValueError, r"= \[128, 96\], got \[3, 4\]"),
     (lambda: context(2).shard_columns(np.ones((3, 4)), 0), ValueError, r"= \[96, 128\], got \[3, 4\]"),
     (lambda: context(2).shard_rows([1], 0, "q"), TypeError, "weight must be a NumPy or CuPy array, got list"),
