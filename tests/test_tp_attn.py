@@ -32,10 +32,11 @@ from cupyattn import (
 from cupyattn.graphs import BoundSteps, capture, place
 
 README = Path(__file__).parent.parent / "README.md"
-CLOSE = {"float32": 1e-5, "float16": 1e-3}   # of the largest number
+CLOSE = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 8e-3}   # of the largest number
 NUMPY = NumpyArrays()
 LAYERS = {
     "fp16": dict(dtype="float16", formats="float16", heads=8, kv_heads=4),
+    "bf16": dict(dtype="bfloat16", formats="bfloat16", heads=4, kv_heads=4, post=True),
     "fp32": dict(dtype="float32", heads=6, kv_heads=3, dim=16, hidden=48, biases=True),
     "eight KV heads": dict(dtype="float32", heads=16, kv_heads=8, dim=8, hidden=48, norm=None),
     "seven heads": dict(dtype="float32", heads=7, kv_heads=7, dim=24, hidden=56, head_norm="heads"),
