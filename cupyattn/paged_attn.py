@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """EasyDeL's PagedAttn: attention of a prompt's chunk, of decodes, or of both, over a PagedAttentionCacheView."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -9,18 +9,21 @@ from .attention_args import check_sides
 from .attention_impl import AttentionImpl, AttentionMetadata, AttentionOutput, AttentionRegistry
 from .caches.base import is_array
 from .caches.paged_attention import PagedAttentionCacheView, PagedAttentionMetadata
+from .caches.paged_step import step_of
 from .ops.attention import attention
 from .ops.schedule import schedule as make_schedule
-from .quantized_kv import QuantizedKV, kv_side
+from .quantized_kv import kv_side
 from .reference.attention import attention as reference
-from .runtime.arrays import array_namespace, dtype_name
+from .runtime.arrays import alignment, array_namespace, dtype_name
 from .runtime.capturing import refuse_to_keep
-from .runtime.checks import FLOATS, check_array, check_dtype, check_flag, check_shape
+from .runtime.checks import FLOATS, check_dtype, check_flag, check_number, check_shape
 
 __all__ = ["AttentionImpl", "AttentionMetadata", "AttentionOutput", "AttentionRegistry", "PagedAttn"]
 _KINDS = {"numpy": "NumPy", "cupy": "CuPy"}
 _OTHERS = {"numpy": "forward_gpu and forward_cuda take CuPy arrays, forward_tpu any",
            "cupy": "forward_cpu and forward_native take NumPy arrays, forward_tpu any"}
+_PAGES = ("key_pages", "value_pages")
+_HEADS = {"q": "num_heads", "k": "num_kv_heads", "v": "num_kv_heads"}
 
 
 @AttentionRegistry.register
@@ -31,6 +34,9 @@ class PagedAttn(AttentionImpl):
     ``decodes_position[b]`` and sees its sequence up to it. Padding (rows from prefill_length on, negative positions)
     gives zeros and reads nothing, and slots without a token may hold anything. A step of both has the rows of the
     chunk first and is one call of `attention`.
+
+    Tables, lengths and work lists are made once for all layers of a step, which share `cache_metadata`; a layer that
+    comes again begins another step (see `PagedAttentionMetadata`).
 
     With a prefill or decodes only, the caller has written their keys and values into the view, and `k` and `v` are not
     looked at. With both, they are written here. `write_kv` says otherwise.
@@ -54,7 +60,8 @@ class PagedAttn(AttentionImpl):
     invariant : bool
         The bits of a row depend neither on the rows around it nor on how its prompt is cut into chunks.
     schedule : Schedule, optional
-        From the method of that name, made once per step for all layers. Not for `forward_native`.
+        From the method of that name. Default: one for all layers of the step that may share it. Needed while a CUDA
+        graph is captured; not for `forward_native`.
     return_lse : bool
         Also give ``lse``.
 
@@ -194,14 +201,10 @@ class PagedAttn(AttentionImpl):
         """
         name = "PagedAttn.schedule"
         _check_kinds(name, cache_view, cache_metadata)
-        step = _step(name, _namespace(name, cache_metadata, q=q), cache_view, cache_metadata)
-        cache = cache_view.k_cache
-        _, page_size, num_kv_heads, _ = cache.shape
-        return make_schedule(
-            step.cache_seqlens, num_heads=q.shape[-2], num_kv_heads=num_kv_heads, head_dim=q.shape[-1],
-            cu_seqlens_q=step.cu_seqlens_q, max_q_len=step.max_q_len, num_tokens=step.tokens, dtype=dtype_name(q),
-            kv_format=cache.format if isinstance(cache, QuantizedKV) else dtype_name(cache), page_size=page_size,
-            block_table=step.block_table, window_size=window_size, invariant=invariant, one_list=invariant, out=out)
+        _namespace(name, cache_metadata, q=q)
+        options = _options(name, q.shape[-2:], q, _sides(name, cache_view), window_size, invariant)
+        step = _step(name, cache_view, cache_metadata, ("schedule", options))
+        return _make_schedule(step, options, out) if out is not None else _schedule(step, options)
 
     def _forward(self, method, kind, attend, q, k, v, cache_view, cache_metadata, write_kv=None, window_size=0,
                  softcap=0.0, sinks=None, invariant=False, schedule=None, return_lse=False, **ignored):
@@ -217,14 +220,17 @@ class PagedAttn(AttentionImpl):
             raise TypeError(f"{name}: arrays must be {_KINDS[kind]}, got {_KINDS[xp.__name__]}; {_OTHERS[kind]}")
         if xp is np:
             refuse_to_keep(f"call {name} with NumPy arrays, of which the host makes lengths and tables anew")
-        step = _step(name, xp, cache_view, cache_metadata)
-        check_shape(name, "q", q, (step.tokens, None, None), "[tokens, num_heads, head_dim]")
-        if write_kv or attend is not attention:   # nothing is stored for queries that attention refuses
-            check_dtype(name, "q", q, FLOATS)
-            pages = {"key_pages": cache_view.k_cache, "value_pages": cache_view.v_cache}
-            check_sides(name, *q.shape[1:], *(kv_side(name, *side) for side in pages.items()), tuple(pages))
+        step = _step(name, cache_view, cache_metadata, "attend")
+        for label, array in {"q": q, **new}.items():
+            check_shape(name, label, array, (step.tokens, None, None), f"[tokens, {_HEADS[label]}, head_dim]")
+        check_dtype(name, "q", q, FLOATS)   # nothing is stored for queries that attention refuses
+        sides = _sides(name, cache_view)
+        check_sides(name, *q.shape[1:], *sides, _PAGES)
+        options = _options(name, q.shape[1:], q, sides, window_size, invariant)
         if write_kv:
-            _write(name, cache_view, cache_metadata, step, **new)
+            cache_view._write(name, k, v, step)
+        if schedule is None and attend is attention and _suits_schedules(step, q, sides):
+            schedule = _schedule(step, options)
         found = attend(q, cache_view.k_cache, cache_view.v_cache, cu_seqlens_q=step.cu_seqlens_q,
                        cache_seqlens=step.cache_seqlens, block_table=step.block_table, max_q_len=step.max_q_len,
                        softmax_scale=self.metadata.softmax_scale, window_size=window_size, softcap=softcap,
@@ -240,87 +246,62 @@ def _by_numpy(q, k_cache, v_cache, *, max_q_len, invariant, schedule, return_lse
     return (out, lse.astype(np.float32)) if return_lse else out
 
 
-# ---- a step as ragged sequences --------------------------------------------------------------------------
+# ---- what the layers of a step share ---------------------------------------------------------------------
 
-class _Step(NamedTuple):
-    """The rows of a step as sequences for `attention`: the chunk's tokens, its padding (which has no keys), decodes."""
+class _Options(NamedTuple):
+    """What a Schedule is made for, lengths apart: arguments of `cupyattn.schedule`."""
 
-    cu_seqlens_q: Any
-    cache_seqlens: Any
-    block_table: Any
-    max_q_len: int
-    chunk: int      # rows of the prompt's chunk
-    tokens: int     # all rows
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    head_dim_v: int
+    dtype: str
+    kv_format: str
+    window_size: int
+    invariant: bool
 
 
-def _step(name, xp, view, metadata):
-    """_Step of `metadata`. NumPy arrays are checked; in those of CuPy page 0 becomes no page."""
+def _options(name, heads_and_dim, q, sides, window_size, invariant):
+    check_number(name, "window_size", window_size, least=0, integer=True)
+    check_flag(name, "invariant", invariant)
+    k, v = sides
+    return _Options(heads_and_dim[0], k.shape[2], heads_and_dim[1], v.shape[3], dtype_name(q), k.format, window_size,
+                    invariant)
+
+
+def _sides(name, view):
+    return [kv_side(name, *side) for side in zip(_PAGES, (view.k_cache, view.v_cache), strict=True)]
+
+
+def _step(name, view, metadata, call):
+    """PagedStep for attention; that of NumPy arrays is checked."""
     if metadata.is_prefill_mode() and metadata.is_decode_mode():
         raise ValueError(f"{name}: cache_metadata must have a prefill or decodes, got neither")
-    num_pages, page_size = view.k_cache.shape[:2]
-    chunk = decodes = 0
-    if not metadata.is_prefill_mode():
-        position, table = metadata.decodes_position, metadata.decodes_page_table
-        check_array(name, "decodes_position", position, "int32", (None,), "[batch]", contiguous=False)
-        decodes = len(position)
-        check_array(name, "decodes_page_table", table, "int32", (decodes, None), "[batch, num_pages_per_sequence]")
-        lengths = xp.where(position < 0, 0, position + 1)
-        if xp is np:
-            _check_pages(f"{name}: decodes_page_table", table, lengths, num_pages, page_size)
-        else:
-            table = xp.where(table == 0, -1, table)
-    if metadata.is_decode_mode():
-        return _Step(xp.arange(decodes + 1, dtype=np.int32), lengths, table, min(decodes, 1), 0, decodes)
-    chunk = metadata.prefill_position.shape[0]
-    start, count, pages = _prompt(name, xp, metadata, num_pages, page_size)
-    starts = xp.arange(chunk - 2, chunk + decodes + 1, dtype=np.int32)
-    starts[:1], starts[1:2] = 0, count
-    seqlens = xp.zeros(2 + decodes, np.int32)
-    seqlens[:1] = xp.where(count < 1, 0, start + count)
-    width = max(len(pages), table.shape[1] if decodes else 0)
-    tables = xp.full((2 + decodes, width), 0 if xp is np else -1, np.int32)
-    tables[:1, :len(pages)] = pages
-    if decodes:
-        seqlens[2:] = lengths
-        tables[2:, :table.shape[1]] = table
-    return _Step(starts, seqlens, tables, max(chunk, min(decodes, 1)), chunk, chunk + decodes)
+    step = step_of(name, metadata, view, call)
+    step.check_pages(name)
+    return step
 
 
-def _prompt(name, xp, metadata, num_pages, page_size):
-    """A prompt's chunk: position of its first row and how many rows are no padding, [1] each, and its pages."""
-    length, position, pages = metadata.prefill_length, metadata.prefill_position, metadata.prefill_page_table
-    check_array(name, "prefill_position", position, "int32", (None,), "[chunk]", contiguous=False)
-    check_array(name, "prefill_page_table", pages, "int32", (None,), "[pages]", contiguous=False)
-    if is_array(length):
-        check_shape(name, "prefill_length", length, (), "one number")
-    else:
-        length = xp.full((), length, np.int32)
-    chunk = len(position)
-    start = position[:1] if chunk else xp.zeros(1, np.int32)
-    count = length - start
-    count = xp.where(count < chunk, count, chunk)
-    count = xp.where(count < 0, 0, count)
-    count = xp.where(start < 0, 0, count)
-    if xp is not np:
-        return start, count, xp.where(pages == 0, -1, pages)
-    rows = int(count[0])
-    if (position[:rows] != start + np.arange(rows)).any() or ((position >= 0) & (position < length)).sum() != rows:
-        raise ValueError(f"{name}: prefill_position must count up by one over the chunk's tokens below prefill_length "
-                         f"{int(length)}, got {position.tolist() if chunk <= 20 else f'{chunk} others'}")
-    _check_pages(f"{name}: prefill_page_table", pages[None], start + count if rows else count, num_pages, page_size)
-    return start, count, pages
+def _suits_schedules(step, q, sides):
+    """Whether a Schedule, which is made for aligned arrays in one format, is for these; a graph makes none."""
+    k, v = sides
+    aligned = min(alignment(q), k.alignment, v.alignment) == 16
+    return aligned and k.tag == v.tag and q.size > 0 and not step.is_capturing
 
 
-def _check_pages(what, table, lengths, num_pages, page_size):
-    """Pages of all tokens of every row of `table`, in host memory, exist; page 0 holds none."""
-    needed = -(-lengths // page_size)
-    if needed.max(initial=0) > table.shape[1]:
-        raise ValueError(f"{what} must have a page for every token, got {table.shape[1]} pages of {page_size} for "
-                         f"{lengths.max()} tokens")
-    wrong = ((table < 1) | (table >= num_pages)) & (np.arange(table.shape[1]) < needed[:, None])
-    if wrong.any():
-        raise ValueError(f"{what} must hold page ids from 1 to {num_pages - 1} (page 0 is reserved), got "
-                         f"{table[wrong][0]} where tokens are")
+def _schedule(step, options):
+    """The Schedule of all layers with these options."""
+    found = step.schedules.get(options)
+    if found is None:
+        found = step.schedules[options] = _make_schedule(step, options)
+    return found
+
+
+def _make_schedule(step, options, out=None):
+    return make_schedule(
+        step.cache_seqlens, cu_seqlens_q=step.cu_seqlens_q, max_q_len=step.max_q_len, num_tokens=step.tokens,
+        block_table=step.block_table, page_size=step.sizes[1], one_list=options.invariant, out=out,
+        **options._asdict())
 
 
 def _check_kinds(name, view, metadata):
@@ -342,13 +323,3 @@ def _namespace(name, metadata, **arrays):
     if not metadata.is_prefill_mode():
         arrays |= {label: getattr(metadata, label) for label in ("decodes_position", "decodes_page_table")}
     return array_namespace(name, **arrays)
-
-
-def _write(name, view, metadata, step, k, v):
-    """Keys and values of the chunk and of the decodes go into their pages."""
-    for label, array in (("k", k), ("v", v)):
-        check_shape(name, label, array, (step.tokens, None, None), "[tokens, num_kv_heads, head_dim]")
-    if not metadata.is_decode_mode():
-        view.write_prefill_to_cache(k[:step.chunk], v[:step.chunk], metadata)
-    if not metadata.is_prefill_mode():
-        view.write_decodes_to_cache(k[step.chunk:], v[step.chunk:], metadata)

@@ -291,6 +291,123 @@ def test_a_step_of_both_is_its_parts(xp, dtype):
         assert_same_bits(xp.numpy(out.attention_outputs), whole[rows])
 
 
+def test_a_refused_step_of_both_stores_nothing():
+    """One launch stores its tokens, so those of the chunk are not there when those of a sequence have no place."""
+    step = Step(NUMPY, decodes=(3, 3)).write(new=False)
+    step.metadata.decodes_page_table[1] = step.metadata.decodes_page_table[0]
+    before = step.view.copy()
+    with pytest.raises(ValueError, match="places must differ from token to token"):
+        step.run()
+    assert step.view == before
+
+
+# ---- the layers of a step --------------------------------------------------------------------------------
+
+def layers_of(step, number=3):
+    """Views of several layers that hold the same."""
+    return [step.view.copy() for _ in range(number)]
+
+
+def with_tokens(step, view):
+    """`run` for another layer."""
+    step.view = view
+    return step
+
+
+@modes
+def test_layers_share_what_is_made_for_a_step(xp, mode):
+    """The tables, lengths and work lists of the first layer are those of all: the others launch what they must."""
+    step = Step(xp, **MODES[mode]).write(new="mixed" not in mode)
+    want, views, made, launches = step.out(), layers_of(Step(xp, **MODES[mode]).write(new="mixed" not in mode)), [], []
+    step.metadata = step.metadata.replace(prefill_length=step.metadata.prefill_length)
+    for view in views:
+        before = dict(getattr(xp, "events", {}))
+        assert_same_bits(with_tokens(step, view).out(), want)
+        made.append(step.metadata._step)
+        if xp.name == "standin":
+            launches.append(xp.events["launches"] - before.get("launches", 0))
+    assert made[0] is made[1] is made[2] and len(made[0].schedules) == 1
+    if xp.name == "standin":
+        attend = 1 if mode == "decode" else 2                             # tiles of few rows, and of many
+        assert launches[1:] == [attend + ("mixed" in mode)] * 2           # and one that stores
+        assert launches[0] == launches[1] + 1                             # the work lists
+
+
+def test_layers_with_other_options_share_the_rest(xp):
+    step = Step(xp, "float16").write(new=False)
+    for view, window, invariant in zip(layers_of(step, 4), (0, 3, 3, 3), (False, False, False, True), strict=True):
+        with_tokens(step, view).check(step.out(window_size=window, invariant=invariant), window=window)
+        made = step.metadata._step
+    assert len(made.schedules) == 3 and len(made.calls) == 4
+
+
+def test_arrays_changed_in_place_are_another_step(xp):
+    """Positions that move on between steps, whoever stores the tokens: the first layer that comes again sees them."""
+    whole = Step(xp, length=None, decodes=(9, 6)).write(new=False)
+    views = layers_of(whole)
+    q, k, v = (xp.array(a) for a in (whole.q, whole.k, whole.v))
+    impl, last = PagedAttn(AttentionMetadata()), np.int32([8, 5])
+    metadata = PagedAttentionMetadata.decode(xp.array(last - 3), whole.metadata.decodes_page_table)
+    for back in (3, 2, 1, 0):
+        same = PagedAttentionMetadata.decode(xp.array(last - back), whole.metadata.decodes_page_table)
+        for n, view in enumerate(views):
+            other = view.copy()
+            if n < 2:
+                view.write_decodes_to_cache(k, v, metadata)
+                other.write_decodes_to_cache(k, v, same)
+            out = impl.forward_tpu(q, k, v, view, metadata, write_kv=n == 2).attention_outputs
+            want = impl.forward_tpu(q, k, v, other, same.replace(decodes_position=xp.array(last - back)),
+                                    write_kv=n == 2).attention_outputs
+            assert_same_bits(xp.numpy(out), xp.numpy(want))
+            assert view == other
+        metadata.decodes_position[...] = xp.array(last - back + 1)
+
+
+def test_other_arrays_are_another_step(xp):
+    """Also between two layers; and so are pages of another size."""
+    step = Step(xp, length=None, decodes=(3, 7)).write()
+    first, second = layers_of(step, 2)
+    step.check(with_tokens(step, first).out())
+    made = step.metadata._step
+    step.metadata.decodes_position = xp.array(np.int32([2, -1]))
+    out = with_tokens(step, second).out()
+    assert step.metadata._step is not made and not out[1].any() and out[0].any()
+    made, other = step.metadata._step, Step(xp, length=None, decodes=(3, 7), page_size=8)
+    other.metadata = step.metadata
+    other.run(write_kv=False)
+    assert step.metadata._step is not made
+
+
+@pytest.mark.parametrize("xp", ["standin", pytest.param("cupy", marks=pytest.mark.gpu)], indirect=True)
+def test_another_stream_or_a_graph_makes_its_own(xp):
+    step = Step(xp, length=None, decodes=(3, 7)).write()
+    views, q, made = layers_of(step, 2), xp.array(step.q), []
+    impl = PagedAttn(AttentionMetadata())
+    schedule = impl.schedule(q, step.view, step.metadata)
+
+    def layers():
+        for view in views:
+            impl.forward_tpu(q, None, None, view, step.metadata, schedule=schedule)
+            made.append(step.metadata._step)
+
+    first = step.metadata._step
+    layers()
+    graph = capture(layers, xp=xp.module, warmups=1)
+    assert made[0] is made[1] is first                                # that of the schedule
+    assert made[2] is made[3] is not made[4] and made[4] is made[5]   # of the warm-up, and of the replays
+    assert len(set(made)) == 3 and [each.is_capturing for each in made] == [False] * 4 + [True] * 2
+    graph.close()
+
+
+def test_unaligned_pages_need_no_schedule(xp):
+    """What a schedule is not made for has work lists of its own in every layer."""
+    step = Step(xp, "float16", length=None, decodes=(3, 7))
+    flat = [xp.array(np.zeros(KV * PAGES * PS * D + 1, np.float16))[1:] for _ in "kv"]
+    step.view = PagedAttentionCacheView(step.view.metadata, 0, *(a.reshape(KV, PAGES, PS, D) for a in flat))
+    step.check(step.write().out())
+    assert not step.metadata._step.schedules
+
+
 # ---- calls with an axis more -----------------------------------------------------------------------------
 
 @modes

@@ -12,6 +12,7 @@ from ..runtime.arrays import array_namespace
 from ..runtime.checks import check_shape
 from .base import Cache, Record, View, check_given, check_quantizer, is_array, zeros_pool
 from .hbm_pages import PagedAttentionCacheMetaData
+from .paged_step import step_of
 
 ABSENT = 1_000_000   # what stands, as an array without axes, where a step has no prefill or no decodes
 
@@ -20,7 +21,9 @@ ABSENT = 1_000_000   # what stands, as an array without axes, where a step has n
 class PagedAttentionMetadata(Record):
     """Where the tokens of a step go; int32 arrays. What a step has not is an array without axes.
 
-    A step with a prompt and decodes is made from all five; one of one kind by `prefill` or `decode`.
+    A step with a prompt and decodes is made from all five; one of one kind by `prefill` or `decode`. What kernels need
+    beyond them is worked out once for all layers of a step, which share the object. A layer that comes again begins
+    another step, so the arrays may be changed in place between steps.
 
     Parameters
     ----------
@@ -47,6 +50,8 @@ class PagedAttentionMetadata(Record):
     prefill_page_table: Any
     decodes_position: Any
     decodes_page_table: Any
+
+    _step = None   # the latest PagedStep
 
     @classmethod
     def prefill(cls, length, position, page_table):
@@ -156,13 +161,11 @@ class PagedAttentionCacheView(View):
         if metadata.is_decode_mode():
             raise ValueError(f"{name}: metadata must have a prefill, got none")
         lengths = {"prefill_length": length} if is_array(length) else {}
-        xp = array_namespace(name, key_pages=_an_array(self.key_pages), key=key, value=value, prefill_position=position,
-                             prefill_page_table=table, **lengths)
+        array_namespace(name, key_pages=_an_array(self.key_pages), key=key, value=value, prefill_position=position,
+                        prefill_page_table=table, **lengths)
         check_shape(name, "prefill_position", position, key.shape[:1], "[chunk]")
-        check_shape(name, "prefill_page_table", table, (None,), "[pages]")
-        rows = xp.zeros(position.shape, np.int32)
-        self._write(name, xp, key, value, xp.where(position < length, position, -1), table[None], rows)
-        return self
+        step = step_of(name, metadata, self, "prefill")
+        return self._write(name, key, value, step, slice(step.chunk))
 
     def write_decodes_to_cache(self, key, value, metadata):
         """Write one token of each sequence.
@@ -190,26 +193,19 @@ class PagedAttentionCacheView(View):
         position, table = metadata.decodes_position, metadata.decodes_page_table
         if metadata.is_prefill_mode():
             raise ValueError(f"{name}: metadata must have decodes, got none")
-        xp = array_namespace(name, key_pages=_an_array(self.key_pages), key=key, value=value, decodes_position=position,
-                             decodes_page_table=table)
+        array_namespace(name, key_pages=_an_array(self.key_pages), key=key, value=value, decodes_position=position,
+                        decodes_page_table=table)
         check_shape(name, "decodes_position", position, key.shape[:1], "[batch]")
-        check_shape(name, "decodes_page_table", table, (*key.shape[:1], None), "[batch, num_pages_per_sequence]")
-        self._write(name, xp, key, value, position, table, xp.arange(len(position), dtype=np.int32))
-        return self
+        step = step_of(name, metadata, self, "decodes")
+        return self._write(name, key, value, step, slice(step.chunk, None))
 
-    def _write(self, name, xp, key, value, position, table, rows):
-        """Write tokens at `position` of the sequences in `rows` of `table`; those at negative ones are skipped."""
+    def _write(self, name, key, value, step, tokens=slice(None)):
+        """Write the `tokens` of a PagedStep in one launch, for the method `name`; returns self."""
         heads, dim = self.metadata.num_kv_heads, self.metadata.kv_head_dim_size
         for label, new in (("key", key), ("value", value)):
             check_shape(name, label, new, (None, heads, dim), "[tokens, num_kv_heads, head_dim]")
-        position = xp.where(position < 0, -1, position)
-        if xp is np:
-            written = np.flatnonzero(position >= 0)
-            columns = np.minimum(position[written] // self.metadata.page_size, table.shape[1] - 1)
-            if table.size and (table[rows[written], columns] == 0).any():
-                raise ValueError(f"{name}: page table must not name page 0 where a token is written, it is reserved")
-        kv_append(key, value, self.k_cache, self.v_cache, block_table=xp.where(table == 0, -1, table),
-                  positions=position, batch_indices=rows)
+        kv_append(key, value, self.k_cache, self.v_cache, **step.places(name, tokens))
+        return self
 
 
 @dataclass(eq=False, repr=False)
