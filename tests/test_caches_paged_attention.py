@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paged attention cache: who owns which page, how many fit the memory, and writing prompts and decodes."""
 
+import copy
+import pickle
 import types
 
 import numpy as np
@@ -195,6 +197,9 @@ def test_sizes_are_checked_in_order():
             PagedAttentionCacheMetaData.create(None, **wrong, hbm_utilization=share, memory_bytes=10**6)
     with pytest.raises(TypeError, match="page_size must be given"):
         PagedAttentionCacheMetaData.create(batch_size=1, num_hidden_layers=1, max_sequences=1)
+    for limit, error in (("1", TypeError), (-1, ValueError), (float("inf"), ValueError)):
+        with pytest.raises(error, match="memory_bytes must be"):
+            PagedAttentionCacheMetaData.create(None, **SIZES, hbm_utilization=0.5, memory_bytes=limit)
     with pytest.raises(ValueError, match="mesh must be"):
         PagedAttentionCacheMetaData.create(0, **SIZES, hbm_utilization=0.5)
 
@@ -214,6 +219,8 @@ def test_init(xp, dtype):
     assert cache.nbytes == 3 * 2 * H * PAGES * PS * D * dtype_of(dtype).itemsize
     with pytest.raises(NotImplementedError, match="write_decodes_to_cache, write_prefill_to_cache"):
         cache[0].concatenate_to_cache()
+    with pytest.raises(TypeError, match="init: dtype must be float16, bfloat16, float32, got int8"):
+        PagedAttentionCache.init_cache(None, "int8", metadata())
     for quantizer in ("int5", object()):
         with pytest.raises(TypeError, match="quantizer must be None or a format of QuantizedKV, int8, int4"):
             PagedAttentionCache.init_cache(None, dtype, metadata(), None, quantizer)
@@ -238,6 +245,12 @@ def test_nothing_is_lost(xp, dtype):
     assert before != cache and before == back
     step = prompt(xp, 6, 0, 8, [3, 1])
     assert PagedAttentionMetadata.from_json(step.to_json(), xp=xp.module) == step
+    if xp.name == "numpy":   # what layers share of a step is not of the object
+        cache[0].write_prefill_to_cache(key, value, step)
+        for other in (pickle.loads(pickle.dumps(step)), copy.deepcopy(step), step.copy(), step.replace()):
+            assert other == step
+            cache[1].write_prefill_to_cache(key, value, other)
+            assert other.to_dict() == step.to_dict() and "_step" not in repr(other)
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------
@@ -271,6 +284,10 @@ def test_rounding_to_the_pages(xp):
     x = xp.array(np.full((1, H, D), 1.00390625 + 2**-12, np.float32))
     view.write_prefill_to_cache(x, x, step)
     assert (xp.numpy(view.key_pages)[:, 1, 0] == dtype_of("bfloat16").type(1.0078125)).all()
+    for tie, even in ((1.00390625, 1.0), (1.01171875, 1.015625)):   # half-way between two of them
+        x = xp.array(np.full((1, H, D), tie, np.float32))
+        view.write_decodes_to_cache(x, x, PagedAttentionMetadata.decode(ints(xp, [1]), ints(xp, [[1]])))
+        assert (xp.numpy(view.value_pages)[:, 1, 1] == dtype_of("bfloat16").type(even)).all()
 
 
 def test_a_length_that_is_a_number(xp):
@@ -278,6 +295,25 @@ def test_a_length_that_is_a_number(xp):
     view.write_prefill_to_cache(key, value, PagedAttentionMetadata.prefill(2, ints(xp, [0, 1, 2, 3]), ints(xp, [5])))
     new = xp.numpy(key)
     assert_same_bits(xp.numpy(view.key_pages), expected(xp, "float32", {(5, t): new[t] for t in range(2)}))
+
+
+def test_negative_positions_of_a_prompt_are_skipped(xp):
+    view, (key, value) = make(xp), rows(xp, 4)
+    step = PagedAttentionMetadata.prefill(ints(xp, 3), ints(xp, [-1, -9, 1, 2]), ints(xp, [5]))
+    new = xp.numpy(view.write_prefill_to_cache(key, value, step) and value)
+    assert_same_bits(xp.numpy(view.value_pages), expected(xp, "float32", {(5, t): new[t + 1] for t in (1, 2)}))
+
+
+def test_a_step_of_both_is_written_in_two_parts(xp):
+    """Each method writes its rows of a step that has both, by the tables of the whole."""
+    view, (key, value) = make(xp), rows(xp, 6)
+    step = PagedAttentionMetadata(ints(xp, 3), ints(xp, np.arange(4)), ints(xp, [5]), ints(xp, [6, -1]),
+                                  ints(xp, [[2, 8], [1, 1]]))
+    view.write_prefill_to_cache(key[:4], value[:4], step)
+    view.write_decodes_to_cache(key[4:], value[4:], step)
+    new = xp.numpy(key)
+    places = {(5, t): new[t] for t in range(3)} | {(8, 2): new[4]}
+    assert_same_bits(xp.numpy(view.key_pages), expected(xp, "float32", places))
 
 
 @pytest.mark.parametrize("table,length,message", [
@@ -302,7 +338,7 @@ def test_prompts_without_pages(xp, table, length, message):
 def test_decodes(xp):
     view, (key, value) = make(xp), rows(xp, 4)
     table = ints(xp, [[1, 5, 0], [2, 0, 0], [3, 4, 6], [7, 8, 0]])
-    step = PagedAttentionMetadata.decode(ints(xp, [5, 0, 11, -1]), table)
+    step = PagedAttentionMetadata.decode(ints(xp, [5, 0, 11, -7]), table)
     assert view.write_decodes_to_cache(key, value, step) is view
     for pages, new in ((view.key_pages, xp.numpy(key)), (view.value_pages, xp.numpy(value))):
         want = {(5, 1): new[0], (2, 0): new[1], (6, 3): new[2]}   # the last row is skipped, page 0 is not written

@@ -127,6 +127,16 @@ def test_dtypes(xp, make, dtype):
     assert [view.layer_index for view in make(xp).views] == [0, 1]
 
 
+@pytest.mark.parametrize("dtype", ["float64", np.int8, "float99", None])
+def test_dtypes_that_no_op_takes(dtype):
+    for init, metadata in ((MambaCacheView.init, MambaCacheMetaData.create(1, None, **SIZES)),
+                           (Mamba2CacheView.init, Mamba2CacheMetaData.create(None, 1, **SIZES2))):
+        with pytest.raises(TypeError, match="View.init: dtype must be float16, bfloat16, float32, got"):
+            init(metadata, None, dtype)
+        with pytest.raises(TypeError, match="View.init: ssm_dtype must be float16, bfloat16, float32, got"):
+            init(metadata, ssm_dtype=dtype)
+
+
 @pytest.mark.parametrize("position,want", [(1, [1, 9, 3, 0]), (99, [1, 2, 3, 9]), (-5, [9, 2, 3, 0]), (3, [1, 2, 3, 9]),
                                            (0, [9, 2, 3, 0])])
 def test_update_conv_state_at_one_position(xp, position, want):
@@ -317,6 +327,20 @@ def test_large_arrays_are_whole():
     assert_same_bits(MambaCacheView.from_json(view.to_json()).conv_states, view.conv_states.astype("<f4"))
 
 
+def test_dtypes_and_tuples_come_back():
+    """dtypes by their names; a tuple as a list, which is equal to it."""
+    for dtype in (np.float16, np.dtype("float32"), dtype_of("bfloat16"), dtype_of("bfloat16").type):
+        made = cupyattn.AttentionMetadata(dtype, dtype)
+        back = cupyattn.AttentionMetadata.from_json(made.to_json())
+        assert back == made and back.runtime_dtype == np.dtype(dtype) and made.to_dict()["runtime_dtype"] == {
+            "dtype": np.dtype(dtype).name}
+    assert cupyattn.AttentionMetadata(np.float16) != cupyattn.AttentionMetadata(np.float32)
+    made = MambaCacheMetaData.create(1, (("dp", "fsdp"), "tp"), **SIZES)
+    back = MambaCacheMetaData.from_json(made.to_json())
+    assert back == made and back.partition_axis == [["dp", "fsdp"], "tp"]
+    assert back != made.replace(partition_axis=(("dp", "tp"), "tp"))
+
+
 def test_missing_fields_get_defaults():
     data = Mamba2CacheView.init(Mamba2CacheMetaData.create(None, 1, **SIZES2), layer_index=4).to_dict()
     assert Mamba2CacheView.from_dict(data).layer_index == 4
@@ -383,3 +407,25 @@ def test_the_convolution_s_kernel_moves_the_window_as_append_does(dtype):
         x = rng.standard_normal(shape).astype(dtype_of(dtype))
         cupyattn.causal_conv1d_update(x, view.conv_states, weight)
         assert view == other.append_conv_state(x)
+
+
+@pytest.mark.parametrize("make", [mamba, mamba2])
+def test_states_are_the_pools_of_the_ops(xp, make):
+    """`selective_state_update` on the view's own array, by slots: the state of the others keeps its bits."""
+    view = filled(xp, make(xp))[1]
+    before, rng = xp.numpy(view.ssm_states), np.random.default_rng(1)
+    if make is mamba:
+        shapes = [(1, 3), (1, 3), (3, 5), (1, 5), (1, 5)]
+    else:
+        shapes = [(1, 4, 3), (1, 4), (4,), (1, 2, 5), (1, 2, 5)]
+    x, dt, a, b, c = (rng.uniform(0.1, 1, shape).astype(np.float32) for shape in shapes)
+    cupyattn.selective_state_update(view.ssm_states, *map(xp.array, (x, dt, -a, b, c)),
+                                    state_batch_indices=xp.array(np.int32([1])))
+    after = xp.numpy(view.ssm_states)
+    assert_same_bits(after[0], before[0])
+    if make is mamba:
+        want = np.exp(-a * dt[0, :, None]) * before[1] + (dt * x)[0, :, None] * b[0]
+    else:
+        want = (np.exp(-a * dt[0])[:, None, None] * before[1]
+                + (dt[0, :, None] * x[0])[:, :, None] * b[0].repeat(2, 0)[:, None])
+    assert np.abs(after[1] - want).max() < 1e-6

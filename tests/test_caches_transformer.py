@@ -106,6 +106,11 @@ def test_init_cache(xp):
         TransformerCacheView.init(metadata=metadata(), starts=[1, 2, 3])
     with pytest.raises(TypeError, match="starts must be integers, got float64"):
         TransformerCacheView.init(metadata=metadata(), starts=[1.0, 2])
+    for starts in ([0, S + 1], [-1, 0]):
+        with pytest.raises(ValueError, match=r"init: starts must be between 0 and sequence_length = 6, got (7|-1)"):
+            TransformerCacheView.init(metadata=metadata(), starts=starts)
+    with pytest.raises(TypeError, match="init: dtype must be float16, bfloat16, float32, got float64"):
+        TransformerCacheView.init(None, "float64", metadata())
 
 
 @pytest.mark.parametrize("quantizer", ["int3", "float16", 8, lambda x: x])
@@ -382,9 +387,9 @@ def test_insert(xp):
 def test_insert_index_and_starts(xp):
     cache = pool(xp)
     assert cache.insert_index(5, 2) is cache and cache.insert_starts([[1], [2]], slot=1) is cache
-    cache.insert_index(xp.array(np.int32([7])), 0, None)
+    cache.insert_index(xp.array(np.int32([4])), 0, None)
     for view in cache.views:
-        assert xp.numpy(view.index).tolist() == [7, 0, 5, 0] and xp.numpy(view.starts).tolist() == [0, 1, 2, 0]
+        assert xp.numpy(view.index).tolist() == [4, 0, 5, 0] and xp.numpy(view.starts).tolist() == [0, 1, 2, 0]
     assert view.index.dtype == np.int32
 
 
@@ -403,6 +408,10 @@ def test_inserts_that_do_not_fit(xp):
         cache.insert(small, 1.0)
     with pytest.raises(TypeError, match="index must be integers"):
         cache.insert_index(1.5, 0)
+    for wrong in (-1, S + 1):   # a negative index would drop tokens, one past the end has no room for any
+        for insert in (cache.insert_index, cache.insert_starts):
+            with pytest.raises(ValueError, match=f"must be between 0 and sequence_length = 6, got {wrong}"):
+                insert([0, wrong], 1)
     with pytest.raises(ValueError, match="other must have 2 layers, got 1"):
         cache.insert(TransformerCache(small.views[:1]), 0)
     with pytest.raises(ValueError, match="at most 6 tokens"):

@@ -372,6 +372,10 @@ def test_other_arrays_are_another_step(xp):
     step.metadata.decodes_position = xp.array(np.int32([2, -1]))
     out = with_tokens(step, second).out()
     assert step.metadata._step is not made and not out[1].any() and out[0].any()
+    made = step.metadata._step
+    step.metadata.decodes_position += 0   # assigns the field, which may not be the same
+    assert step.metadata._step is None
+    with_tokens(step, first.copy()).run()
     made, other = step.metadata._step, Step(xp, length=None, decodes=(3, 7), page_size=8)
     other.metadata = step.metadata
     other.run(write_kv=False)

@@ -11,7 +11,7 @@ import numpy as np
 from ..devices import to_host
 from ..quantized_kv import FORMATS, QuantizedKV
 from ..runtime.arrays import dtype_of
-from ..runtime.checks import check_number
+from ..runtime.checks import FLOATS, check_number
 
 NOT_STATE = ("metadata", "layer_index")   # fields of a view that describe it; the others are what it holds
 
@@ -20,7 +20,7 @@ class Record:
     """A dataclass that can be exchanged, saved, copied and compared, arrays included.
 
     Two of them are equal when they are of one class and all fields are; arrays when dtype, shape and every byte are,
-    wherever they lie.
+    wherever they lie; a tuple and a list when their items are.
     """
 
     def replace(self, **fields):
@@ -30,8 +30,9 @@ class Record:
     def to_dict(self):
         """Fields by name, in order, ready for JSON.
 
-        An array becomes ``{"dtype", "shape", "base64"}``, a QuantizedKV ``{"format", "codes", "scale", "zero"}``, what
-        has a `to_dict` of its own that dict, a tuple a list. So no bit is lost, and metadata is a flat dict of numbers.
+        An array becomes ``{"dtype", "shape", "base64"}``, a QuantizedKV ``{"format", "codes", "scale", "zero"}``, a
+        dtype ``{"dtype"}``, what has a `to_dict` of its own that dict, a tuple a list. So no bit is lost, and metadata
+        is a flat dict of numbers.
 
         Raises
         ------
@@ -178,12 +179,25 @@ def check_quantizer(owner, quantizer):
                         f"{quantizer!r}")
 
 
-def zeros_pool(shape, dtype, quantizer, xp):
+def float_dtype(owner, name, dtype):
+    """NumPy's dtype of what ops take; TypeError for any other."""
+    try:
+        found = dtype_of(dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in FLOATS:
+        raise TypeError(f"{owner}: {name} must be {', '.join(FLOATS)}, got "
+                        f"{repr(dtype) if found is None else found.name}")
+    return found
+
+
+def zeros_pool(owner, shape, dtype, quantizer, xp):
     """Keys or values [pages, page_size, heads, head_dim]: zeros of `dtype`, or a QuantizedKV for activations of it."""
+    dtype = float_dtype(owner, "dtype", dtype)
     if quantizer is None:
-        return xp.zeros(shape, dtype_of(dtype))
+        return xp.zeros(shape, dtype)
     granularity = "token" if quantizer.startswith("fp8") else None
-    return QuantizedKV.empty(*shape, format=quantizer, dtype=dtype_of(dtype).name, granularity=granularity, xp=xp)
+    return QuantizedKV.empty(*shape, format=quantizer, dtype=dtype.name, granularity=granularity, xp=xp)
 
 
 def is_array(value):
@@ -231,7 +245,7 @@ def _same(a, b):
     """Equality that is one bool for arrays, too."""
     if isinstance(a, QuantizedKV) and isinstance(b, QuantizedKV):
         return a.format == b.format and _same(a.arrays, b.arrays)
-    if isinstance(a, list | tuple) and type(a) is type(b):
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
@@ -266,9 +280,11 @@ def _encoded(value, where):
         host = host if host.dtype.isnative else host.astype(host.dtype.newbyteorder("="))
         text = base64.b64encode(host.tobytes()).decode()
         return {"dtype": host.dtype.name, "shape": list(host.shape), "base64": text}
+    if isinstance(value, np.dtype) or isinstance(value, type) and issubclass(value, np.generic):
+        return {"dtype": np.dtype(value).name}
     if hasattr(value, "to_dict"):
         return value.to_dict()
-    raise TypeError(f"{where} must be a number, text, array, a list of these or have a to_dict, got "
+    raise TypeError(f"{where} must be a number, text, dtype, array, a list of these or have a to_dict, got "
                     f"{type(value).__name__}; replace it by None first")
 
 
@@ -282,6 +298,8 @@ def _decoded(value, hint, xp):
     if "base64" in value:
         flat = np.frombuffer(base64.b64decode(value["base64"]), dtype_of(value["dtype"]))
         return xp.asarray(flat.reshape(value["shape"]).copy())
+    if value.keys() == {"dtype"}:
+        return dtype_of(value["dtype"])
     if "codes" in value:
         parts = (_decoded(value.get(name), None, xp) for name in ("codes", "scale", "zero"))
         return QuantizedKV(*parts, format=value["format"])

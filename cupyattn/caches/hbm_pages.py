@@ -77,6 +77,8 @@ class PagedAttentionCacheMetaData(Record):
         check_number(name, "hbm_utilization", hbm_utilization)
         if not 0.0 < hbm_utilization < 1.0:
             raise ValueError(f"{name}: `hbm_utilization` must be between 0 and 1, both excluded, got {hbm_utilization}")
+        if memory_bytes is not None:
+            check_number(name, "memory_bytes", memory_bytes, least=0)
         limit, used = _memory(xp) if memory_bytes is None else (memory_bytes, 0)
         devices = _devices(name, mesh)
         usable = (int(limit * hbm_utilization) - used) * devices

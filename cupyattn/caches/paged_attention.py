@@ -23,7 +23,7 @@ class PagedAttentionMetadata(Record):
 
     A step with a prompt and decodes is made from all five; one of one kind by `prefill` or `decode`. What kernels need
     beyond them is worked out once for all layers of a step, which share the object. A layer that comes again begins
-    another step, so the arrays may be changed in place between steps.
+    another step, and so does assigning a field: between steps the arrays may be changed in place.
 
     Parameters
     ----------
@@ -52,6 +52,14 @@ class PagedAttentionMetadata(Record):
     decodes_page_table: Any
 
     _step = None   # the latest PagedStep
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name != "_step":
+            self._step = None
+
+    def __getstate__(self):
+        return dict(self._items())
 
     @classmethod
     def prefill(cls, length, position, page_table):
@@ -124,7 +132,7 @@ class PagedAttentionCacheView(View):
         shape = (heads, metadata.num_pages_per_layer, page, dim)
         if quantizer is not None:
             shape = (metadata.num_pages_per_layer, page, heads, dim)
-        return cls(metadata, layer_index, *(zeros_pool(shape, dtype, quantizer, xp) for _ in "kv"))
+        return cls(metadata, layer_index, *(zeros_pool(name, shape, dtype, quantizer, xp) for _ in "kv"))
 
     @property
     def k_cache(self):

@@ -15,17 +15,16 @@ def step_of(name, metadata, view, call):
     """The PagedStep of `metadata` for a layer's `view`, the same one for all layers that ask for it.
 
     A layer that makes the same `call` (anything hashable) once more begins another step: what stands in the arrays of
-    `metadata` may have changed since. So do other arrays, other sizes of pages, and on a GPU another stream.
+    `metadata` may have changed since. So do a field that was assigned, other sizes of pages, and on a GPU another
+    stream.
     """
     cache = view.k_cache
     codes = getattr(cache, "codes", cache)
     xp = array_namespace(name, key_pages=codes)
     sizes, where = cache.shape[:2], _where(xp)
-    given = [value for _, value in metadata._items()]
     step, call = metadata._step, (call, address(codes))
-    if (step is None or call in step.calls or (step.sizes, step.where) != (sizes, where)
-            or any(now is not then for now, then in zip(given, step.given, strict=True))):
-        metadata._step = step = PagedStep(name, metadata, given, sizes, where)
+    if step is None or call in step.calls or (step.sizes, step.where) != (sizes, where):
+        metadata._step = step = PagedStep(name, metadata, sizes, where)
     step.calls.add(call)
     return step
 
@@ -46,8 +45,6 @@ class PagedStep:
     name : str
         Of the method it is for.
     metadata : PagedAttentionMetadata
-    given : list
-        Its fields.
     sizes : (num_pages, page_size)
     where : tuple or None
 
@@ -64,10 +61,11 @@ class PagedStep:
         Of those who attend.
     """
 
-    def __init__(self, name, metadata, given, sizes, where):
-        self.given, self.sizes, self.where = given, sizes, where
+    def __init__(self, name, metadata, sizes, where):
+        self.sizes, self.where = sizes, where
         self.is_capturing = where is not None and where[-1]
         self.calls, self.schedules, self._is_checked = set(), {}, False
+        given = [value for _, value in metadata._items()]
         self._prompt = None if metadata.is_decode_mode() else given[:3]
         self._decodes = None if metadata.is_prefill_mode() else given[3:]
         self.chunk = self.batch = 0

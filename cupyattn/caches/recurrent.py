@@ -4,8 +4,8 @@
 import numpy as np
 
 from ..devices import to_host
-from ..runtime.arrays import array_namespace, dtype_of
-from .base import Cache, View, check_given
+from ..runtime.arrays import array_namespace
+from .base import Cache, View, check_given, float_dtype
 
 
 class RecurrentView(View):
@@ -27,15 +27,16 @@ class RecurrentView(View):
         partition_specs : optional
             Means nothing here.
         dtype : dtype
-            Of the window.
+            Of the window: float16, bfloat16 or float32.
         layer_index : int, optional
         ssm_dtype : dtype
             Of the recurrent state, whose roundings add up over time: float32 whatever `dtype` is, unless chosen.
         xp : numpy or cupy
         """
-        check_given(f"{cls.__name__}.init", metadata=metadata)
-        return cls(conv_states=xp.zeros(metadata.conv_shape, dtype_of(dtype)),
-                   ssm_states=xp.zeros(metadata.ssm_shape, dtype_of(ssm_dtype)),
+        name = f"{cls.__name__}.init"
+        check_given(name, metadata=metadata)
+        return cls(conv_states=xp.zeros(metadata.conv_shape, float_dtype(name, "dtype", dtype)),
+                   ssm_states=xp.zeros(metadata.ssm_shape, float_dtype(name, "ssm_dtype", ssm_dtype)),
                    positions=xp.zeros((metadata.batch_size,), np.int32), metadata=metadata, layer_index=layer_index,
                    **cls._begins_with)
 

@@ -122,10 +122,10 @@ class TransformerCacheView(View):
             raise ValueError(f"{name}: value_heads must be key_heads = {metadata.key_heads} with a quantizer, got "
                              f"{metadata.value_heads}")
         rows = metadata.batch_size, metadata.sequence_length
-        starts = np.zeros(rows[0], np.int32) if starts is None else _counts(name, "starts", starts)
+        starts = np.zeros(rows[0], np.int32) if starts is None else _counts(name, "starts", starts, rows[1])
         check_shape(name, "starts", starts, rows[:1], "[batch]")
-        return cls(key=zeros_pool((*rows, metadata.key_heads, metadata.key_dim), dtype, quantizer, xp),
-                   value=zeros_pool((*rows, metadata.value_heads, metadata.value_dim), dtype, quantizer, xp),
+        return cls(key=zeros_pool(name, (*rows, metadata.key_heads, metadata.key_dim), dtype, quantizer, xp),
+                   value=zeros_pool(name, (*rows, metadata.value_heads, metadata.value_dim), dtype, quantizer, xp),
                    index=xp.zeros(rows[:1], np.int32), starts=xp.array(starts), metadata=metadata,
                    layer_index=layer_index)
 
@@ -330,7 +330,21 @@ class TransformerCache(Cache):
         return self
 
     def insert_index(self, index, slot, partition_manager=None):
-        """Set how many tokens the sequences from `slot` on have: an int or int array, in every layer. Returns self."""
+        """Set how many tokens the sequences from `slot` on have, in every layer.
+
+        Parameters
+        ----------
+        index : int or int array
+            Between 0 and sequence_length (ValueError); a CuPy array is not read.
+        slot : int
+            IndexError unless all of `index` fits from there on.
+        partition_manager : optional
+            Means nothing here.
+
+        Returns
+        -------
+        self
+        """
         return self._insert_counts("index", index, slot)
 
     def insert_starts(self, starts, slot, partition_manager=None):
@@ -339,8 +353,11 @@ class TransformerCache(Cache):
 
     def _insert_counts(self, field, values, slot):
         name = f"TransformerCache.insert_{field}"
-        held = [getattr(self.view_of(layer), field) for layer in range(len(self))]
-        values = _counts(name, field, values) if not is_array(values) or isinstance(values, np.ndarray) else values
+        views = [self.view_of(layer) for layer in range(len(self))]
+        held = [getattr(view, field) for view in views]
+        if not is_array(values) or isinstance(values, np.ndarray):
+            values = _counts(name, field, values, min(
+                (view.key.shape[1] for view in views if not view.is_empty), default=2**31 - 1))
         values = values.reshape(-1)
         for array in held:
             _check_slot(name, slot, len(values), len(array))
@@ -363,11 +380,14 @@ class TransformerMetadata(Record):
     index: Any = None
 
 
-def _counts(op, name, values):
-    """Integers as a new int32 NumPy array."""
+def _counts(op, name, values, most):
+    """Integers between 0 and `most` as a new int32 NumPy array."""
     values = to_host(values)
     if values.dtype.kind not in "iu":
         raise TypeError(f"{op}: {name} must be integers, got {values.dtype.name}")
+    wrong = values[(values < 0) | (values > most)]
+    if wrong.size:
+        raise ValueError(f"{op}: {name} must be between 0 and sequence_length = {most}, got {wrong[0]}")
     return values.astype(np.int32)
 
 
