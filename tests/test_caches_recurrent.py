@@ -270,6 +270,13 @@ def test_layers_without_a_view(xp, make):
         cache[3] = None
 
 
+def test_clear(xp):
+    cache = mamba(xp)
+    view = cache[0]
+    assert cache.nbytes == 2 * view.nbytes and cache.clear() is cache
+    assert cache == MambaCache.init_empty(2) and cache.nbytes == 0 and view.nbytes
+
+
 def test_no_keys_and_values(xp):
     for make in (mamba, mamba2):
         with pytest.raises(NotImplementedError, match="append_conv_state, update_conv_state, update_ssm_state"):

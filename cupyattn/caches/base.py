@@ -138,6 +138,11 @@ class Cache(Record):
         return cls(views=[None if held is None else view(**dict(zip(names, held, strict=True)), metadata=metadata,
                                                          layer_index=layer) for layer, held in enumerate(pure)])
 
+    def clear(self):
+        """Let go of all views, and so of their memory; the layers stay, without one. Returns self."""
+        self.views = [None] * len(self.views)
+        return self
+
     def view_of(self, layer_idx):
         """The view of a layer; ValueError when it has none."""
         view = self.views[layer_idx]

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tokens of a PagedAttentionMetadata as sequences of a batch, worked out once for all layers of a step."""
 
+import weakref
 from functools import cached_property
 
 import numpy as np
 
 from ..runtime.arrays import array_namespace
+from ..runtime.capturing import tape
 from ..runtime.checks import check_array, check_shape
 from ..runtime.structs import address
 from .base import is_array
@@ -30,11 +32,13 @@ def step_of(name, metadata, view, call):
 
 
 def _where(xp):
-    """What else must be the same for arrays to be shared: where they are made, in which order, and whether now."""
+    """What else must be the same for arrays to be shared: (device, stream, capture under way or None) on a GPU."""
     if xp is np:
-        return None
-    stream = xp.cuda.get_current_stream()
-    return xp.cuda.runtime.getDevice(), stream.ptr, stream.is_capturing()
+        return None, None, None
+    stream, capture = xp.cuda.get_current_stream(), None
+    if stream.is_capturing():   # what a graph does not make itself would be old in its replays
+        capture = object() if tape() is None else weakref.ref(tape())
+    return xp.cuda.runtime.getDevice(), stream.ptr, capture
 
 
 class PagedStep:
@@ -46,7 +50,7 @@ class PagedStep:
         Of the method it is for.
     metadata : PagedAttentionMetadata
     sizes : (num_pages, page_size)
-    where : tuple or None
+    where : tuple
 
     Attributes
     ----------
@@ -63,7 +67,7 @@ class PagedStep:
 
     def __init__(self, name, metadata, sizes, where):
         self.sizes, self.where = sizes, where
-        self.is_capturing = where is not None and where[-1]
+        self.is_capturing = where[2] is not None
         self.calls, self.schedules, self._is_checked = set(), {}, False
         given = [value for _, value in metadata._items()]
         self._prompt = None if metadata.is_decode_mode() else given[:3]
