@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The transformer cache: rows written at each sequence's index, masks, slots of a pool, formats."""
 
+import types
+
 import numpy as np
 import pytest
 from compare import assert_close, assert_same_bits, dtype_of, poison
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cupyattn import (
     QuantizedKV,
@@ -16,6 +20,7 @@ from cupyattn import (
 from cupyattn.quantized_kv import FORMATS
 
 B, S, H, D = 2, 6, 2, 8
+NUMPY = types.SimpleNamespace(array=np.array, numpy=np.array, module=np)
 
 
 def metadata(layers=1, batch=B, capacity=S, **sizes):
@@ -246,6 +251,40 @@ def test_token_types_by_query(xp):
     got = make(xp, index=(0, 2)).concatenate_to_cache(x, x, x, causal_mask=xp.array(causal()),
                                                       token_type_ids=xp.array(np.int32([[5], [5]])))[2]
     assert picture(xp, got) == ["x.....", "xxx..."]
+
+
+def seen(position, slot, index, tokens, window, is_causal, types):
+    """The rule of `concatenate_to_cache`, attention_mask apart, for one query and one slot."""
+    chosen = (not is_causal or slot <= position) and (not window or position - window < slot <= position)
+    if types is not None and tokens > 1 and (is_causal or window) and index <= slot < index + tokens:
+        chosen = chosen or types[slot - index] == types[position - index] != 0
+    return chosen and slot < index + tokens
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(st.data())
+def test_masks_and_rows(data):
+    """Every sequence at its own index: the mask is the rule slot by slot, only the new tokens' slots are written."""
+    tokens = data.draw(st.integers(0, S), "tokens")
+    index = data.draw(st.lists(st.integers(0, S - tokens), min_size=B, max_size=B), "index")
+    window, is_causal = data.draw(st.integers(0, S), "window"), data.draw(st.booleans(), "causal")
+    rng = np.random.default_rng(data.draw(st.integers(0, 99), "seed"))
+    types = rng.integers(0, 3, (B, tokens)) if data.draw(st.booleans(), "types") else None
+    shape = data.draw(st.sampled_from([(B, S), (B, 1, tokens, S), (1, 1, 1, S), (1, 1, tokens, 1)]), "shape")
+    pads = rng.integers(0, 2, shape)
+    view = make(NUMPY, index=index)
+    x = new(NUMPY, tokens)
+    mask = view.concatenate_to_cache(x, x, x, attention_mask=pads, causal_mask=causal() if is_causal else None,
+                                     token_type_ids=types, window_size=window)[2]
+    pads = np.broadcast_to(pads if pads.ndim == 4 else pads[:, None, None], mask.shape)
+    for b, _, t, s in np.ndindex(mask.shape):
+        rule = seen(index[b] + t, s, index[b], tokens, window, is_causal, None if types is None else types[b])
+        assert mask[b, 0, t, s] == (rule and pads[b, 0, t, s] != 0)
+    for b, first in enumerate(index):
+        want = poison(np.empty((S, H, D), np.float32))
+        want[first:first + tokens] = x[b]
+        assert_same_bits(view.key[b], want)
+    assert view.index.tolist() == [first + tokens for first in index]
 
 
 # ---- what does not fit -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 """PagedAttn: prompts, decodes and steps of both over a paged cache, by every method, against float64."""
 
 import enum
+import threading
 import types
 
 import numpy as np
@@ -380,6 +381,31 @@ def test_other_arrays_are_another_step(xp):
     other.metadata = step.metadata
     other.run(write_kv=False)
     assert step.metadata._step is not made
+
+
+def test_another_thread_makes_its_own():
+    """Ranks that are threads attend at the same time: one's work lists are not the other's."""
+    step = Step(NUMPY, length=None, decodes=(40, 7)).write()
+    views, outs, both = layers_of(step, 2), {}, threading.Barrier(2)
+
+    def rank(n):
+        for _ in range(20):
+            outs[n] = PagedAttn(AttentionMetadata()).forward_cpu(step.q, None, None, views[n], step.metadata)
+            both.wait()
+
+    threads = [threading.Thread(target=rank, args=(n,)) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for out in outs.values():
+        step.check(out.attention_outputs)
+    with_tokens(step, views[0]).run()
+    last = step.metadata._step
+    alone = threading.Thread(target=with_tokens(step, views[1]).run)
+    alone.start()
+    alone.join()
+    assert step.metadata._step is not last
 
 
 @pytest.mark.parametrize("xp", ["standin", pytest.param("cupy", marks=pytest.mark.gpu)], indirect=True)

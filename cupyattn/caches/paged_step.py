@@ -3,6 +3,7 @@
 
 import weakref
 from functools import cached_property
+from threading import get_ident
 
 import numpy as np
 
@@ -17,8 +18,8 @@ def step_of(name, metadata, view, call):
     """The PagedStep of `metadata` for a layer's `view`, the same one for all layers that ask for it.
 
     A layer that makes the same `call` (anything hashable) once more begins another step: what stands in the arrays of
-    `metadata` may have changed since. So do a field that was assigned, other sizes of pages, and on a GPU another
-    stream.
+    `metadata` may have changed since. So do a field that was assigned, other sizes of pages, another thread, and on
+    a GPU another stream.
     """
     cache = view.k_cache
     codes = getattr(cache, "codes", cache)
@@ -32,13 +33,16 @@ def step_of(name, metadata, view, call):
 
 
 def _where(xp):
-    """What else must be the same for arrays to be shared: (device, stream, capture under way or None) on a GPU."""
+    """What else must be the same for arrays to be shared: thread, and on a GPU device, stream and capture under way.
+
+    Work lists count what launches have done, and launches of two threads overlap.
+    """
     if xp is np:
-        return None, None, None
+        return get_ident(), None, None, None
     stream, capture = xp.cuda.get_current_stream(), None
     if stream.is_capturing():   # what a graph does not make itself would be old in its replays
         capture = object() if tape() is None else weakref.ref(tape())
-    return xp.cuda.runtime.getDevice(), stream.ptr, capture
+    return get_ident(), xp.cuda.runtime.getDevice(), stream.ptr, capture
 
 
 class PagedStep:
@@ -67,7 +71,7 @@ class PagedStep:
 
     def __init__(self, name, metadata, sizes, where):
         self.sizes, self.where = sizes, where
-        self.is_capturing = where[2] is not None
+        self.is_capturing = where[-1] is not None
         self.calls, self.schedules, self._is_checked = set(), {}, False
         given = [value for _, value in metadata._items()]
         self._prompt = None if metadata.is_decode_mode() else given[:3]
