@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .attention_args import check_sides
+from .attention_args import check_options, check_per_head, check_sides
 from .attention_impl import AttentionImpl, AttentionMetadata, AttentionOutput, AttentionRegistry
 from .caches.base import is_array
 from .caches.paged_attention import PagedAttentionCacheView, PagedAttentionMetadata
@@ -128,7 +128,8 @@ class PagedAttn(AttentionImpl):
         TypeError
             Arrays of different kinds, or of the kind another method is for; an unsupported dtype.
         ValueError
-            A step of nothing, shapes that do not fit; on NumPy arrays also positions of a chunk that do not count up,
+            A step of nothing, shapes that do not fit, options out of range, no `schedule` while a CUDA graph is
+            captured; nothing is stored then. On NumPy arrays also positions of a chunk that do not count up,
             and tokens without a page, on page 0, or on a page that does not exist. With CuPy arrays nothing is read on
             the host: such tokens are neither stored nor seen.
         CaptureError
@@ -215,7 +216,7 @@ class PagedAttn(AttentionImpl):
             write_kv = cache_metadata.is_mixed_mode()
         check_flag(name, "write_kv", write_kv)
         new = {"k": k, "v": v} if write_kv else {}
-        xp = _namespace(name, cache_metadata, q=q, **new)
+        xp = _namespace(name, cache_metadata, q=q, **new, **({} if sinks is None else {"sinks": sinks}))
         if kind not in (None, xp.__name__):
             raise TypeError(f"{name}: arrays must be {_KINDS[kind]}, got {_KINDS[xp.__name__]}; {_OTHERS[kind]}")
         if xp is np:
@@ -223,13 +224,18 @@ class PagedAttn(AttentionImpl):
         step = _step(name, cache_view, cache_metadata, "attend")
         for label, array in {"q": q, **new}.items():
             check_shape(name, label, array, (step.tokens, None, None), f"[tokens, {_HEADS[label]}, head_dim]")
-        check_dtype(name, "q", q, FLOATS)   # nothing is stored for queries that attention refuses
+        check_dtype(name, "q", q, FLOATS)   # nothing is stored for arguments that attention refuses
         sides = _sides(name, cache_view)
         check_sides(name, *q.shape[1:], *sides, _PAGES)
+        check_options(name, True, self.metadata.softmax_scale, window_size, softcap, q.shape[2])
+        check_per_head(name, q.shape[1], sinks=sinks)
+        check_flag(name, "return_lse", return_lse)
         options = _options(name, q.shape[1:], q, sides, window_size, invariant)
+        if schedule is None and step.is_capturing:
+            raise ValueError(f"{name}: schedule must be given while a CUDA graph is captured, got None")
         if write_kv:
             cache_view._write(name, k, v, step)
-        if schedule is None and attend is attention and _suits_schedules(step, q, sides):
+        if schedule is None and attend is attention and _suits_schedules(q, sides):
             schedule = _schedule(step, options)
         found = attend(q, cache_view.k_cache, cache_view.v_cache, cu_seqlens_q=step.cu_seqlens_q,
                        cache_seqlens=step.cache_seqlens, block_table=step.block_table, max_q_len=step.max_q_len,
@@ -282,11 +288,10 @@ def _step(name, view, metadata, call):
     return step
 
 
-def _suits_schedules(step, q, sides):
-    """Whether a Schedule, which is made for aligned arrays in one format, is for these; a graph makes none."""
+def _suits_schedules(q, sides):
+    """Whether a Schedule, which is made for aligned arrays in one format, is for these."""
     k, v = sides
-    aligned = min(alignment(q), k.alignment, v.alignment) == 16
-    return aligned and k.tag == v.tag and q.size > 0 and not step.is_capturing
+    return k.tag == v.tag and min(alignment(q), k.alignment, v.alignment) == 16
 
 
 def _schedule(step, options):

@@ -425,8 +425,19 @@ def test_another_stream_or_a_graph_makes_its_own(xp):
     graph = capture(layers, xp=xp.module, warmups=1)
     assert made[0] is made[1] is first                                # that of the schedule
     assert made[2] is made[3] is not made[4] and made[4] is made[5]   # of the warm-up, and of the replays
+    with pytest.raises(ValueError, match="forward_tpu: schedule must be given while a CUDA graph is captured"):
+        capture(lambda: impl.forward_tpu(q, None, None, views[0], step.metadata), xp=xp.module)
     assert len(set(made)) == 3 and [each.is_capturing for each in made] == [False] * 4 + [True] * 2
     graph.close()
+
+
+def test_pages_in_two_formats_need_no_schedule(xp):
+    """Tensor cores do not take values of another type than the queries', a schedule for keys in int8 would."""
+    step = Step(xp, "float16", length=None, decodes=(3, 7), quantizer="int8")
+    values = Step(xp, "float16", length=None, decodes=(3, 7), kv_dtype="bfloat16").view.value_pages
+    step.view = step.view.replace(value_pages=values)
+    out = step.write().out()
+    assert np.abs(out - step.truth()[0]).max() < 0.05 and not step.metadata._step.schedules
 
 
 def test_unaligned_pages_need_no_schedule(xp):
@@ -741,6 +752,15 @@ def test_refusals():
     refused(TypeError, "k must be a NumPy or CuPy array, got None", k=None)
     refused(ValueError, r"v must be \[tokens, num_kv_heads, head_dim\] = \[13, \*, \*\], got \[12, 2, 16\]", v=v[1:])
     refused(TypeError, "write_kv must be True or False, got 1", write_kv=1)
+    refused(TypeError, "invariant must be True or False, got 1", invariant=1)
+    refused(TypeError, "return_lse must be True or False, got 1", return_lse=1)
+    refused(ValueError, "window_size must be an int32 of at least 0, got -1", window_size=-1)
+    refused(TypeError, "window_size must be an integer, got list", window_size=[3])
+    refused(ValueError, "softcap must be a finite float32 of at least 0, got -1", softcap=-1.0)
+    refused(ValueError, r"sinks must be \[num_heads\]", sinks=np.zeros(3, np.float32))
+    refused(TypeError, "sinks must be a NumPy or CuPy array, got list", sinks=[0.0] * H)
+    with pytest.raises(TypeError, match="softmax_scale must be a number, got str"):
+        PagedAttn(AttentionMetadata(softmax_scale="1"))(q, k, v, step.view, step.metadata)
     for name, value, error, message in (
             ("prefill_position", np.int32([0, 1, 3, 4, 5, 6, 7, 8]), ValueError,
              r"must count up by one over the chunk's tokens below prefill_length 6, got \[0, 1, 3"),
