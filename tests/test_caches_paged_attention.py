@@ -21,6 +21,7 @@ from cupyattn import (
     page_move,
     paged_decode,
 )
+from cupyattn.caches import hbm_pages
 from cupyattn.quantized_kv import FORMATS
 
 PAGES, PS, H, D = 10, 4, 2, 8
@@ -120,13 +121,14 @@ def test_a_cache_without_pages(pages):
 
 
 @settings(max_examples=50, derandomize=True, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.integers(-1, 6)), max_size=40))
+@given(st.lists(st.tuples(st.sampled_from(("pages", "prompt", "free")), st.integers(-1, 24)), max_size=40))
 def test_no_page_is_granted_twice_and_none_is_lost(steps):
     manager, held = HBMPageManager(metadata()), []
-    for take, number in steps:
-        if take:
-            pages = manager.alloc_hbm_pages(number)
-            assert len(pages) == (number if 0 < number <= 9 - len(sum(held, [])) else 0)
+    for what, number in steps:
+        if what != "free":
+            wanted = number % 8 - 1 if what == "pages" else -(-number // PS)
+            pages = manager.alloc_hbm_pages(wanted) if what == "pages" else manager.alloc_prefill_hbm_pages(number)
+            assert len(pages) == (wanted if 0 < wanted <= 9 - len(sum(held, [])) else 0)
             held += [pages] if pages else []
         elif held:
             manager.free_hbm_pages(held.pop(number % len(held)))
@@ -165,11 +167,14 @@ def test_pages_by_memory(mesh, devices):
             create(3070)
 
 
-def test_the_host_s_memory():
+def test_the_host_s_memory(monkeypatch):
     made = PagedAttentionCacheMetaData.create(None, *SIZES.values(), 0.5)
     with open("/proc/meminfo") as file:
         total = int(file.readline().split()[1]) * 1024
     assert 1000 < made.num_pages_per_layer < total // (3 * 256)
+    monkeypatch.setattr(hbm_pages, "MEMORY", "/proc/no_such_file")
+    with pytest.raises(NotImplementedError, match="memory_bytes must be given where /proc/no_such_file cannot be read"):
+        PagedAttentionCacheMetaData.create(None, *SIZES.values(), 0.5)
 
 
 def test_the_device_s_memory(xp, monkeypatch):

@@ -227,7 +227,7 @@ def test_modes(xp, mode, dtype):
 @modes
 def test_every_method(mode):
     """The reference and the kernels; the reference is off by one rounding."""
-    for dtype, worst in (("float32", 2.0**-24), ("float16", 2.0**-11)):
+    for dtype, worst in (("float32", 2.0**-24), ("float16", 2.0**-11), ("bfloat16", 2.0**-8)):
         found = {}
         for method in ("forward_native", "forward_cpu", "forward_tpu", "__call__"):
             step = Step(NUMPY, dtype, **MODES[mode]).write(new="mixed" not in mode)
@@ -319,7 +319,8 @@ def with_tokens(step, view):
 def test_layers_share_what_is_made_for_a_step(xp, mode):
     """The tables, lengths and work lists of the first layer are those of all: the others launch what they must."""
     step = Step(xp, **MODES[mode]).write(new="mixed" not in mode)
-    want, views, made, launches = step.out(), layers_of(Step(xp, **MODES[mode]).write(new="mixed" not in mode)), [], []
+    want, views = step.out(), layers_of(Step(xp, **MODES[mode]).write(new="mixed" not in mode))
+    made, launches, allocations = [], [], []
     step.metadata = step.metadata.replace(prefill_length=step.metadata.prefill_length)
     for view in views:
         before = dict(getattr(xp, "events", {}))
@@ -327,11 +328,13 @@ def test_layers_share_what_is_made_for_a_step(xp, mode):
         made.append(step.metadata._step)
         if xp.name == "standin":
             launches.append(xp.events["launches"] - before.get("launches", 0))
+            allocations.append(xp.events["allocations"] - before.get("allocations", 0))
     assert made[0] is made[1] is made[2] and len(made[0].schedules) == 1
     if xp.name == "standin":
         attend = 1 if mode == "decode" else 2                             # tiles of few rows, and of many
         assert launches[1:] == [attend + ("mixed" in mode)] * 2           # and one that stores
         assert launches[0] == launches[1] + 1                             # the work lists
+        assert allocations[1:] == [4] * 2 < allocations[:1]               # q, k, v and the result
 
 
 def test_layers_with_other_options_share_the_rest(xp):
@@ -666,6 +669,8 @@ def test_pages_in_fewer_bits(xp):
             at = table[t // PS], t % PS
             history[:, t] = k[at], v[at]
     step.check(out)
+    if xp.name == "numpy":
+        assert_close(Step(xp, "float16", quantizer="int8").write(new=False).out("forward_native"), out, 1e-3, 2.0**-11)
     made = PagedAttn(AttentionMetadata()).schedule(xp.array(step.q), step.view, step.metadata, window_size=3)
     assert made.kv_format == "int8" and made.window_size == 3
     assert_same_bits(step.out(schedule=made, window_size=3), step.out(window_size=3))

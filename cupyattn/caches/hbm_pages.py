@@ -10,6 +10,8 @@ from ..runtime.arrays import dtype_of
 from ..runtime.checks import check_number
 from .base import Record, check_given, check_positive
 
+MEMORY = "/proc/meminfo"   # where the host says what is available
+
 
 @dataclass(eq=False, repr=False)
 class PagedAttentionCacheMetaData(Record):
@@ -60,7 +62,7 @@ class PagedAttentionCacheMetaData(Record):
             Of the pages.
         memory_bytes : int, optional
             The limit, of which nothing counts as used. Default: with CuPy the device's memory and what is used of it,
-            CuPy's idle blocks apart; with NumPy what the host has available.
+            CuPy's idle blocks apart; with NumPy what the host has available, which Linux says.
         xp : numpy or cupy
 
         Raises
@@ -68,6 +70,8 @@ class PagedAttentionCacheMetaData(Record):
         ValueError
             A size is not positive, hbm_utilization is not between 0 and 1, or there is no room for two pages (page 0
             holds no tokens).
+        NotImplementedError
+            Without `memory_bytes` for NumPy on a system that is not Linux.
         """
         name = "PagedAttentionCacheMetaData.create"
         sizes = {"batch_size": batch_size, "num_hidden_layers": num_hidden_layers, "max_sequences": max_sequences,
@@ -79,7 +83,7 @@ class PagedAttentionCacheMetaData(Record):
             raise ValueError(f"{name}: `hbm_utilization` must be between 0 and 1, both excluded, got {hbm_utilization}")
         if memory_bytes is not None:
             check_number(name, "memory_bytes", memory_bytes, least=0)
-        limit, used = _memory(xp) if memory_bytes is None else (memory_bytes, 0)
+        limit, used = _memory(name, xp) if memory_bytes is None else (memory_bytes, 0)
         devices = _devices(name, mesh)
         usable = (int(limit * hbm_utilization) - used) * devices
         page_bytes = 2 * page_size * num_kv_heads * kv_head_dim_size * dtype_of(dtype).itemsize
@@ -172,11 +176,14 @@ def _devices(op, mesh):
     return int(number)
 
 
-def _memory(xp):
+def _memory(op, xp):
     """(bytes of memory, bytes in use) of the current device, or what the host has available and 0."""
     if xp is not np:
         free, total = xp.cuda.runtime.memGetInfo()
         return total, total - free - xp.get_default_memory_pool().free_bytes()
-    with open("/proc/meminfo") as file:
-        lines = dict(line.split(":") for line in file)
+    try:
+        with open(MEMORY) as file:
+            lines = dict(line.split(":") for line in file)
+    except OSError:
+        raise NotImplementedError(f"{op}: memory_bytes must be given where {MEMORY} cannot be read") from None
     return int(lines["MemAvailable"].split()[0]) * 1024, 0
