@@ -123,6 +123,9 @@ def test_what_does_not_fit(xp):
     for sizes in ({"batch_size": 3}, {"num_heads": 3}, {"head_dim": 4}, {"key_dim": 4}):
         with pytest.raises(ValueError, match="query must be"):
             make(**sizes).concatenate_to_cache(q, k, v, slopes=slopes)
+    for name in ("key", "value"):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            make(num_heads=H, **{f"{name}_heads": 1}).concatenate_to_cache(q, k, v, slopes=slopes)
     with pytest.raises(ValueError, match="value must be"):
         make(value_dim=8).concatenate_to_cache(q, k, v, slopes=slopes)
     assert view.key_value is None   # a refused call leaves no state behind

@@ -205,8 +205,9 @@ def test_sizes_are_checked_in_order():
     for limit, error in (("1", TypeError), (-1, ValueError), (float("inf"), ValueError)):
         with pytest.raises(error, match="memory_bytes must be"):
             PagedAttentionCacheMetaData.create(None, **SIZES, hbm_utilization=0.5, memory_bytes=limit)
-    with pytest.raises(ValueError, match="mesh must be"):
-        PagedAttentionCacheMetaData.create(0, **SIZES, hbm_utilization=0.5)
+    for mesh, error in ((0, ValueError), (2.5, TypeError), ("gpu", TypeError)):
+        with pytest.raises(error, match="mesh must be"):
+            PagedAttentionCacheMetaData.create(mesh, **SIZES, hbm_utilization=0.5)
 
 
 # ---- views and caches ------------------------------------------------------------------------------------
@@ -423,6 +424,10 @@ def test_formats(xp, quantizer):
     want = np.concatenate([xp.numpy(key), xp.numpy(key)[:1]]).astype(np.float32)
     assert np.abs(np.concatenate([held[4], held[2, :3]]) - want).max() < error
     assert not held[2, 3].any() and not held[[0, 1, 3]].any()
+    if quantizer.startswith("fp8"):   # a scale of its own for each token and head: nothing need be known beforehand
+        other = "fp8_e5m2" if quantizer == "fp8_e4m3" else "fp8_e4m3"
+        assert view.key_pages.granularity == "token"
+        assert again != make(xp, "float16", other, dim=32)   # the same bytes of another format
     assert again != view and PagedAttentionCacheView.from_json(view.to_json(), xp=xp.module) == view
 
 

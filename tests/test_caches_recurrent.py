@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mamba's and Mamba-2's caches: metadata, the window of the convolution, states, and what every cache class can do."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -18,6 +19,7 @@ from cupyattn import (
     MambaCacheView,
     MambaMetadata,
 )
+from cupyattn.caches.base import Record
 
 SIZES = {"batch_size": 2, "intermediate_size": 3, "ssm_state_size": 5, "conv_kernel_size": 4}
 SIZES2 = {"batch_size": 2, "intermediate_size": 12, "num_heads": 4, "head_dim": 3, "state_size": 5,
@@ -348,6 +350,18 @@ def test_dtypes_and_tuples_come_back():
     assert back != made.replace(partition_axis=(("dp", "tp"), "tp"))
 
 
+def test_a_field_that_is_a_tuple_comes_back_as_one():
+    @dataclasses.dataclass(eq=False, repr=False)
+    class Axes(Record):
+        plain: tuple
+        of_int: tuple[int, ...]
+        listed: list
+
+    made = Axes((1, 2), (3,), [4])
+    back = Axes.from_json(made.to_json())
+    assert (back.plain, back.of_int, back.listed) == ((1, 2), (3,), [4]) and made.to_dict()["plain"] == [1, 2]
+
+
 def test_missing_fields_get_defaults():
     data = Mamba2CacheView.init(Mamba2CacheMetaData.create(None, 1, **SIZES2), layer_index=4).to_dict()
     assert Mamba2CacheView.from_dict(data).layer_index == 4
@@ -365,6 +379,8 @@ def test_pure(xp, make):
     assert back == cache and [view.layer_index for view in back.views] == [0, 1]
     assert back[0].conv_states is cache[0].conv_states
     assert type(cache).init_empty(2).to_pure() == ([None, None], None)
+    cache[0].metadata = metadata.replace(batch_size=9)
+    assert cache.to_pure()[1] is metadata   # the last layer's
     assert type(cache).from_pure([None, pure[1]], metadata)[0] is None
 
 

@@ -194,9 +194,10 @@ def test_metadata():
     assert AttentionMetadata.from_json(made.to_json()) == made == AttentionMetadata(runtime_dtype="float16")
     assert made.replace(softmax_scale=2.0).softmax_scale == 2.0 and made.replace() is made
     config = types.SimpleNamespace(attn_dtype="bfloat16", attn_softmax_dtype="float32", softmax_scale=0.25, mesh="mesh",
-                                   blocksize_q=64, backend="gpu", sequence_axis_name="not read",
+                                   blocksize_q=64, blocksize_b=3, backend="gpu", sequence_axis_name="not read",
                                    scan_attention_layers=False, dropout_prob=0.5)
     made = AttentionMetadata(base_config=config, blocksize_k=32)
+    assert made.blocksize_b == 3
     assert (made.runtime_dtype, made.softmax_scale, made.mesh, made.blocksize_q, made.blocksize_k, made.backend,
             made.sequence_axis_name, made.dropout_prob) == ("bfloat16", 0.25, "mesh", 64, 32, "gpu", "sp", 0.0)
     made = AttentionMetadata.from_config(config, 0.5, 0.125)
