@@ -136,12 +136,13 @@ def check_places(places, caches):
         pages, slots = wanted // page_size, wanted % page_size
     else:
         pages, slots = _pages_of_positions(places, num_pages, page_size, caches)
-    if slots.size > 1:
-        seen = set()
-        for place in zip(pages.tolist(), slots.tolist(), strict=True):
-            if place in seen or seen.add(place):
-                page, slot = place[0] if num_pages is not None else hex(place[0]), place[1]
-                raise ValueError(f"{_OP}: places must differ from token to token, got page {page} slot {slot} twice")
+    order = np.lexsort((slots, pages))
+    pages, slots = pages[order], slots[order]
+    twice = np.flatnonzero((pages[1:] == pages[:-1]) & (slots[1:] == slots[:-1]))
+    if twice.size:
+        page, slot = pages[twice[0]].item(), slots[twice[0]]
+        raise ValueError(f"{_OP}: places must differ from token to token, got page "
+                         f"{page if num_pages is not None else hex(page)} slot {slot} twice")
 
 
 def _are_certainly_right(places, num_pages, page_size):
