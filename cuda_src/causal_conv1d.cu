@@ -23,7 +23,6 @@
 #include "eight_floats.cuh"
 #include "sequences.cuh"
 #include "silu.cuh"
-#include "vector_store.cuh"
 
 using T = CA_T;                                      // x and out
 using W = CA_W;                                      // weight and bias

@@ -26,7 +26,6 @@
 #include "kv_encode.cuh"
 #include "page_table.cuh"
 #include "pairs.cuh"
-#include "vector_store.cuh"
 #include "warp.cuh"
 
 using T = CA_T;                                 // k, v, q, q_out and biases
@@ -104,9 +103,9 @@ __device__ __forceinline__ void rotate(const Row& row, const Norm& norm, int d, 
     const int pair = first ? d : d - half, there = first ? d + half : pair;
     EightFloats other = load_biased(row, there);
     apply_norm(row, norm, there, other);
-    other *= EightFloats::load(row.sin + pair);
+    other *= EightFloats::load(in_global(row.sin + pair));
     other *= first ? -1.0f : 1.0f;
-    other.add_product(x, EightFloats::load(row.cos + pair));
+    other.add_product(x, EightFloats::load(in_global(row.cos + pair)));
     x = other;
   } else {
 #pragma unroll
@@ -170,7 +169,8 @@ __device__ __forceinline__ void load_row(const Row& row, int lane, float eps, Ei
     const int half = row.rotary_dim / 2;
     for (int pair = 0; pair < half; pair += 8) {
       EightFloats &first = x[pair / 8], &second = x[(pair + half) / 8];
-      const EightFloats c = EightFloats::load(row.cos + pair), s = EightFloats::load(row.sin + pair);
+      const EightFloats c = EightFloats::load(in_global(row.cos + pair));
+      const EightFloats s = EightFloats::load(in_global(row.sin + pair));
       EightFloats a = second, b = first;
       a *= s;
       b *= s;
@@ -282,7 +282,7 @@ __device__ __forceinline__ void copy_row(const T* x, int lane, int lanes, E* out
   constexpr int WIDEST = 16 / static_cast<int>(sizeof(T) > sizeof(E) ? sizeof(T) : sizeof(E));
   constexpr int VEC = WIDE ? WIDEST : 1;
   for (int d = lane * VEC; d < dims; d += lanes * VEC) {
-    const Vec<T, VEC> part = load_vec<T, VEC>(x + d);
+    const Vec<T, VEC> part = load_vec<T, VEC>(in_global(x + d));
     if constexpr (SameType<T, E>::value) {
       store_global(out + d, part);
     } else {

@@ -70,11 +70,11 @@ struct Row {
   // Dims d to d + 7.
   __device__ __forceinline__ EightFloats eight(const KvScale& scales, int head, int head_dim, int d) const {
     if (codes == nullptr) return EightFloats::all(0.0f);
-    EightFloats x = F::template eight<ALIGNED>(codes, head_dim, d);
+    EightFloats x = F::template eight<ALIGNED>(in_global(codes), head_dim, d);
     if constexpr (F::CHANNEL) {
       x *= channel_scales(scales, head, d);
     } else if constexpr (F::GROUP == 32) {
-      x *= to_float(group_scales[d / 32 * stride_group]);
+      x *= to_float(in_global(group_scales)[d / 32 * stride_group]);
     } else {
       apply_scale<F>(x, scale);
     }

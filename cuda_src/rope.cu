@@ -16,7 +16,6 @@
 #include "prelude.cuh"
 #include "params.h"
 #include "pairs.cuh"
-#include "vector_store.cuh"
 
 using T = CA_T;                                   // x and out
 using Table = CA_TABLE;                           // cos and sin

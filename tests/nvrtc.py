@@ -163,6 +163,11 @@ def opcodes(cubin, kernel):
     return Counter(json.loads(stored.read_text()))
 
 
+def instructions(cubin, kernel):
+    """Instructions of `kernel`'s SASS in their order."""
+    return [line for line in _lines(cubin, kernel) if not line.startswith(".L")]
+
+
 def mnemonic(instruction):
     """``"LDG.E.128"`` of ``"@P0 LDG.E.128 R4, [R2]"``."""
     return re.match(r"(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", instruction).group(1)

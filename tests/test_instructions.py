@@ -7,6 +7,7 @@ the same bodies compare the hardware with the models, and so with the executor.
 Then what the compiler makes of quant_gemm's main loops for sm_90a: instructions per weight, bytes on their way.
 """
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,23 @@ import pytest
 from compare import assert_close, assert_same_bits, dtype_of
 
 from cupyattn import attention_plans, matmul_plans
-from cupyattn.ops import kv_append, rope
+from cupyattn.ops import (
+    attention,
+    causal_conv1d,
+    dequantize,
+    embedding,
+    kv_append,
+    kv_flatten,
+    layer_norm,
+    lightning_attention,
+    page_move,
+    paged_decode,
+    rms_norm,
+    rope,
+    selective_state_update,
+    silu_mul,
+    split_reduce,
+)
 from cupyattn.quant.layout import Form
 from cupyattn.runtime import Plan, Specialisation, arch_of, cuda, launch, make_args
 from cupyattn.runtime.cpu import counters, settings
@@ -227,16 +244,51 @@ def test_tensor_core_instructions_are_counted():
     assert launches[0].counts["mma"] == 1 and launches[1].counts["ldmatrix"] == 6
 
 
-@pytest.mark.parametrize("spec", [
-    s for s in (*rope.CORE, *kv_append.CORE) for constants in [dict(s.constants)]
-    if constants.get("VEC") == 8 or constants.get("WIDE") == 1 and {constants["K"], constants["V"]} <= {
-        "KvPlain<__half>", "KvPlain<__nv_bfloat16>", "KvPlain<float>"}], ids=str)
-def test_wide_rows_are_stored_whole(spec):
-    """The compiler would make a 2-byte store of each of the eight."""
+PLAIN = {"KvPlain<__half>", "KvPlain<__nv_bfloat16>", "KvPlain<float>"}
+
+
+def _accesses(spec):
+    """Counter of {"STG.E.128": n, "LDG.E": n, ...} in the SASS for sm_90a, of accesses to global or unknown memory."""
     compiled = nvrtc.compile_code(cuda.code(spec), cuda.options(spec, "sm_90a"), "sm_90a")
-    names = {nvrtc.mnemonic(line) for loop in nvrtc.loops(compiled.cubin, spec.kernel) for line in loop}
-    stores = {name for name in names if name.startswith("STG")}
-    assert stores and stores <= {"STG.E.128", "STG.E.64"}, stores
+    names = (nvrtc.mnemonic(line) for line in nvrtc.instructions(compiled.cubin, spec.kernel))
+    return Counter(name for name in names if name.split(".")[0] in ("LDG", "LD", "STG", "ST"))
+
+
+def _is_wide(spec):
+    constants = dict(spec.constants)
+    if constants.get("WIDE") == 1:
+        return {constants["K"], constants["V"]} <= PLAIN
+    return constants.get("VEC", 1) > 1 or constants.get("ALIGNED") == 1
+
+
+@pytest.mark.parametrize("spec", [
+    s for module in (rope, kv_append, rms_norm, layer_norm, silu_mul, kv_flatten, page_move) for s in module.CORE
+    if _is_wide(s)], ids=str)
+def test_wide_rows_are_stored_whole(spec):
+    """The compiler would make a 2-byte store of each of the eight, or ask where the cache's pages are."""
+    found = _accesses(spec)
+    stores = {name for name in found if name.startswith("ST")}
+    assert stores and stores <= {"STG.E.128", "STG.E.64"}, found
+    assert spec.kernel != "kv_append" or not any(name.startswith("LD.") for name in found), found
+
+
+# stores of 2 bytes that are meant: single results of a lane, NaN, zeros, columns in another order
+@pytest.mark.parametrize("module, allowed", [
+    (attention, {}), (paged_decode, {}), (split_reduce, {}), (causal_conv1d, {}), (selective_state_update, 8),
+    (dequantize, 32), (embedding, 33),
+    (lightning_attention, {"lightning_attention": 3, "lightning_attention_prefill": 1, "lightning_attention_mma": 1})],
+    ids=lambda value: value.__name__.rpartition(".")[2] if hasattr(value, "__name__") else "")
+def test_vectors_are_not_stored_by_element(module, allowed):
+    by_kernel = {}
+    for spec in module.CORE:
+        constants = dict(spec.constants)
+        if _is_wide(spec) and constants.get("CHANNEL_VECTORS") != 0:
+            by_kernel.setdefault(spec.kernel, []).append(spec)
+    for kernel, specs in by_kernel.items():
+        most = allowed if isinstance(allowed, int) else allowed.get(kernel, 0)
+        for spec in specs[:3]:
+            found = _accesses(spec)
+            assert sum(n for name, n in found.items() if name in ("STG.E.U16", "ST.E.U16")) <= most, (spec, found)
 
 
 # instructions of paged_decode_mma per token and KV head: what was reached, rounded up

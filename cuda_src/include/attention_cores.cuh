@@ -227,7 +227,8 @@ struct WarpTiles {
       for (int i = 0; i < BATCH; ++i) {
         const int t = first + i * step;
         row[i] = t < live ? places.values.row(t) : nullptr;
-        if (row[i] != nullptr) value[i] = places.values.eight<ALIGNED>(row[i], t, args.v_scale, args.head_dim_v, dim);
+        if (row[i] == nullptr) continue;
+        value[i] = places.values.eight<ALIGNED>(in_global(row[i]), t, args.v_scale, args.head_dim_v, dim);
       }
 #pragma unroll
       for (int i = 0; i < BATCH; ++i)

@@ -41,7 +41,7 @@ struct Places {
                                                int d) const {
     EightFloats x = F::template eight<IS_ALIGNED>(from, head_dim, d);
     if constexpr (ROW_SCALE) apply_scale<F>(x, scale(t));
-    if constexpr (GROUP_SCALE) apply_scale<F>(x, {to_float(groups(t)[d / 32 * scales.stride_group]), 0.0f});
+    if constexpr (GROUP_SCALE) apply_scale<F>(x, {to_float(in_global(groups(t))[d / 32 * scales.stride_group]), 0.0f});
     return x;
   }
 };

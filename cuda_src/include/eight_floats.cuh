@@ -152,6 +152,19 @@ struct Floats {
 
 using EightFloats = Floats<8>;
 
+// N floats rounded to T into global memory, in stores of at most 16 bytes.
+template <int N, typename T>
+__device__ __forceinline__ void store_floats(T* p, const Floats<N>& x) {
+  constexpr int PIECE = N * sizeof(T) > 16 ? 16 / sizeof(T) : N;
+#pragma unroll
+  for (int j = 0; j < N; j += PIECE) {
+    float some[PIECE];
+#pragma unroll
+    for (int i = 0; i < PIECE; ++i) some[i] = x.x[j + i];
+    store_global(p + j, from_float<T, PIECE>(some));
+  }
+}
+
 // The larger one of each pair.
 template <int N>
 __device__ __forceinline__ Floats<N> maximum(const Floats<N>& a, const Floats<N>& b) {

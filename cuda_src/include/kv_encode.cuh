@@ -26,15 +26,16 @@ struct SameType<A, A> {
 
 // ---- eight elements of a row in memory -------------------------------------------------------------------------
 
-// Elements d to d + 7 of a row, zero past its end. WIDE: dims is a multiple of 8, the row aligned to 16 bytes.
+// Elements d to d + 7 of a row in global memory, zero past its end. WIDE: dims is a multiple of 8, the row aligned to
+// 16 bytes.
 template <bool WIDE, typename E>
 __device__ __forceinline__ EightFloats load_chunk(const E* row, int d, int dims) {
   if constexpr (WIDE) {
-    return d < dims ? EightFloats::from(KvPlain<E>::load(row + d)) : EightFloats::all(0.0f);
+    return d < dims ? EightFloats::from(KvPlain<E>::load(in_global(row + d))) : EightFloats::all(0.0f);
   } else {
     EightFloats out;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) out.x[i] = d + i < dims ? to_float(row[d + i]) : 0.0f;
+    for (int i = 0; i < 8; ++i) out.x[i] = d + i < dims ? to_float(*in_global(row + d + i)) : 0.0f;
     return out;
   }
 }
@@ -114,7 +115,7 @@ __device__ __forceinline__ uint32_t pack_bits(const EightCodes& code) {
 template <bool WIDE>
 __device__ __forceinline__ void store_word(uint8_t* p, uint32_t word) {
   if constexpr (WIDE) {
-    store_vec(reinterpret_cast<uint32_t*>(p), Vec<uint32_t, 1>{{word}});
+    store_global(reinterpret_cast<uint32_t*>(p), Vec<uint32_t, 1>{{word}});
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) p[i] = static_cast<uint8_t>(word >> 8 * i);
@@ -127,7 +128,7 @@ __device__ __forceinline__ void store_codes(uint8_t* row, int dims, int d, const
   if constexpr (F::BITS == 8) {
     const CodeWords words = pack_bytes(code);
     if constexpr (WIDE) {
-      store_vec(reinterpret_cast<uint32_t*>(row + d), Vec<uint32_t, 2>{{words.low, words.high}});
+      store_global(reinterpret_cast<uint32_t*>(row + d), Vec<uint32_t, 2>{{words.low, words.high}});
     } else {
       store_word<false>(row + d, words.low);
       store_word<false>(row + d + 4, words.high);

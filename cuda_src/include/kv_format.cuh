@@ -19,7 +19,7 @@
 #include "eight_floats.cuh"
 #include "page_table.cuh"
 #include "params.h"
-#include "vector_store.cuh"
+#include "prelude.cuh"
 
 // ---- eight codes of one byte each, or spread out of a word, as floats ------------------------------------------
 

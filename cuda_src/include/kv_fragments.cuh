@@ -484,8 +484,9 @@ struct KvScales {
                                               int head_dim, uint32_t* words) {
 #pragma unroll
     for (int i = 0; i < WORDS; ++i) words[i] = 0;
+    if (!known) return;
+    scale = in_global(scale);
     if constexpr (Tile::GROUP_SCALE) {
-      if (!known) return;
       if (stride_group == 1 && head_dim == HEAD_DIM && reinterpret_cast<uint64_t>(scale) % (4 * WORDS) == 0) {
         const Vec<uint32_t, WORDS> all = load_vec<uint32_t, WORDS>(reinterpret_cast<const uint32_t*>(scale));
 #pragma unroll
@@ -496,8 +497,8 @@ struct KvScales {
           if (g * 32 < head_dim) words[g / 2] |= static_cast<uint32_t>(scale[g * stride_group]) << g % 2 * 16;
       }
     } else if constexpr (Tile::TOKEN_SCALE) {
-      if (known) words[0] = *scale;
-      if (F::HAS_ZERO && known) words[SCALES] = *zero;
+      words[0] = *scale;
+      if (F::HAS_ZERO) words[SCALES] = *in_global(zero);
     }
   }
   template <bool VALUES>

@@ -267,7 +267,7 @@ struct MmaBlocks {
       for (int n = 0; n < COLUMN_TILES; ++n) {
         const float both[2] = {history[n][2 * half] * old + sums[n][2 * half] * fresh,
                                history[n][2 * half + 1] * old + sums[n][2 * half + 1] * fresh};
-        if (8 * n < part.count) store_vec(out + 8 * n, from_float<T, 2>(both));
+        if (8 * n < part.count) store_global(out + 8 * n, from_float<T, 2>(both));
       }
     }
   }

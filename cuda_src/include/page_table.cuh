@@ -82,12 +82,12 @@ __device__ __forceinline__ S* kv_parameter(const KvScale& view, const PageTable&
 template <typename S>  // S: the type of scales
 __device__ __forceinline__ S* kv_scale(const KvScale& view, const PageTable& table, TokenSlot at, int64_t head,
                                        int group) {
-  return kv_parameter<S>(view, table, at, head, group, view.scale, view.scale_offset);
+  return in_global(kv_parameter<S>(view, table, at, head, group, view.scale, view.scale_offset));
 }
 template <typename S>  // in a format that has zeros
 __device__ __forceinline__ S* kv_zero(const KvScale& view, const PageTable& table, TokenSlot at, int64_t head,
                                       int group) {
-  return kv_parameter<S>(view, table, at, head, group, view.zero, view.zero_offset);
+  return in_global(kv_parameter<S>(view, table, at, head, group, view.zero, view.zero_offset));
 }
 
 #endif  // CUPYATTN_PAGE_TABLE_CUH

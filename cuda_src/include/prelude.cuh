@@ -59,12 +59,51 @@ __device__ __forceinline__ Vec<T, N> load_vec(const T* p) {
 #endif
 }
 
+// `p`, which is in global memory. The compiler does not see that of a pointer that lay in memory or may be null, and
+// accesses through it would have to find out where it points. Never for what may be in shared memory.
+template <typename T>
+__device__ __forceinline__ T* in_global(T* p) {
+#if !CA_CPU
+  __builtin_assume(__isGlobal(p));
+#endif
+  return p;
+}
+
+// To any memory. The compiler takes a struct's store apart and joins the members again only where nothing stands
+// between them: under a condition, or among stores of other rows, eight 2-byte stores may be left of one of 16 bytes.
 template <typename T, int N>
 __device__ __forceinline__ void store_vec(T* p, const Vec<T, N>& x) {
 #if CA_CPU
   ca::store(reinterpret_cast<Vec<T, N>*>(p), x);
 #else
   *reinterpret_cast<Vec<T, N>*>(p) = x;
+#endif
+}
+
+// To global memory, always as one instruction of 4, 8 or 16 bytes; single elements as they are. (uint4 is taken apart,
+// too.) No load moves across those of 8 and 16 bytes, so that a loop whose loads have to run ahead is better off with
+// store_vec as long as that stays whole; tests/test_instructions.py sees it.
+template <typename T, int N>
+__device__ __forceinline__ void store_global(T* p, const Vec<T, N>& x) {
+#if CA_CPU
+  store_vec(p, x);
+#else
+  static_assert(N == 1 || sizeof(x) == 4 || sizeof(x) == 8 || sizeof(x) == 16, "store_global: not one instruction");
+  if constexpr (N == 1) {
+    *p = x.v[0];
+  } else {
+    uint32_t words[sizeof(x) / 4];
+    memcpy(words, &x, sizeof(x));
+    if constexpr (sizeof(x) == 4) {
+      *reinterpret_cast<uint32_t*>(p) = words[0];
+    } else if constexpr (sizeof(x) == 8) {
+      asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(words[0]), "r"(words[1]) : "memory");
+    } else {
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+                   "r"(words[3])
+                   : "memory");
+    }
+  }
 #endif
 }
 

@@ -10,7 +10,6 @@
 #include "eight_floats.cuh"
 #include "params.h"
 #include "silu.cuh"
-#include "vector_store.cuh"
 
 __device__ __forceinline__ const float* channel(const PerChannel& values, int head, int dim) {
   return values.data + head * values.stride_head + dim * values.stride_dim;
