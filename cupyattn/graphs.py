@@ -267,8 +267,12 @@ class BoundSteps:
         -------
         What `step` returned the second time: an array that it made then is written again.
         """
+        return self.run_prepared(key, lambda: step)
+
+    def run_prepared(self, key, prepare):
+        """`run` of the function that ``prepare()`` returns; what `prepare` itself does is no part of the step."""
         if is_watched():
-            return step()
+            return prepare()()
         xp = self._xp
         if xp is np:
             around = cpu.current_settings()
@@ -277,12 +281,13 @@ class BoundSteps:
         key = key, around, threading.get_ident()   # workspaces are a thread's own, on a GPU a stream's
         known = self._steps.get(key, ())
         if known == ():
-            result = step()
+            result = prepare()()
             if len(self._steps) >= self._most:
                 self._steps.pop(next(iter(self._steps)), None)
             self._steps[key] = None
             return result
         if known is None:
+            step = prepare()
             with taping(arch_of(xp), keep=True) as tape:
                 result = step()
             self._steps[key] = in_order(tape.launches), result
