@@ -11,7 +11,7 @@ import threading
 import numpy as np
 
 from .errors import CaptureError
-from .runtime import arch_of, cpu
+from .runtime import arch_of, cpu, env
 from .runtime.bound import in_order
 from .runtime.capturing import taping
 from .runtime.launch import is_watched, take_blocks
@@ -260,8 +260,8 @@ class BoundSteps:
             All that the launches depend on but the contents of arrays: `place` of every array that may be another one,
             and every option. Objects in it, and all arrays of the launches, are kept alive.
         step : callable
-            Launches ops; as in `capture`, nothing else it does is done again. Its checks of contents are not: NumPy
-            arrays of lengths and page ids must be right.
+            Launches ops; as in `capture`, nothing else it does is done again. Its checks of contents are not, unless
+            under ``CUPYATTN_CHECK=1``: NumPy arrays of lengths and page ids must be right.
 
         Returns
         -------
@@ -271,7 +271,7 @@ class BoundSteps:
 
     def run_prepared(self, key, prepare):
         """`run` of the function that ``prepare()`` returns; what `prepare` itself does is no part of the step."""
-        if is_watched():
+        if is_watched() or env.check():
             return prepare()()
         xp = self._xp
         if xp is np:

@@ -382,8 +382,9 @@ class PagedParams(Params):
     """Batch metadata of an attention call over a paged cache, made once per forward pass.
 
     Fields and methods of `Params`, with ``seq_len = q_len``; always causal, without a mask array. Built from host or
-    device arrays, which are copied. For the replays of a captured step the arrays of `get_block_index`,
-    `get_cache_seqlens` and `get_cache_seqlens_after` are changed in place; see `QAttn.forward`.
+    device arrays, which are copied. In decode loops and for the replays of a captured step the arrays of
+    `get_block_index`, `get_cache_seqlens` and `get_cache_seqlens_after` are changed in place, by the caller or by
+    `fill`; see `QAttn.forward`.
 
     Parameters
     ----------
@@ -439,6 +440,34 @@ class PagedParams(Params):
         self.first_index = int(pages[0]) * self.page_size + first % self.page_size if alone else None
         self.block_index_tp = self.cache_seqlens_tp = self.cache_seqlens_after_tp = None
         self._slots = None
+
+    def fill(self, block_index, cache_seqlens):
+        """Other pages and lengths of as many sequences, in place: in the arrays here and in their copies on devices.
+
+        Whoever attends with this object from then on gives a `Schedule` of the new lengths.
+
+        Parameters
+        ----------
+        block_index : int array of the shape it has
+        cache_seqlens : int array [batch_size]
+
+        Raises
+        ------
+        TypeError, ValueError
+            As the constructor, or a block_index of another shape; nothing has changed then.
+        """
+        other = PagedParams(self.batch_size, block_index, cache_seqlens, 0, self.page_size, self.q_len)
+        if other.block_index.shape != self.block_index.shape:
+            raise ValueError(f"PagedParams: block_index must be {list(self.block_index.shape)} as it was, got "
+                             f"{list(other.block_index.shape)}")
+        for (name, _), (_, copy) in self._copies.items():
+            if name in ("block_index", "cache_seqlens", "cache_seqlens_after") and not isinstance(copy, np.ndarray):
+                copy.set(getattr(other, name))
+        for name in ("block_index", "cache_seqlens", "cache_seqlens_after"):
+            getattr(self, name)[...] = getattr(other, name)
+        self.max_cache_seqlen = int(self.cache_seqlens.max())
+        self.is_sequential, self.first_index = other.is_sequential, other.first_index
+        self.positions = self._slots = None
 
     def _check_pages(self):
         if self.block_index.ndim != 2 or self.block_index.shape[0] != self.batch_size:

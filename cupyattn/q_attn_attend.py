@@ -69,8 +69,12 @@ def prepare(attn, params, step, cache, layer, turn, options, given):
         raise TypeError(f"{OP}: schedule must be a Schedule, got {type(given).__name__}")
     if cache is not None and is_kept(attn.xp):
         _refuse_what_stays(params, step, turn, given)
-    elif params.paged and attn.xp is np:
-        _check_changed(step, cache, options, given)
+    elif params.paged:
+        if given is None and params.cache_seqlens_after.tobytes() != step.after_host.tobytes():
+            raise ValueError(f"{OP}: schedule must be given for lengths of params that were changed in place, got "
+                             "None; QAttn.schedule makes it")
+        if attn.xp is np:
+            _check_changed(step, cache, options)
     if blocks is not None:
         made, decode = _schedule_of_step(attn, step, None, blocks, options), False
         blocks = params.get_cu_seqlens(None if attn.xp is np else attn.xp.cuda.runtime.getDevice())
@@ -112,14 +116,11 @@ def _refuse_what_stays(params, step, turn, given):
                            f"captured, got {found}; QAttn.schedule makes it")
 
 
-def _check_changed(step, cache, options, given):
-    """NumPy arrays that were changed in place still agree with each other and the Schedule to be used, and hold pages.
+def _check_changed(step, cache, options):
+    """NumPy arrays that were changed in place still agree with each other, and hold pages.
 
     Each op sees for itself that its arrays are right, but attention only when new keys are in the cache.
     """
-    if given is None and step.after.tobytes() != step.after_host.tobytes():
-        raise ValueError(f"{OP}: schedule must be given for lengths of params that were changed in place, got None; "
-                         "QAttn.schedule makes it")
     if (step.before + np.int32(step.q_len)).tobytes() != step.after.tobytes():
         raise ValueError(f"{OP}: params must have cache_seqlens_after = cache_seqlens + {step.q_len}, got "
                          f"{step.after.tolist()} and {step.before.tolist()}; one of them was changed in place")

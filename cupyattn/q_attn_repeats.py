@@ -12,8 +12,6 @@ from .ops.paged_decode import MAX_Q_LEN
 from .params import PagedParams
 from .q_attn_attend import is_kept
 from .q_attn_step import steps_of
-from .runtime import env
-from .runtime.launch import is_watched
 
 _MOST = 4   # steps of a layer remembered for a PagedParams, with which their x and out are kept alive
 _REFUSED = AttributeError, IndexError, TypeError   # of arguments that the layer's checks will name
@@ -57,7 +55,7 @@ class Repeats:
                    getattr(target.flags, "writeable", True))
             hash(key)
             read = options.window_size, attn.rope_style and cos.shape   # what decides which contents are checked
-            found = _contents(step, schedule, self._xp)
+            found = _contents(step, params, schedule, self._xp)
         except _REFUSED:
             return prepare()()
         if step.checked.get(read) != found:
@@ -71,7 +69,7 @@ class Repeats:
         """(Step, BoundSteps) of these, None where their steps are not remembered, or not yet."""
         if not isinstance(params, PagedParams) or not isinstance(cache, PagedCache) or params.q_len > MAX_Q_LEN or \
                 params.block_diag_layers or params.alt_rope_embed is not None or params.alt_rope_embed_dict or \
-                is_watched() or env.check() or is_kept(self._xp):
+                is_kept(self._xp):
             return None
         caches = self._known.get(params)
         if caches is None:
@@ -90,10 +88,10 @@ class Repeats:
         self._known.clear()
 
 
-def _contents(step, schedule, xp):
+def _contents(step, params, schedule, xp):
     """What NumPy arrays that a caller may change in place hold, and what a Schedule was made from."""
     made = None if schedule is None else schedule.made_from
     made = made and (made, dict(vars(made)))
     if xp is not np:
-        return made
+        return made if schedule is not None else params.cache_seqlens_after.tobytes()
     return made, step.before.tobytes(), step.after.tobytes(), step.table.block_table.tobytes()
