@@ -238,6 +238,11 @@ class QAttn(Projections):
         format, also for the queries), attention, output projection, which adds to x. Asynchronous on the current CuPy
         stream. All arguments are checked before anything is written.
 
+        New keys and values reach the cache by the append alone, also where ``params.is_sequential`` and they could be
+        projected into its rows: q, k and v come from one launch as rows of one array, and the append, which finishes
+        queries in any case, is the one pass that norms, turns, quantizes and scatters. `forward_1` writes into rows of
+        a cache that are given as its `k` and `v`; what then stands there is the same, bit for bit.
+
         A step of up to 8 tokens a sequence over PagedParams that is called again with arrays at the same places and the
         same objects, as in a decode loop that changes lengths, pages and x in place, is its launches without their
         Python from the fifth time on. Up to four such steps are remembered, with their x and `out`, until `params`,

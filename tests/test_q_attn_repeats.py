@@ -5,6 +5,7 @@ import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
+import bench_q_attn
 import numpy as np
 import pytest
 from attention_layers import Layer
@@ -131,6 +132,8 @@ def test_contents_are_checked_where_they_are_read(monkeypatch):
             set_lengths([4, 8], planned=False)
         elif name == "lengths that disagree":
             lengths[0] = 4
+        elif name == "lengths after that disagree":
+            after[0] = 4
         elif name == "a schedule of other lengths":
             cupyattn.schedule(np.int32([3, 4]), num_heads=4, num_kv_heads=2, head_dim=32, out=made)
 
@@ -138,6 +141,7 @@ def test_contents_are_checked_where_they_are_read(monkeypatch):
                           ("one page twice", "places must differ"), ("past the table", "positions must|cache_seqlens"),
                           ("past the tables of RoPE", "positions must be in"), ("another schedule", "schedule must be"),
                           ("lengths that disagree", r"cache_seqlens_after = cache_seqlens \+ 1"),
+                          ("lengths after that disagree", "schedule must be|cache_seqlens_after = cache_seqlens"),
                           ("a schedule of other lengths", "schedule must be")):
         change(name)
         before = [array.copy() for array in (*cache.k, *cache.v)]
@@ -157,13 +161,12 @@ def test_what_one_layer_has_checked_another_may_not_have(monkeypatch):
     narrow = Layer(xp, dtype="float16", seed=1)
     still = Layer(xp, dtype="float16", seed=2, rope_style="none")
     params, cache, tables = step.params, step.cache, {"cos": step.layer.cos[:11], "sin": step.layer.sin[:11]}
-    wide = step.layer.attn.schedule(params, cache)
-    windowed = narrow.attn.schedule(params, cache, window_size=2)
+    plans = [{}]
 
     def layers():
-        yield lambda: narrow.attn.forward(step.x, params, cache, 0, **tables, window_size=2, schedule=windowed)
-        yield lambda: still.attn.forward(step.x, params, cache, 0, schedule=wide)
-        yield lambda: step.layer.attn.forward(step.x, params, cache, 1, **tables, schedule=wide)
+        yield lambda: narrow.attn.forward(step.x, params, cache, 0, **tables, window_size=2)
+        yield lambda: still.attn.forward(step.x, params, cache, 0, **plans[-1])
+        yield lambda: step.layer.attn.forward(step.x, params, cache, 1, **tables, **plans[-1])
 
     for _ in range(6):
         for call in layers():
@@ -177,13 +180,32 @@ def test_what_one_layer_has_checked_another_may_not_have(monkeypatch):
             with pytest.raises(ValueError, match="block_table must hold page ids"):
                 call()
     table[...] = PAGE_TABLE
+    plans.append({"schedule": step.layer.attn.schedule(params, cache)})
+    for _ in range(6):
+        for call in layers():
+            call()
     params.get_cache_seqlens()[:] = [5, 11]
     params.get_cache_seqlens_after()[:] = [6, 12]
-    step.layer.attn.schedule(params, cache, out=wide)
+    step.layer.attn.schedule(params, cache, out=plans[-1]["schedule"])
     _, without, turned = layers()
     without()
     with pytest.raises(ValueError, match=r"positions must be in \[-1, 11\)"):
         turned()
+
+
+def test_two_schedules(monkeypatch):
+    """What one of them says is not what the other says."""
+    step = Step(NumpyArrays(), monkeypatch)
+    rows, want = step.x.copy(), None
+    one, other = (step.attn.schedule(step.params, step.cache) for _ in range(2))
+    for n in range(12):
+        step.options["schedule"] = one if n < 6 else other
+        if n == 6:
+            cupyattn.schedule(np.int32([0, 0]), num_heads=4, num_kv_heads=2, head_dim=32, out=one)
+        step.x[...] = rows
+        step()
+        want = step.x.copy() if want is None else want
+        assert_same_bits(step.x, want)
 
 
 def test_params_filled_again(xp, monkeypatch):
@@ -403,3 +425,10 @@ def test_threads_share_params(monkeypatch):
         for found, right in zip(pool.map(work, inputs), want, strict=True):
             for x in found:
                 assert_same_bits(x, right)
+
+
+def test_what_python_costs():
+    """The bench's rows; its times are not judged, but a step called again must be the cheaper one."""
+    costs, launches = bench_q_attn.python_cost(np, np.array, rounds=10)
+    assert len(costs) == 6 and len(launches) == 5
+    assert costs["called again"] < costs["with all of its Python"]
