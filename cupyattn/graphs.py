@@ -283,7 +283,8 @@ class BoundSteps:
         if known == ():
             result = prepare()()
             if len(self._steps) >= self._most:
-                self._steps.pop(next(iter(self._steps)), None)
+                for oldest in list(self._steps)[:1]:   # a copy: other threads add to it
+                    self._steps.pop(oldest, None)
             self._steps[key] = None
             return result
         if known is None:

@@ -40,8 +40,10 @@ class Repeats:
 
         def prepare_to_keep():
             step = prepare()
-            return lambda: (step(), pools)   # kept, so that nothing else gets their ids
+            return lambda: (step(), pools, sin, cos)   # kept, so that nothing else gets their ids and places
 
+        if sequence_loras is not None or type(loras) is not tuple or loras:
+            loras, sequence_loras = names_of(loras, sequence_loras)
         known = self._known_of(params, cache)
         if known is None:
             return prepare()()
@@ -51,8 +53,7 @@ class Repeats:
             plain = layer, *options[:3], options.invariant
             key = (place(x), place(sin), place(cos), place(options.sinks), place(out), plain, *map(type, plain),
                    None if schedule is None else (schedule.decode, schedule.prefill), *map(id, pools),
-                   names_of(loras, sequence_loras) if loras or sequence_loras is not None else None,
-                   getattr(target.flags, "writeable", True))
+                   loras, sequence_loras, getattr(target.flags, "writeable", True))
             hash(key)
             read = options.window_size, attn.rope_style and cos.shape   # what decides which contents are checked
             found = _contents(step, params, schedule, self._xp)

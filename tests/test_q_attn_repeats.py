@@ -279,6 +279,23 @@ def test_what_makes_a_call_a_new_one(monkeypatch, name):
     assert_same_bits(target, found)
 
 
+def test_names_that_can_be_read_once(monkeypatch):
+    """Adapters may be named by an iterator: it is read once, also by a call that might be a repeated one."""
+    layer, rng = Layer(NumpyArrays(), dtype="float16"), np.random.default_rng(0)
+    a, b = (rng.standard_normal(shape).astype(np.float16) / 4 for shape in ((4, 64), (128, 4)))
+    layer.attn.set_loras({"a": {"q": cupyattn.LoRA(a, b)}})
+    step, x = Step(NumpyArrays(), monkeypatch, layer=layer), None
+    rows = step.x.copy()
+    for n in range(6):
+        step.x[...], step.options["loras"] = rows, (name for name in "a")
+        step()
+        x = step.x.copy() if n == 0 else x
+        assert_same_bits(step.x, x)
+    step.x[...], step.options["loras"] = rows, ()
+    step()
+    assert (step.x != x).any()
+
+
 def test_steps_that_are_watched(xp, monkeypatch):
     """Recordings, profiles, captures and checks see the step itself."""
     step = Step(xp, monkeypatch).remembered()
@@ -393,6 +410,19 @@ def test_what_is_remembered_is_let_go(monkeypatch):
             del x, cache, attn, params
     finally:
         gc.enable()
+
+
+def test_tables_that_were_copied_keep_their_place(monkeypatch):
+    """Those of ExLlamaV2's form are not the ones a launch reads; others may not come to lie where they are."""
+    step = Step(NumpyArrays(), monkeypatch)
+    step.tables = {name: np.concatenate([table, table], axis=1)[None, None] for name, table in step.tables.items()}
+    step.remembered()
+    given = [weakref.ref(table) for table in step.tables.values()]
+    step.tables = None
+    cupyattn.q_attn_weights._tables.clear()
+    assert all(table() is not None for table in given)
+    step.params = None
+    assert all(table() is None for table in given)
 
 
 def test_only_a_few_inputs_are_kept(monkeypatch):
