@@ -17,7 +17,7 @@ class Params:
     Everything array-like is copied to the host on construction, so later changes of the caller's arrays have no
     effect. The ``get_*`` methods return an array on the device asked for and keep one copy per device: only the
     first layer on a device pays for it. A device is None or ``"cpu"`` for NumPy, or an int for CuPy on that GPU.
-    Attributes stay as they are, but for those that the caller assigns and the lists of `prep_tp`.
+    Attributes stay as they are, but for those that the caller assigns, the lists of `prep_tp` and `PagedParams.fill`.
     The lengths are numbers of this object: a step over a cache that is captured and replayed with other lengths takes
     `PagedParams`.
 
@@ -465,9 +465,8 @@ class PagedParams(Params):
                 copy.set(getattr(other, name))
         for name in ("block_index", "cache_seqlens", "cache_seqlens_after"):
             getattr(self, name)[...] = getattr(other, name)
-        self.max_cache_seqlen = int(self.cache_seqlens.max())
-        self.is_sequential, self.first_index = other.is_sequential, other.first_index
-        self.positions = self._slots = None
+        vars(self).update(max_cache_seqlen=int(self.cache_seqlens.max()), is_sequential=other.is_sequential,
+                          first_index=other.first_index, positions=None, _slots=None)
 
     def _check_pages(self):
         if self.block_index.ndim != 2 or self.block_index.shape[0] != self.batch_size:

@@ -250,7 +250,7 @@ CHANGES = {
     "loras": lambda s: s.options.update(loras=("a",)),
     "sequence_loras": lambda s: s.options.update(sequence_loras=("a", None)),
     "set_loras": lambda s: s.attn.set_loras({"a": {}}),
-    "other tables": lambda s: s.params.__setattr__("alt_rope_embed", (s.layer.sin[::-1], s.layer.cos[::-1])),
+    "other tables": lambda s: setattr(s, "params", new_params(alt_rope_embed=(s.layer.sin[::-1], s.layer.cos[::-1]))),
     "blocks": lambda s: s.params.block_diag_layers.add(1),
 }
 
