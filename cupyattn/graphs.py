@@ -11,7 +11,7 @@ import threading
 import numpy as np
 
 from .errors import CaptureError
-from .runtime import arch_of, cpu
+from .runtime import arch_of, cpu, env
 from .runtime.bound import in_order
 from .runtime.capturing import taping
 from .runtime.launch import is_watched, take_blocks
@@ -260,15 +260,19 @@ class BoundSteps:
             All that the launches depend on but the contents of arrays: `place` of every array that may be another one,
             and every option. Objects in it, and all arrays of the launches, are kept alive.
         step : callable
-            Launches ops; as in `capture`, nothing else it does is done again. Its checks of contents are not: NumPy
-            arrays of lengths and page ids must be right.
+            Launches ops; as in `capture`, nothing else it does is done again. Its checks of contents are not, unless
+            under ``CUPYATTN_CHECK=1``: NumPy arrays of lengths and page ids must be right.
 
         Returns
         -------
         What `step` returned the second time: an array that it made then is written again.
         """
-        if is_watched():
-            return step()
+        return self.run_prepared(key, lambda: step)
+
+    def run_prepared(self, key, prepare):
+        """`run` of the function that ``prepare()`` returns; what `prepare` itself does is no part of the step."""
+        if is_watched() or env.check():
+            return prepare()()
         xp = self._xp
         if xp is np:
             around = cpu.current_settings()
@@ -277,12 +281,14 @@ class BoundSteps:
         key = key, around, threading.get_ident()   # workspaces are a thread's own, on a GPU a stream's
         known = self._steps.get(key, ())
         if known == ():
-            result = step()
+            result = prepare()()
             if len(self._steps) >= self._most:
-                self._steps.pop(next(iter(self._steps)), None)
+                for oldest in list(self._steps)[:1]:   # a copy: other threads add to it
+                    self._steps.pop(oldest, None)
             self._steps[key] = None
             return result
         if known is None:
+            step = prepare()
             with taping(arch_of(xp), keep=True) as tape:
                 result = step()
             self._steps[key] = in_order(tape.launches), result

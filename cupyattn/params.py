@@ -17,7 +17,7 @@ class Params:
     Everything array-like is copied to the host on construction, so later changes of the caller's arrays have no
     effect. The ``get_*`` methods return an array on the device asked for and keep one copy per device: only the
     first layer on a device pays for it. A device is None or ``"cpu"`` for NumPy, or an int for CuPy on that GPU.
-    Attributes stay as they are, but for those that the caller assigns and the lists of `prep_tp`.
+    Attributes stay as they are, but for those that the caller assigns, the lists of `prep_tp` and `PagedParams.fill`.
     The lengths are numbers of this object: a step over a cache that is captured and replayed with other lengths takes
     `PagedParams`.
 
@@ -382,8 +382,9 @@ class PagedParams(Params):
     """Batch metadata of an attention call over a paged cache, made once per forward pass.
 
     Fields and methods of `Params`, with ``seq_len = q_len``; always causal, without a mask array. Built from host or
-    device arrays, which are copied. For the replays of a captured step the arrays of `get_block_index`,
-    `get_cache_seqlens` and `get_cache_seqlens_after` are changed in place; see `QAttn.forward`.
+    device arrays, which are copied. In decode loops and for the replays of a captured step the arrays of
+    `get_block_index`, `get_cache_seqlens` and `get_cache_seqlens_after` are changed in place, by the caller or by
+    `fill`; see `QAttn.forward`.
 
     Parameters
     ----------
@@ -439,6 +440,33 @@ class PagedParams(Params):
         self.first_index = int(pages[0]) * self.page_size + first % self.page_size if alone else None
         self.block_index_tp = self.cache_seqlens_tp = self.cache_seqlens_after_tp = None
         self._slots = None
+
+    def fill(self, block_index, cache_seqlens):
+        """Other pages and lengths of as many sequences, in place: in the arrays here and in their copies on devices.
+
+        Whoever attends with this object from then on gives a `Schedule` of the new lengths.
+
+        Parameters
+        ----------
+        block_index : int array of the shape it has
+        cache_seqlens : int array [batch_size]
+
+        Raises
+        ------
+        TypeError, ValueError
+            As the constructor, or a block_index of another shape; nothing has changed then.
+        """
+        other = PagedParams(self.batch_size, block_index, cache_seqlens, 0, self.page_size, self.q_len)
+        if other.block_index.shape != self.block_index.shape:
+            raise ValueError(f"PagedParams: block_index must be {list(self.block_index.shape)} as it was, got "
+                             f"{list(other.block_index.shape)}")
+        for (name, _), (_, copy) in self._copies.items():
+            if name in ("block_index", "cache_seqlens", "cache_seqlens_after") and not isinstance(copy, np.ndarray):
+                copy.set(getattr(other, name))
+        for name in ("block_index", "cache_seqlens", "cache_seqlens_after"):
+            getattr(self, name)[...] = getattr(other, name)
+        vars(self).update(max_cache_seqlen=int(self.cache_seqlens.max()), is_sequential=other.is_sequential,
+                          first_index=other.first_index, positions=None, _slots=None)
 
     def _check_pages(self):
         if self.block_index.ndim != 2 or self.block_index.shape[0] != self.batch_size:

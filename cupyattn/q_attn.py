@@ -9,6 +9,7 @@ from .params import Params
 from .q_attn_attend import Options, attend, prepare, schedule_on_device
 from .q_attn_buffers import buffers_of_rows, head_rows, row_numbers, token_rows
 from .q_attn_projections import Projections
+from .q_attn_repeats import Repeats
 from .q_attn_step import steps_of
 from .q_attn_weights import check_scratch, compute_dtype, kind_of, lengths_of, rope_style_of, tables
 from .runtime.checks import check_apart, check_dtype, check_flag, check_number, check_writeable
@@ -132,7 +133,7 @@ class QAttn(Projections):
         rows = 0 if max_rows is None else max_rows
         check_scratch("temp_state", temp_state, rows * max(self.q_size, self.hidden_size))
         check_scratch("temp_dq", temp_dq, min(max(self.q_size, self.kv_size) * self.hidden_size, 512 << 20))
-        self.loras, self._ones = None, None
+        self.loras, self._ones, self._repeats = None, None, Repeats(xp)
         self.set_loras({})
 
     # ---- the whole step --------------------------------------------------------------------------------
@@ -237,6 +238,17 @@ class QAttn(Projections):
         format, also for the queries), attention, output projection, which adds to x. Asynchronous on the current CuPy
         stream. All arguments are checked before anything is written.
 
+        New keys and values reach the cache by the append alone, also where ``params.is_sequential`` and they could be
+        projected into its rows: q, k and v come from one launch as rows of one array, and the append, which finishes
+        queries in any case, is the one pass that norms, turns, quantizes and scatters. `forward_1` writes into rows of
+        a cache that are given as its `k` and `v`; what then stands there is the same, bit for bit.
+
+        A step of up to 8 tokens a sequence over PagedParams that is called again with arrays at the same places and the
+        same objects, as in a decode loop that changes lengths, pages and x in place, is its launches without their
+        Python from the fifth time on. Up to four such steps are remembered, with their x and `out`, until `params`,
+        `cache` or the layer is gone. In NumPy arrays lengths and pages are looked at all the same: where they have
+        changed, the first layer that sees it checks them in a call with all its Python.
+
         Steps that repeat are captured, see ``cupyattn.graphs``. Replays see what then stands in `x`, in the cache, in
         the three arrays of PagedParams named above and in the tables `sin` and `cos`, if these are of the first form;
         `schedule` has to be made inside the step. All else stays as it was: options, adapters, ``alt_rope_embed``,
@@ -245,7 +257,7 @@ class QAttn(Projections):
         lengths. Without a cache all lengths are ``seq_len``, and any Params will do.
         """
         options = Options(softmax_scale, window_size, softcap, sinks, invariant)
-        return self.checked(x, params, cache, layer, sin, cos, options, schedule, loras, sequence_loras, out)()
+        return self._repeats.run(self, x, params, cache, layer, sin, cos, options, schedule, loras, sequence_loras, out)
 
     def checked(self, x, params, cache, layer, sin, cos, options, schedule, loras, sequence_loras, out):
         """A function that makes this call of `forward`: all arguments are checked, nothing is written yet."""

@@ -67,10 +67,14 @@ def prepare(attn, params, step, cache, layer, turn, options, given):
     blocks = block_borders(params, step, layer) if params.block_diag_layers else None
     if given is not None and not isinstance(given, Schedule):
         raise TypeError(f"{OP}: schedule must be a Schedule, got {type(given).__name__}")
-    if cache is not None and _is_kept(attn.xp):
+    if cache is not None and is_kept(attn.xp):
         _refuse_what_stays(params, step, turn, given)
-    elif params.paged and attn.xp is np:
-        _check_changed(step, given)
+    elif params.paged:
+        if given is None and params.cache_seqlens_after.tobytes() != step.after_host.tobytes():
+            raise ValueError(f"{OP}: schedule must be given for lengths of params that were changed in place, got "
+                             "None; QAttn.schedule makes it")
+        if attn.xp is np:
+            _check_changed(step, cache, options)
     if blocks is not None:
         made, decode = _schedule_of_step(attn, step, None, blocks, options), False
         blocks = params.get_cu_seqlens(None if attn.xp is np else attn.xp.cuda.runtime.getDevice())
@@ -92,7 +96,7 @@ def _pools(attn, cache, layer):
     return cache.k[layer], cache.v[layer]
 
 
-def _is_kept(xp):
+def is_kept(xp):
     """Whether the launches of this call will be launched again without it."""
     current = tape()
     return current is not None and current.keep or xp is not np and xp.cuda.get_current_stream().is_capturing()
@@ -112,14 +116,16 @@ def _refuse_what_stays(params, step, turn, given):
                            f"captured, got {found}; QAttn.schedule makes it")
 
 
-def _check_changed(step, given):
-    """NumPy lengths that were changed in place still agree with each other and with the Schedule to be used."""
-    if given is None and step.after.tobytes() != step.after_host.tobytes():
-        raise ValueError(f"{OP}: schedule must be given for lengths of params that were changed in place, got None; "
-                         "QAttn.schedule makes it")
+def _check_changed(step, cache, options):
+    """NumPy arrays that were changed in place still agree with each other, and hold pages.
+
+    Each op sees for itself that its arrays are right, but attention only when new keys are in the cache.
+    """
     if (step.before + np.int32(step.q_len)).tobytes() != step.after.tobytes():
         raise ValueError(f"{OP}: params must have cache_seqlens_after = cache_seqlens + {step.q_len}, got "
                          f"{step.after.tolist()} and {step.before.tolist()}; one of them was changed in place")
+    first = np.maximum(step.before - options.window_size + 1, 0) if options.window_size else None
+    step.table.check(OP, step.after, cache.num_pages, cache.page_size, starts=first)
 
 
 # ---- who attends what ------------------------------------------------------------------------------------

@@ -37,6 +37,8 @@ class Step:
         `after` as it was when this was made, in host memory.
     schedules : dict
         Those that layers made of `after_host`, by what else they depend on.
+    checked : dict
+        Contents of arrays that the last call with all checks has found right, by what decides which of them are read.
     """
 
     def __init__(self, params, cache, xp, device, sequence=None):
@@ -49,7 +51,7 @@ class Step:
         tokens = self.batch * self.q_len
         self.rows = slice(0, tokens) if sequence is None else slice(sequence * tokens, (sequence + 1) * tokens)
         self.causal = params.causal
-        self.schedules = {}
+        self.schedules, self.checked = {}, {}
         past = past_lens(params)[mine]
         self.after_host = past + np.int32(self.q_len)
         self.longest = int(self.after_host.max())

@@ -108,11 +108,13 @@ def measure(step, out):
 
     sys.path.insert(0, str(ROOT / "perf"))
     if step == "ceilings":
+        import bench_q_attn
         import ceilings
         import launch_cost
 
         keep(launch_seconds=ceilings.launch_overhead())
         keep(python_seconds=launch_cost.measure(ceilings.DEVICE.xp, ceilings.DEVICE.array))
+        keep(q_attn_seconds=bench_q_attn.python_cost(ceilings.DEVICE.xp, ceilings.DEVICE.array)[0])
         keep(read_bytes_per_second=ceilings.read_bandwidth())
         return 0
     import model_path

@@ -11,6 +11,7 @@ from llama_float64 import PROMPTS, smollm2_path
 
 from cupyattn import runtime
 from cupyattn.models import GGUF, SMOLLM2_135M, Llama, ModelError, random_llama
+from cupyattn.models.generate import Decoding
 from cupyattn.models.weights import random_tensors
 
 SMALL = dataclasses.replace(SMOLLM2_135M, num_layers=2, vocab_size=640, context_length=40)
@@ -106,10 +107,8 @@ def test_together_equals_alone_bit_for_bit(temperature):
 
 
 def test_a_prompt_that_ends_leaves_the_batch(monkeypatch):
-    model, batches = smollm2(), []
-    forward = Llama.forward
-    monkeypatch.setattr(Llama, "forward", lambda self, ids, step, cache: batches.append((len(ids), step.q_len)) or
-                        forward(self, ids, step, cache))
+    model, batches, step = smollm2(), [], Decoding.step
+    monkeypatch.setattr(Decoding, "step", lambda self: batches.append(len(self.sequences)) or step(self))
     polite = "<|im_start|>user\nSay hi<|im_end|>\n<|im_start|>assistant\nHi<|im_end|>\n<|im_start|>user\nBye" \
              "<|im_end|>\n<|im_start|>assistant\nGoodbye!"
     model.warm_up([model.tokenizer.encode(polite)])
@@ -117,12 +116,28 @@ def test_a_prompt_that_ends_leaves_the_batch(monkeypatch):
     ended, full = model.generate([polite, "1, 2, 3,"], max_new_tokens=12)
     assert ended.tokens[-1].id == 2 and ended.tokens[-1].text == "" and len(ended.tokens) < 12
     assert len(full.tokens) == 12
-    decode = batches[-11:]  # one step for each token after the first
     together = len(ended.tokens) - 1
-    assert decode == [(2, 1)] * together + [(1, 1)] * (11 - together)
+    assert batches == [2] * together + [1] * (11 - together)  # one step for each token after the first
     (longer,) = model.generate([polite], max_new_tokens=12, ignore_eos=True)
     assert len(longer.tokens) == 12
     assert [t.id for t in longer.tokens][:len(ended.tokens)] == [t.id for t in ended.tokens]
+
+
+def test_launches_of_decoding_are_kept(monkeypatch):
+    """A step's Python runs twice for a batch; tokens are those of steps with all of it, which a profile sees."""
+    model, prompts = random_llama(SMALL, seed=1), [list(range(3, 14)), [5, 6, 7]]
+    forward, tokens = Llama.forward, []
+    monkeypatch.setattr(Llama, "forward", lambda self, ids, *args: tokens.append(len(ids)) or
+                        forward(self, ids, *args))
+    model.warm_up(prompts, page_size=3)
+    tokens.clear()
+    kept = model.generate(prompts, max_new_tokens=20, page_size=3)
+    assert tokens == [11, 3, 2, 2]
+    tokens.clear()
+    with runtime.profiling():
+        plain = model.generate(prompts, max_new_tokens=20, page_size=3)
+    assert tokens == [11, 3] + 19 * [2]
+    assert [completion.tokens for completion in kept] == [completion.tokens for completion in plain]
 
 
 def test_page_size_and_unused_slots_change_no_bit(monkeypatch):

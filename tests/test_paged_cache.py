@@ -230,3 +230,28 @@ def test_steps_that_are_refused():
     assert own.pages == [] and cache.pages.num_free == 4
     with pytest.raises(ValueError, match="PagedCache.defragment: others must have"):
         cache.defragment(others=[other])
+
+
+def test_a_step_into_earlier_params():
+    cache = PagedCache(1, 6, 4, 1, 8)
+    sequences = [cache.pages.sequence(range(n)) for n in (3, 6)]
+    for sequence, n in zip(sequences, (3, 6), strict=True):
+        cache.step([sequence], n)
+        sequence.append(range(n))
+    params = cache.step(sequences, 1, max_pages=3)
+    arrays = params.block_index, params.cache_seqlens, params.cache_seqlens_after
+    for n in range(5):
+        found = cache.step(sequences, 1, out=params if n else None, max_pages=3)
+        expected = cache.step(sequences, 1, max_pages=3)
+        if n:
+            assert found is params and all(now is then for now, then in zip(
+                (params.block_index, params.cache_seqlens, params.cache_seqlens_after), arrays, strict=True))
+        for name in ("block_index", "cache_seqlens", "cache_seqlens_after"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+        for sequence in sequences:
+            sequence.append([n])
+    for wrong in ((sequences[:1], 1), (sequences, 2)):
+        free = cache.pages.num_free
+        with pytest.raises(ValueError, match="PagedCache.step: out must be of .*, got 2, 1 and 4"):
+            cache.step(*wrong, out=params)
+        assert cache.pages.num_free == free

@@ -390,6 +390,33 @@ def test_host_and_device_copies(xp):
     assert isinstance(pages.cache_seqlens_after_tp[1], np.ndarray)
 
 
+def test_fill(xp):
+    """Every array keeps its place, and what was made of the old lengths is made anew."""
+    device = None if xp.name == "numpy" else 0
+    params = paged(456, 100, rope_offsets=[3])
+    names = "block_index", "cache_seqlens", "cache_seqlens_after"
+    before = [getattr(params, f"get_{name}")(device) for name in names]
+    hosts = [getattr(params, name) for name in names]
+    slots, positions = params.slot_mapping(), params.get_positions()
+    params.fill([[1, 0, 4, 9]], [200])
+    new = paged(200, 100, table=np.int32([[1, 0, 4, 9]]), rope_offsets=[3])
+    for name, array, host in zip(names, before, hosts, strict=True):
+        assert getattr(params, f"get_{name}")(device) is array and getattr(params, name) is host
+        np.testing.assert_array_equal(xp.numpy(array), getattr(new, name))
+        np.testing.assert_array_equal(host, getattr(new, name))
+    assert (params.is_sequential, params.first_index, params.max_cache_seqlen) == (False, 456, 200)
+    np.testing.assert_array_equal(params.slot_mapping(), new.slot_mapping())
+    np.testing.assert_array_equal(params.get_positions(), new.get_positions())
+    assert not np.array_equal(slots, params.slot_mapping()) and not np.array_equal(positions, params.get_positions())
+    for table, lengths, message in (([[1, 0]], [200], r"block_index must be \[1, 4\] as it was, got \[1, 2\]"),
+                                    ([[1, 0, 4, 9]], [1000], "block_index must have 5 pages"),
+                                    ([[1, -1, 4, 9]], [200], "page ids of at least 0"),
+                                    ([[1, 0, 4, 9]] * 2, [2, 3], "must be \\[batch_size=1, max_pages\\]")):
+        with pytest.raises(ValueError, match=f"PagedParams: .*{message}"):
+            params.fill(table, lengths)
+        np.testing.assert_array_equal(params.cache_seqlens_after, new.cache_seqlens_after)
+
+
 @pytest.mark.parametrize("make", [lambda: Params(1, 2, 1).get_attn_mask(0), lambda: paged(300, 1).get_block_index(0),
                                   lambda: paged(300, 1).prep_tp([("cpu", 0, 1), (0, 1, 2)])])
 def test_without_cupy_or_gpu_the_extra_is_named(monkeypatch, make):

@@ -384,19 +384,29 @@ def test_whole_step_equals_its_halves_bit_for_bit(here, case):
             assert_same_bits(here.numpy(a), here.numpy(b))
 
 
-def test_into_the_pool_of_a_sequential_batch(xp):
-    """k and v of forward_1 may be the rows of the cache at first_index, as ExLlamaV2 has it."""
-    layer = Layer(xp, dtype="float16")
-    params = PagedParams(1, [[2, 3, 4]], [5], 5, page_size=4, q_len=6)
+@pytest.mark.parametrize(("q_len", "options"), [
+    (6, {}), (1, {}), (6, {"rope_style": "none"}), (3, {"rope_style": "none", "biases": True, "dtype": "float32"}),
+    (6, {"head_norm": "heads", "formats": ("int4-g32", "int8-g32", "float16", "int4-g32")})])
+def test_into_the_pool_of_a_sequential_batch(xp, q_len, options):
+    """k and v of forward_1 may be the rows of the cache at first_index; the step is the same, bit for bit."""
+    layer = Layer(xp, **{"dtype": "float16", **options})
+    params = PagedParams(1, [[2, 3, 4]], [5], 5, page_size=4, q_len=q_len)
     assert params.is_sequential and params.first_index == 13
-    caches = [PagedCache(1, 10, 4, 2, 32, xp=xp.module) for _ in range(2)]
+    caches = [PagedCache(1, 10, 4, 2, 32, dtype=layer.dtype, xp=xp.module) for _ in range(2)]
     for cache in caches:
         for pool in (cache.k[0], cache.v[0]):
-            pool[...] = xp.array(np.zeros(pool.shape, np.float16))
-    x = xp.array(layer.inputs(1, 6))
-    rows = [pool.reshape(40, 2, 32)[13:19] for pool in (caches[0].k[0], caches[0].v[0])]
-    layer.attn.forward_1(x, 1, 6, 5, None, None, *rows, **layer.tables)
-    layer.attn.forward(x, params, caches[1], 0, **layer.tables)
+            pool[...] = xp.array(np.zeros(pool.shape, pool.dtype))
+    rows = layer.inputs(1, q_len)
+    x, other = xp.array(rows), xp.array(rows)
+    k, v = caches[0].k[0], caches[0].v[0]
+    q, *_ = layer.attn.forward_1(x, 1, q_len, 5, None, None, *(
+        pool.reshape(40, 2, 32)[13:13 + q_len] for pool in (k, v)), **layer.tables)
+    device = None if xp.name == "numpy" else 0
+    mixed = cupyattn.paged_decode(q, k, v, block_table=params.get_block_index(device),
+                                  cache_seqlens=params.get_cache_seqlens_after(device))
+    layer.attn.forward_2(x, mixed, 1, q_len)
+    layer.attn.forward(other, params, caches[1], 0, **layer.tables)
+    assert_same_bits(xp.numpy(x), xp.numpy(other))
     for a, b in zip(caches[0].k + caches[0].v, caches[1].k + caches[1].v, strict=True):
         assert_same_bits(xp.numpy(a), xp.numpy(b))
 

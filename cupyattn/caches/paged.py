@@ -135,7 +135,7 @@ class PagedCache:
         """Bytes of all pools, scales included."""
         return sum(pool.nbytes for pool in (*self.k, *self.v))
 
-    def step(self, sequences, q_len, *, max_pages=None, others=()):
+    def step(self, sequences, q_len, *, max_pages=None, others=(), out=None):
         """Make room for `q_len` more tokens of each sequence, and copy begun pages that are not a sequence's alone.
 
         Parameters
@@ -147,10 +147,14 @@ class PagedCache:
             Columns of the block table. Default: as many as the longest sequence needs.
         others : list of PagedCache
             Caches with other keys and values on the same pages, e.g. of a draft model or of other ranks.
+        out : PagedParams, optional
+            Of an earlier step of as many sequences and as many tokens each, whose block table has columns for this one,
+            too: filled again, in place, for a decode loop whose calls repeat (see `QAttn.forward`).
 
         Returns
         -------
         PagedParams
+            Or `out`.
 
         Raises
         ------
@@ -168,6 +172,9 @@ class PagedCache:
                 raise ValueError(f"PagedCache.step: sequences must name each once, got sequences[{n}] twice")
             seen.add(sequence)
         self._check_others("step", others)
+        if out is not None and (out.batch_size, out.q_len, out.page_size) != (len(seen), q_len, self.page_size):
+            raise ValueError(f"PagedCache.step: out must be of {len(seen)} sequences, {q_len} tokens and pages of "
+                             f"{self.page_size}, got {out.batch_size}, {out.q_len} and {out.page_size}")
         copies = {}
         try:
             for sequence in sequences:
@@ -180,7 +187,11 @@ class PagedCache:
         finally:
             self._move(copies, others)
         lengths = [sequence.num_tokens for sequence in sequences]
+        max_pages = max_pages if out is None else out.block_index.shape[1]
         table = self.pages.block_table([sequence.pages for sequence in sequences], max_pages=max_pages)
+        if out is not None:
+            out.fill(table, lengths)
+            return out
         return PagedParams(len(sequences), table, lengths, max(lengths, default=0), self.page_size, q_len)
 
     def defragment(self, *, others=()):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..graphs import BoundSteps
 from ..page_sequence import PageSequence
 from ..pages import PageManager
 from .gguf import ModelError
@@ -138,13 +139,32 @@ def _prefill(model, sequence, cache, max_pages):
         yield hidden
 
 
-def _decode(model, sequences, cache, max_pages):
-    """One step over the last token of every sequence; their hidden rows [batch, hidden]."""
-    hidden = _forward(model, sequences, cache, 1, max_pages)
-    for sequence in sequences:
-        # by another name than a prompt's, so that no page of a prompt, with other roundings, takes the place of theirs
-        sequence.cached.append([~sequence.ids[-1]])
-    return hidden
+class Decoding:
+    """Steps over the last token of some sequences. All they read changes in place, so their launches are kept."""
+
+    def __init__(self, model, sequences, cache, max_pages):
+        self.sequences = sequences
+        self._model, self._cache, self._max_pages = model, cache, max_pages
+        self._ids = model.xp.zeros(len(sequences), np.int32)
+        self._params = self._schedule = None
+        self._steps = BoundSteps(model.xp)
+
+    def step(self):
+        """Scores [sequences, vocabulary] of the next token; those of the step before are overwritten."""
+        cached = [sequence.cached for sequence in self.sequences]
+        self._params = self._cache.step(cached, 1, max_pages=self._max_pages, out=self._params)
+        self._schedule = self._model.schedule(self._params, self._cache, out=self._schedule)
+        self._ids[...] = self._model.xp.asarray(np.int32([sequence.ids[-1] for sequence in self.sequences]))
+        logits = self._steps.run((), self._forward)
+        for sequence in self.sequences:
+            # by another name than a prompt's, so that no page of a prompt, with other roundings, takes the place of
+            # theirs
+            sequence.cached.append([~sequence.ids[-1]])
+        return logits
+
+    def _forward(self):
+        hidden = self._model.forward(self._ids, self._params, self._cache, self._schedule)
+        return self._model.logits(hidden)
 
 
 def prompt_rows(model, ids, page_size):
@@ -258,8 +278,10 @@ def generate(model, prompts, *, max_new_tokens=64, temperature=0.0, seed=0, igno
         completions[index].prefill_seconds = time.perf_counter() - begin
     for completion in completions:
         completion.started = time.perf_counter()
+    decoding = None
     while active := [n for n, completion in enumerate(completions) if not completion.finished]:
-        hidden = _decode(model, [sequences[n] for n in active], cache, needed.max_pages)
-        for index, logits in zip(active, to_host(model.logits(hidden)), strict=True):
+        if decoding is None or len(decoding.sequences) > len(active):
+            decoding = Decoding(model, [sequences[n] for n in active], cache, needed.max_pages)
+        for index, logits in zip(active, to_host(decoding.step()), strict=True):
             take(index, logits)
     return completions

@@ -208,7 +208,11 @@ class Llama:
             [_scale(layer, axes[STATIC_SCALES[format]]) for layer in side] if format in STATIC_SCALES else None
             for format, side in zip(self.kv_formats, (cache.k, cache.v), strict=True))
 
-    def forward(self, ids, params, cache):
+    def schedule(self, params, cache, out=None):
+        """The Schedule of steps of `params` for all layers, see `QAttn.schedule`; `out` is filled again."""
+        return self._layers[0].attn.schedule(params, cache, invariant=True, out=out)
+
+    def forward(self, ids, params, cache, schedule=None):
         """Feed tokens and append their keys and values to the cache.
 
         Parameters
@@ -217,6 +221,8 @@ class Llama:
         params : PagedParams
             Of these tokens.
         cache : PagedCache
+        schedule : Schedule, optional
+            Of `schedule`, for `params` filled again.
 
         Returns
         -------
@@ -227,7 +233,8 @@ class Llama:
         x = embedding(ids, self._embedding, out_dtype=np.float32)  # [tokens, hidden], the residual stream
         for n, layer in enumerate(self._layers):
             # invariant: what a prompt gets does not depend on the prompts beside it
-            layer.attn.forward(x, params, cache, n, sin=self._sin, cos=self._cos, invariant=True)
+            layer.attn.forward(x, params, cache, n, sin=self._sin, cos=self._cos, invariant=True,
+                               schedule=schedule)
             h = rms_norm(x, layer.ffn_norm, eps=c.rms_eps, out_dtype=self.dtype)
             gate_up = self._project(h, layer.gate_up)
             act = silu_mul(gate_up[:, :c.intermediate_size], gate_up[:, c.intermediate_size:])
@@ -288,6 +295,8 @@ class Llama:
             hidden = self.forward(self.xp.zeros(batch * q_len, np.int32), params, cache)
             self.logits(hidden)
             self.logits(hidden[-1:])
+            if q_len == 1:
+                self.schedule(params, cache)
         return recorded
 
     def _copy_kernels(self, page_size):
