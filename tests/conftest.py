@@ -54,7 +54,9 @@ class CupyArrays:
         self.module = cupy
 
     def array(self, a):
-        return self.module.asarray(a)
+        made = self.module.asarray(a)
+        self.module.cuda.get_current_stream().synchronize()   # a stream of the test's own does not wait for the copy
+        return made
 
     def numpy(self, a):
         return a.get()
