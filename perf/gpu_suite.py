@@ -4,19 +4,23 @@
     python perf/gpu_suite.py --budget-s 480 --out DIR
 
 Runs from a checkout without being installed and without a network; needs numpy, ml_dtypes, cupy, pytest,
-pytest-benchmark, hypothesis and onnxruntime. Steps, most important first: the executor's instruction models against
+pytest-benchmark, hypothesis and onnxruntime; with pytest-xdist the tests run in several processes, without it they take
+longer than the default budget. Steps, most important first: the executor's instruction models against
 the hardware, the tests marked gpu, the ceilings (read bandwidth, launch overhead), a whole model (tokens per second,
 then against the CPU executor, which needs a host C++ compiler), the benches. A step that runs out of its share of the
-budget keeps what it has. Writes ``DIR/<gpu>.json`` (to be kept as ``perf/results/<gpu>.json``), one log per step and
-the kernel caches; prints the tables.
+budget is interrupted and keeps what it has. Writes ``DIR/<gpu>.json`` (to be kept as ``perf/results/<gpu>.json``), one
+log per step and the kernel caches; prints the tables.
 Exit code 0: every step passed; 1: one failed or ran out of time; 2: no GPU.
 """
 
 import argparse
+import contextlib
 import datetime
+import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -29,6 +33,7 @@ PACKAGES = ("numpy", "ml_dtypes", "cupy-cuda13x", "cupy-cuda12x", "pytest", "pyt
             "onnxruntime")
 # the step's name and the share of what is left of the budget that it may use
 STEPS = (("conformance", 0.3), ("gpu_tests", 0.5), ("ceilings", 0.3), ("model", 0.5), ("benches", 1.0))
+GRACE = 20   # seconds that a step has for its report when its time is over
 # benches in order of importance; files not named come last
 BENCH_ORDER = ("paged_decode", "attention", "quant_gemm", "kv_append", "schedule", "kv_flatten", "split_reduce", "rope",
                "rms_norm")
@@ -43,8 +48,11 @@ def bench_files():
 
 def command(step, out):
     """Command line of a step."""
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={out / step}.xml"]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={out / step}.xml",
+              "-o", "faulthandler_timeout=60"]   # says where a kernel that does not end was waited for
     tests = [*pytest, "-m", "gpu and not full"]
+    if importlib.util.find_spec("xdist") and step != "benches":   # compiling takes most of the time
+        tests += ["-n", str(max(1, min(12, len(os.sched_getaffinity(0)) - 2))), "--dist", "worksteal"]
     if step == "conformance":
         return [*tests, "tests/test_instructions.py"]
     if step == "gpu_tests":
@@ -62,11 +70,10 @@ def run_step(step, out, seconds):
                    "CUPYATTN_CACHE_DIR": str(out / "cache"), "CUPY_CACHE_DIR": str(out / "cupy-cache")}
     started = time.monotonic()
     with open(out / f"{step}.log", "w") as log:
-        try:
-            code = subprocess.run(command(step, out), cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
-                                  timeout=seconds).returncode
-        except subprocess.TimeoutExpired:
-            code = None
+        # a job in the background begins with Ctrl-C ignored, and so would what it starts
+        process = subprocess.Popen(command(step, out), cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        code = _wait(process, seconds)
     record = {"step": step, "status": {0: "passed", None: "out of time"}.get(code, "failed"),
               "seconds": round(time.monotonic() - started, 1)}
     record.update(test_counts(out / f"{step}.xml"))
@@ -74,6 +81,20 @@ def run_step(step, out, seconds):
     if record["status"] != "passed":
         record["log_tail"] = (out / f"{step}.log").read_text(errors="replace")[-1500:]
     return record
+
+
+def _wait(process, seconds):
+    """Exit code; None when `seconds` were not enough. Then Ctrl-C first: pytest writes its report."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+        return None
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_counts(report):

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `xp` fixture: every op test body runs on NumPy (CPU executor), on the CuPy stand-in and on a GPU."""
 
+import functools
 import importlib.util
 import os
 import signal
+import sys
 import tempfile
 
 import numpy as np
@@ -17,6 +19,7 @@ if not all(importlib.util.find_spec(name) for name in ("gguf", "typer", "safeten
     collect_ignore += ["test_hugging_face.py", "test_safetensors.py"]
 
 
+@functools.cache
 def _gpu_found():
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return False
@@ -51,7 +54,9 @@ class CupyArrays:
         self.module = cupy
 
     def array(self, a):
-        return self.module.asarray(a)
+        made = self.module.asarray(a)
+        self.module.cuda.get_current_stream().synchronize()   # a stream of the test's own does not wait for the copy
+        return made
 
     def numpy(self, a):
         return a.get()
@@ -86,6 +91,24 @@ def xp(request):
 
         with install() as arrays:
             yield arrays
+
+
+@pytest.fixture(autouse=True)
+def gpu_errors(request):
+    """What a kernel did wrong is told by the test that launched it; no other test runs in a process without a GPU."""
+    yield
+    if request.node.get_closest_marker("gpu") is None or not _gpu_found():
+        return
+    import cupy
+
+    try:
+        cupy.cuda.runtime.deviceSynchronize()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        lost = f"{request.node.nodeid}: {error}; nothing more can be done with the GPU in this process"
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            pytest.exit(lost, returncode=1)
+        print(lost, file=sys.__stderr__, flush=True)
+        os._exit(1)   # xdist calls the test failed and starts another process
 
 
 def pytest_collection_modifyitems(config, items):

@@ -10,6 +10,7 @@ test_cuda_backend.py checks each of them on a GPU too.
 
 import bisect
 import contextlib
+import ctypes
 import importlib
 import re
 import struct
@@ -103,7 +104,7 @@ def _argument(value):
     if isinstance(value, np.ndarray):
         if value.size != 1:
             raise TypeError(f"Unsupported type {type(value)}: NumPy arrays of size {value.size} cannot be passed")
-        return value.tobytes()
+        return ctypes.string_at(value.__array_interface__["data"][0], value.nbytes)
     raise TypeError(f"Unsupported type {type(value)}")
 
 
@@ -207,6 +208,7 @@ def install(capability="90", devices=1, cublas=True):
                 stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(mock.patch.dict(sys.modules, {"cupy_backends.cuda.libs.cublas":
                                                           standin_blas if cublas else None}))
+        stack.enter_context(mock.patch.object(blas, "library", lambda: standin_blas))
         stack.enter_context(mock.patch.object(cuda, "_kernels", held))
         stack.enter_context(mock.patch.object(cuda, "_prepared", {}))
         module = importlib.import_module("cupyattn.runtime.launch")   # the package's `launch` is the function

@@ -75,7 +75,22 @@ def _matrix(name, address, kind, rows, columns, pitch):
 
 def gemmEx(handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb, beta, C, Ctype, ldc,  # noqa: N802, N803
            computeType, algo):  # noqa: N803
-    """C = alpha * op(A) @ op(B) + beta * C, column-major, sums in float32."""
+    """C = alpha * op(A) @ op(B) + beta * C, column-major, sums in float32; refused during capture, as CuPy does."""
+    if device.get_current_stream().is_capturing():
+        raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
+    cublasGemmEx(handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb, beta, C, Ctype, ldc,
+                 computeType, algo)
+
+
+# ---- the library itself ----------------------------------------------------------------------------------
+
+def cublasSetStream_v2(handle, stream):  # noqa: N802  cuBLAS' name
+    assert handle == HANDLE and stream == device.get_current_stream().ptr
+    return 0
+
+
+def cublasGemmEx(handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb, beta, C, Ctype, ldc,  # noqa: N802, N803
+                 computeType, algo):  # noqa: N803
     integers = [operator.index(value) for value in (transa, transb, m, n, k, Atype, lda, Btype, ldb, Ctype, ldc,
                                                     computeType, algo)]
     if any(not -_INT_MAX <= value <= _INT_MAX for value in integers):
@@ -105,3 +120,4 @@ def gemmEx(handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb,
 
     device.state.events["gemms"] += 1
     device.enqueue(work)
+    return 0

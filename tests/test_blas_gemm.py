@@ -16,9 +16,10 @@ from standin import install
 
 import cupyattn
 from cupyattn import QMatrix, diagnosis, matmul_blas, matmul_choice
+from cupyattn.graphs import capture
 from cupyattn.quant.coded import CodedWeight
 from cupyattn.quant.layout import Form
-from cupyattn.runtime import recording
+from cupyattn.runtime import blas, recording
 from cupyattn.runtime.cpu import Settings, settings
 
 BOUND = {"float32": 1e-5, "float16": 3e-4, "bfloat16": 2e-3}
@@ -152,6 +153,20 @@ def test_captured_in_a_graph_without_allocation():
             graph.launch(stream)
             want = changed.astype(np.float64) @ w.T + bias.get()[0].astype(np.float64)
             assert _error(out.get(), want) <= 3e-4
+
+
+@pytest.mark.parametrize("xp", ["standin", pytest.param("cupy", marks=pytest.mark.gpu)], indirect=True)
+def test_captured_products_have_the_bits_of_eager_ones(xp):
+    if not blas.available(xp.module):
+        pytest.skip("cuBLAS is not installed")
+    matrix, _ = _weight("int4 zero float16", 104, 200)
+    there, x = matrix.to(xp.module), xp.array(_x(80, 200, "float16"))
+    with capture(cupyattn.quant_gemm, x, there) as graph:
+        assert "cublas" in [launch.name for launch in graph.launches if hasattr(launch, "name")]
+        x.set(_x(80, 200, "float16"))
+        got = graph.replay()
+        xp.module.cuda.runtime.deviceSynchronize()
+        assert_same_bits(xp.numpy(got), xp.numpy(cupyattn.quant_gemm(x, there)))
 
 
 def test_modes_of_the_handle_are_left_as_they_were(monkeypatch):

@@ -64,7 +64,7 @@ def _run(plan, out):
 # ---- what CuPy does --------------------------------------------------------------------------------------
 
 def _raw(xp, kernel):
-    spec = _spec(kernel)
+    spec = _spec(kernel, TAG=3000 + next(_tags))   # of its own: modules are kept, and what a kernel opted in to
     module = xp.module.RawModule(code=cuda.code(spec), options=cuda.options(spec, cuda.arch()), backend="nvrtc")
     return module.get_function(kernel)
 
@@ -369,7 +369,13 @@ def test_recording_and_profiling(xp):
     assert (name, launches) == ("probe_grid", 3) and 0 < seconds < 10
 
 
-def test_workspace_is_one_per_stream_and_zeroed(xp):
+@pytest.fixture
+def no_workspaces(monkeypatch):
+    """As in another process: on a GPU, what earlier tests left is there."""
+    monkeypatch.setattr(importlib.import_module("cupyattn.runtime.launch"), "_gpu_workspaces", {})
+
+
+def test_workspace_is_one_per_stream_and_zeroed(xp, no_workspaces):
     cupy = xp.module
     first = workspace(cupy, 1000)
     assert first.size >= 1000 and not first.get().any() and first.data.ptr % 256 == 0
@@ -378,7 +384,7 @@ def test_workspace_is_one_per_stream_and_zeroed(xp):
         assert workspace(cupy, 500).data.ptr != first.data.ptr
 
 
-def test_a_grown_workspace_leaves_the_old_block_to_captured_graphs(xp):
+def test_a_grown_workspace_leaves_the_old_block_to_captured_graphs(xp, no_workspaces):
     cupy = xp.module
     address = workspace(cupy, 1000).data.ptr
     grown = workspace(cupy, 2**20)

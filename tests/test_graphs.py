@@ -408,6 +408,7 @@ def test_refused(xp, name, monkeypatch):
         pytest.skip("CUDA may capture a copy from the host, with what the host held then")
     monkeypatch.setattr(cpu, "_kernels", {})   # so that every kernel has to be loaded
     monkeypatch.setattr(cuda, "_kernels", {})
+    monkeypatch.setattr(cuda, "_prepared", {})
     make, message = (DEVICE_ONLY | ANYWHERE)[name]
     x, weight = xp.array(np.ones((2, 8), np.float32)), xp.array(np.ones(8, np.float32))
     step = make(xp, x, weight)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The NumPy layout of every argument struct is the compilers' layout."""
 
+import ctypes
 import subprocess
 
 import cupy
@@ -8,7 +9,7 @@ import nvrtc
 import pytest
 
 from cupyattn.runtime import host_compiler, source
-from cupyattn.runtime.structs import load
+from cupyattn.runtime.structs import Args, load
 
 
 def _assertions():
@@ -45,3 +46,13 @@ def test_no_hidden_padding():
         members = sum(dtype.itemsize for dtype, *_ in struct.dtype.fields.values())
         assert members == struct.dtype.itemsize, f"{struct.name}: order its fields from largest to smallest"
         assert struct.dtype.itemsize <= 4096, f"{struct.name} does not fit the parameter space"
+
+
+def test_a_record_is_bytes_without_fields():
+    """CuPy asks every argument of a launch for its ``__array_interface__``, which names all fields there are."""
+    struct = load()["AttentionArgs"]
+    data = bytes(n % 256 for n in range(struct.dtype.itemsize))
+    record = Args(struct, data, []).record()
+    interface = record.__array_interface__
+    assert record.size == 1 and interface["descr"] == [("", f"|V{len(data)}")]
+    assert ctypes.string_at(interface["data"][0], len(data)) == data

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products of plain arrays by a BLAS library: NumPy's on the host, cuBLAS through CuPy's binding on a GPU."""
 
+import ctypes
 import functools
 import importlib
 
@@ -22,6 +23,19 @@ def cublas():
         return importlib.import_module("cupy_backends.cuda.libs.cublas")   # loads the library, too
     except ImportError:
         return None
+
+
+@functools.cache
+def library():
+    """The cuBLAS that the binding has loaded, to be called during capture: cuBLAS allows it, the binding does not."""
+    import cupy
+
+    found = ctypes.CDLL(f"libcublas.so.{cupy.cuda.runtime.runtimeGetVersion() // 1000}")
+    address, number = ctypes.c_void_p, ctypes.c_int
+    found.cublasSetStream_v2.argtypes = address, address
+    found.cublasGemmEx.argtypes = (address, *[number] * 5, address, *[address, number, number] * 2, address,
+                                   address, *[number] * 4)
+    return found
 
 
 def available(xp):
@@ -67,13 +81,26 @@ def _gemm_ex(x, w, out, add):
     blas.setMathMode(handle, _WIDE_SUMS)
     try:
         # cuBLAS counts by columns: out.T [rows, tokens] = w @ x.T, where row-major w is the transpose of what it sees
-        blas.gemmEx(handle, blas.CUBLAS_OP_T, blas.CUBLAS_OP_N, rows, tokens, columns,
-                    scalars + 4, w.data.ptr, kind, columns, x.data.ptr, kind, _pitch(x),
-                    scalars + 4 * add, out.data.ptr, types[dtype_name(out)], _pitch(out), compute,
-                    blas.CUBLAS_GEMM_DEFAULT)
+        _call(blas, (handle, blas.CUBLAS_OP_T, blas.CUBLAS_OP_N, rows, tokens, columns,
+                     scalars + 4, w.data.ptr, kind, columns, x.data.ptr, kind, _pitch(x),
+                     scalars + 4 * add, out.data.ptr, types[dtype_name(out)], _pitch(out), compute,
+                     blas.CUBLAS_GEMM_DEFAULT))
     finally:
         blas.setPointerMode(handle, modes[0])
         blas.setMathMode(handle, modes[1])
+
+
+def _call(blas, arguments):
+    """gemmEx on the current stream, which may capture a graph."""
+    import cupy
+
+    stream = cupy.cuda.get_current_stream()
+    if not stream.ptr or not stream.is_capturing():
+        blas.gemmEx(*arguments)
+        return
+    status = library().cublasSetStream_v2(arguments[0], stream.ptr) or library().cublasGemmEx(*arguments)
+    if status:
+        raise RuntimeError(f"cuBLAS: status {status} of a product during capture")
 
 
 def _pitch(array):
