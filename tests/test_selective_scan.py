@@ -198,6 +198,19 @@ def test_steps_far_below_zero(heads, step):
     _compare(state, want_state.astype(np.float64))
 
 
+@pytest.mark.parametrize("heads", [None, 2])
+def test_softplus_far_below_zero(xp, heads):
+    """log(exp(d) + 1) would be 0 here; by both forms, in one chunk and in several."""
+    ones = np.ones((70, 3) if heads is None else (70, heads, 3), np.float32)
+    bc = np.ones((70, 1) if heads is None else (70, 1, 1), np.float32)
+    rates = -np.ones((3, 1) if heads is None else heads, np.float32)
+    arrays = [xp.array(a) for a in (ones, -30 * (ones if heads is None else ones[:, :, 0]), rates, bc, bc)]
+    want = 9.357622968839299e-14 * np.arange(1, 71).reshape(-1, *[1] * (ones.ndim - 1)) * ones
+    for chunk_size in (32, 256):
+        got = cupyattn.selective_scan(*arrays, dt_softplus=True, chunk_size=chunk_size)
+        assert_close(xp.numpy(got), want, 0, 2e-6)
+
+
 def test_not_a_number_stays_in_its_sequence():
     for heads in (None, 2):
         model = Model(heads=heads, channels=8, states=8)
