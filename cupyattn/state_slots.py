@@ -43,7 +43,8 @@ def check_offsets(op, cu_seqlens, tokens):
     host = to_host(cu_seqlens)
     if host[0] != 0 or (np.diff(host) < 0).any() or host[-1] > tokens:
         found = host.tolist() if len(host) <= 20 else f"{len(host)} entries from {host[0]} to {host[-1]}"
-        raise ValueError(f"{op}: cu_seqlens must start at 0, not decrease and end within the {tokens} rows, got {found}")
+        raise ValueError(f"{op}: cu_seqlens must start at 0, not decrease and end within the {tokens} rows, got "
+                         f"{found}")
 
 
 def check_sequences(op, xp, cu_seqlens, tokens):

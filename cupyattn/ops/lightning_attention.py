@@ -143,9 +143,10 @@ def _plan_lightning_attention_prefill(batch, heads, key_dim, value_dim, block_si
     shape = _mma_shape(batch, heads, key_dim, value_dim, most) if why is None else None
     if shape is not None:
         width, columns, stages, shared = shape
-        return (Plan(_mma_spec(x, state, width, columns, stages), arch, ((batch + 1) * heads * -(-value_dim // columns),),
-                     (128,), shared_bytes=shared, note=f"tensor cores, {stages} blocks of {MMA_BLOCK} tokens at hand"),
-                columns, MMA_BLOCK, block_size or MMA_BLOCK)
+        plan = Plan(_mma_spec(x, state, width, columns, stages), arch,
+                    ((batch + 1) * heads * -(-value_dim // columns),), (128,), shared_bytes=shared,
+                    note=f"tensor cores, {stages} blocks of {MMA_BLOCK} tokens at hand")
+        return plan, columns, MMA_BLOCK, block_size or MMA_BLOCK
     block_size = block_size or TILE
     tile, columns = next(
         (tile, columns) for tile, columns in ((TILE, 64), (TILE, 32), (16, 32), (16, 16), (8, 8))
@@ -184,8 +185,8 @@ def lightning_attention(q, k, v, state, slopes, /, *, scale=1.0, cu_seqlens=None
     v : ndarray [tokens, heads, value_dim], dtype of q
         Values; value_dim is a multiple of 8 up to 256, and may differ from key_dim.
     state : ndarray [slots, heads, key_dim, value_dim], float32, float16 or bfloat16
-        A pool of states, updated in place. Any strides with a contiguous last axis. float32 is recommended: what a 16-bit state rounds
-        away at every call adds up.
+        A pool of states, updated in place. Any strides with a contiguous last axis. float32 is recommended: what a
+        16-bit state rounds away at every call adds up.
     slopes : ndarray [heads], float32
         Decay of each head, not negative; 0 keeps everything, infinity forgets at once. See `lightning_slopes`.
     scale : float
