@@ -302,20 +302,35 @@ def test_prefill_checked(width):
         assert_same_bits(states, results[0][1])
 
 
-@pytest.mark.parametrize("spec", [CORE[0], CORE[1], CORE[7]], ids=str)
-def test_states_and_vectors_of_channels_stay_whole(spec):
-    """In SASS: no store is taken apart, and four tokens are asked for before the first is used."""
+SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@pytest.mark.parametrize("spec", [s for s in CORE if dict(s.constants)["STEP"]], ids=str)
+def test_a_step_asks_for_everything_before_it_waits(spec):
+    """In SASS: state, x, taps and biases; of state and x 32 KiB, with the blocks that the registers allow."""
     compiled = nvrtc.compile_code(cuda.code(spec), cuda.options(spec, "sm_90a"), "sm_90a")
-    loops = [[nvrtc.mnemonic(line) for line in body] for body in nvrtc.loops(compiled.cubin, spec.kernel)]
-    stores = {name for body in loops for name in body if name.startswith("STG")}
+    asked = max(nvrtc.bytes_asked_for(body) for body in nvrtc.loops(compiled.cubin, spec.kernel))
     constants = dict(spec.constants)
-    if constants["ROW"]:
-        assert "STG.E.128" in stores
-        return
-    wide = {"float16": "64", "float32": "128"}[constants["S"]] if constants["VEC"] == 4 else "128"
-    assert stores == {"STG.E.128", f"STG.E.{wide}"}
-    tokens = next(body for body in loops if "MUFU.EX2" in body and "LDG.E.128" in body)
-    assert tokens[:tokens.index("MUFU.EX2")].count("LDG.E.128") == 4
+    state, x, weight = (SIZE[constants[name]] for name in "STW")
+    channels = 32 // (4 * state) if constants["ROW"] else constants["VEC"]
+    streamed = channels * ((4 if constants["ROW"] else 3) * state + x)
+    assert asked == streamed + channels * 5 * weight
+    registers = nvrtc.resources(compiled, spec.kernel).registers
+    assert 65536 // (128 * (-(-registers // 8) * 8)) * 128 * streamed >= 32 * 1024
+
+
+@pytest.mark.parametrize("spec", [CORE[1], CORE[2], CORE[7], CORE[11]], ids=str)
+def test_states_and_vectors_of_channels_stay_whole(spec):
+    """In SASS: no store is taken apart, and of packed rows eight tokens are asked for before the first is used."""
+    compiled = nvrtc.compile_code(cuda.code(spec), cuda.options(spec, "sm_90a"), "sm_90a")
+    loops = nvrtc.loops(compiled.cubin, spec.kernel)
+    constants = dict(spec.constants)
+    wide = constants["VEC"] * SIZE[constants["S"]] * 8
+    stores = {nvrtc.mnemonic(line) for body in loops for line in body if "STG" in line}
+    assert stores == {"STG.E.128", f"STG.E.{min(128, wide)}"}
+    if not constants["STEP"]:
+        assert max(nvrtc.bytes_asked_for(body) for body in loops if any("MUFU.EX2" in x for x in body)) >= 8 * 16
+        assert nvrtc.resources(compiled, spec.kernel).registers <= 168   # 3 blocks, 48 KiB
 
 
 @hypothesis_settings(max_examples=40, deadline=None, derandomize=True)
@@ -350,8 +365,8 @@ def test_plan_covers_all():
             for width in (1, 4, 200):
                 for layout in ("rows", "channels", "any"):
                     for packed in (True, False):
-                        plan, piece = _plan_causal_conv1d(7, 1000, packed, channels, width, "float16", "float32",
-                                                          "float32", True, layout, arch)
+                        plan, piece = _plan_causal_conv1d(7, 1000, packed, channels, width, width == 4, "float16",
+                                                          "float32", "float32", True, layout, arch)
                         constants = dict(plan.spec.constants)
                         assert piece >= width - 1 and channels % constants["VEC"] == 0 and plan.block[0] <= 128
                         assert not constants["ROW"] or piece >= 1000
@@ -387,7 +402,8 @@ def test_errors():
 
 
 def test_every_core_version_is_chosen_by_some_call():
-    chosen = {_plan_causal_conv1d(2, tokens, packed, 64, width, x, weight, state, wide, layout, "sm_90a")[0].spec
+    chosen = {_plan_causal_conv1d(2, tokens, packed, 64, width, width == 4, x, weight, state, wide, layout,
+                                  "sm_90a")[0].spec
               for tokens in (1, 100) for packed in (True, False) for width in (4, 5)
               for x, weight, state in {(c["T"], c["W"], c["S"]) for c in (dict(s.constants) for s in CORE)}
               for wide in (True, False) for layout in ("any", "rows", "channels")}
