@@ -10,18 +10,18 @@
 // A thread takes VEC channels of one piece of a sequence:
 //   1. the window of earlier inputs, from the state or from x      2. the state, by the sequence's first piece alone
 //   3. the outputs; with WIDTH 0 before step 2, since they read their windows from memory
-// One token of every sequence (STEP), and states whose channels are one access each (ROW; COUNT of them per thread), have
-// ways of their own: all loads come before the first number is used.
+// One token of every sequence (STEP), and states whose channels are one access each (ROW), have ways of their own: in a
+// step all loads come before the first number is used.
 //
 // launch     grid (pieces, any), block (any); the blocks and threads of a piece share its channels. `piece` is at least
-//            width - 1 and REACH; with ROW or STEP a sequence is one piece. Shared memory 0, barriers none, warp ops none
+//            width - 1; with ROW or STEP a sequence is one piece. Shared memory 0, barriers none, warp ops none
 // aliasing   none
 // traffic    sequences * channels * (tokens * 2 * sizeof(T) + state) bytes; of the state every element is read at most
 //            once and written once: 2 * state_len elements, circular width - 1 + tokens of them
-// in flight  an H200 wants about 32 KiB per SM when it only reads, half of that when it writes as much. With 128 threads
-//            in a block, packed rows: AHEAD * 16 bytes per thread in 3 blocks, 48 KiB. One token by rows: 32 bytes of
-//            state and at least 4 of x in 8 blocks, 36 KiB; by channels HELD accesses and one of x, with 16-bit states
-//            and x 64 bytes, in 5 blocks 40 KiB, with float32 states more. Taps and biases come on top, from L2
+// in flight  an H200 wants about 32 KiB per SM when it only reads, half of that when it writes as much. With blocks of 128
+//            threads, packed rows: AHEAD * 16 bytes per thread in 3 blocks, 48 KiB. One token by rows: 32 bytes of state
+//            and at least 4 of x in 8 blocks, 36 KiB; by channels HELD accesses and one of x, with 16-bit states and x
+//            64 bytes, in 5 blocks 40 KiB, with float32 states more. Taps and biases come on top, from L2
 #include "prelude.cuh"
 #include "params.h"
 #include "eight_floats.cuh"
@@ -36,7 +36,7 @@ constexpr int VEC = CA_VEC;                          // channels per thread; div
 constexpr int WIDTH = CA_WIDTH;                      // at least width: inputs are held in registers; 0: any width
 constexpr bool CHANNEL_VECTORS = CA_CHANNEL_VECTORS; // channels of the state are neighbours, VEC of them aligned
 constexpr int ROW = CA_ROW;                          // state_len of a state whose channels are one access each; or 0
-constexpr bool STEP = CA_STEP;                       // one token per sequence, WIDTH adjacent taps, state_len >= WIDTH - 1
+constexpr bool STEP = CA_STEP;                       // one token per sequence, WIDTH whole taps, HELD kept inputs
 static_assert(sizeof(CausalConv1dArgs) == CA_SIZEOF_ARGS, "causal_conv1d: Python and CUDA disagree on its arguments");
 static_assert(ROW == 0 || (VEC == 1 && WIDTH > 0 && WIDTH <= ROW + 1), "causal_conv1d: a row holds the window");
 static_assert(!STEP || WIDTH > 0, "causal_conv1d: the window of a step is in registers");
@@ -247,8 +247,10 @@ struct Sequence {
       to_float(raw[i], row);
       Channels sum = Channels::all(to_float(biases[i]));
 #pragma unroll
-      for (int j = 1; j < WIDTH; ++j) sum.add_product(row[PLACES - WIDTH + j], Channels::all(to_float(taps[i].v[j - 1])));
-      sum.add_product(to_float(newest[i]), Channels::all(to_float(taps[i].v[WIDTH - 1])));
+      for (int j = 0; j < WIDTH; ++j) {
+        const float u = j < HELD ? row[PLACES - HELD + j] : to_float(newest[i]);
+        sum.add_product(u, Channels::all(to_float(taps[i].v[j])));
+      }
       if (args.silu) sum = silu(sum);
       if (i > 0 && away[i] == 0) break;
       out[away[i] * args.out.stride_channel] = from_float<T>(sum.x[0]);
