@@ -18,13 +18,14 @@
 // aliasing   none
 // traffic    sequences * channels * (tokens * 2 * sizeof(T) + state) bytes; of the state every element is read at most
 //            once and written once: 2 * state_len elements, circular width - 1 + tokens of them
-// in flight  an H200 wants about 32 KiB per SM when it only reads, half of that when it writes as much. With blocks of 128
-//            threads, packed rows: AHEAD * 16 bytes per thread in 3 blocks, 48 KiB. One token by rows: 32 bytes of state
-//            and at least 4 of x in 8 blocks, 36 KiB; by channels HELD accesses and one of x, with 16-bit states and x
-//            64 bytes, in 5 blocks 40 KiB, with float32 states more. Taps and biases come on top, from L2
+// in flight  an H200 wants about 32 KiB per SM when it only reads, half of that when it writes as much. With blocks of
+//            128 threads, packed rows: AHEAD * 16 bytes per thread in 3 blocks, 48 KiB. One token by rows: 32 bytes of
+//            state and at least 4 of x in 8 blocks, 36 KiB; by channels HELD accesses and one of x, with 16-bit states
+//            and x 64 bytes, in 5 blocks 40 KiB, with float32 states more. Taps and biases come on top, from L2
 #include "prelude.cuh"
 #include "params.h"
 #include "eight_floats.cuh"
+#include "raw_numbers.cuh"
 #include "sequences.cuh"
 #include "silu.cuh"
 #include "vector_store.cuh"
@@ -77,10 +78,12 @@ struct Sequence {
   int length;     // tokens
   bool is_new;    // what the state holds counts as zeros
 
-  __device__ __forceinline__ Vec<T, VEC> raw_input(int t) const {
-    return load_vec<T, VEC>(x + t * args.x.stride_token);
+  __device__ __forceinline__ RawNumbers<T, VEC> raw_input(int t) const {
+    RawNumbers<T, VEC> raw;
+    raw.load(x + t * args.x.stride_token);
+    return raw;
   }
-  __device__ __forceinline__ Channels input(int t) const { return Channels::from(raw_input(t)); }
+  __device__ __forceinline__ Channels input(int t) const { return raw_input(t).numbers(); }
   // Kept input i, 0 the oldest.
   __device__ __forceinline__ S* place(int i) const {
     const int at = i + oldest;
@@ -180,7 +183,7 @@ struct Sequence {
 
     // 3. the outputs
     for (int t = begin; t < end; t += AHEAD) {
-      Vec<T, VEC> inputs[AHEAD];
+      RawNumbers<T, VEC> inputs[AHEAD];
 #pragma unroll
       for (int i = 0; i < AHEAD; ++i) {
         if (t + i < end) inputs[i] = raw_input(t + i);
@@ -188,7 +191,7 @@ struct Sequence {
 #pragma unroll
       for (int i = 0; i < AHEAD; ++i) {
         if (t + i >= end) break;
-        const Channels newest = Channels::from(inputs[i]);
+        const Channels newest = inputs[i].numbers();
         Channels sum = biases;
 #pragma unroll
         for (int age = HELD; age > 0; --age) {
@@ -226,9 +229,9 @@ struct Sequence {
     store_global(state, from_float<S, PLACES>(row));
   }
 
-  // One token of COUNT rows, `apart` channels from each other; those that do not exist are the first one again.
+  // One token of COUNT rows, `apart` channels from each other; for one that does not exist the first one's token.
   __device__ __forceinline__ void step_rows(int apart) const {
-    Vec<S, PLACES> raw[COUNT];
+    RawNumbers<S, PLACES> raw[COUNT];
     Vec<W, TAPS> taps[COUNT];
     T newest[COUNT];
     W biases[COUNT];
@@ -236,35 +239,34 @@ struct Sequence {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
       away[i] = c + i * apart < args.channels ? i * apart : 0;
-      raw[i] = load_vec<S, PLACES>(state + away[i] * args.stride_channel);
+      if (i == 0 || away[i] > 0) raw[i].load(state + away[i] * args.stride_channel);
       newest[i] = x[away[i] * args.x.stride_channel];
       taps[i] = whole_taps(away[i]);
       biases[i] = raw_bias(away[i]);
     }
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
-      float row[PLACES];
-      to_float(raw[i], row);
+      const Floats<PLACES> row = raw[i].numbers();
       Channels sum = Channels::all(to_float(biases[i]));
 #pragma unroll
       for (int j = 0; j < WIDTH; ++j) {
-        const float u = j < HELD ? row[PLACES - HELD + j] : to_float(newest[i]);
+        const float u = j < HELD ? row.x[PLACES - HELD + j] : to_float(newest[i]);
         sum.add_product(u, Channels::all(to_float(taps[i].v[j])));
       }
       if (args.silu) sum = silu(sum);
       if (i > 0 && away[i] == 0) break;
       out[away[i] * args.out.stride_channel] = from_float<T>(sum.x[0]);
+      float shifted[PLACES];
 #pragma unroll
-      for (int j = 0; j < PLACES - 1; ++j) row[j] = row[j + 1];
-      row[PLACES - 1] = to_float(newest[i]);
-      store_global(state + away[i] * args.stride_channel, from_float<S, PLACES>(row));
+      for (int j = 0; j < PLACES; ++j) shifted[j] = j < PLACES - 1 ? row.x[j + 1] : to_float(newest[i]);
+      store_global(state + away[i] * args.stride_channel, from_float<S, PLACES>(shifted));
     }
   }
 
   // One token of VEC channels.
   __device__ __forceinline__ void step() const {
     const int len = args.state_len;
-    const Vec<T, VEC> raw = raw_input(0);
+    const RawNumbers<T, VEC> raw = raw_input(0);
     Kept window[WINDOW];
 #pragma unroll
     for (int age = 1; age <= HELD; ++age) window[age - 1] = raw_kept(len - age);
@@ -275,7 +277,7 @@ struct Sequence {
       taps[v] = whole_taps(v);
       biases[v] = raw_bias(v);
     }
-    const Channels newest = Channels::from(raw);
+    const Channels newest = raw.numbers();
     Channels sum;
 #pragma unroll
     for (int v = 0; v < VEC; ++v) sum.x[v] = to_float(biases[v]);

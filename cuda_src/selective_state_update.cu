@@ -18,6 +18,7 @@
 //            that has an axis of states comes after them, for want of registers
 #include "prelude.cuh"
 #include "params.h"
+#include "raw_numbers.cuh"
 #include "selective_state.cuh"
 #include "sequences.cuh"
 #include "warp.cuh"
@@ -37,38 +38,6 @@ static_assert(OWN * LANES >= ROWS, "selective_state_update: somebody writes ever
 using States = Floats<VEC>;
 constexpr bool RATES_AHEAD = VEC < 8;  // of the GPU's accesses: A comes with the states
 constexpr int MIN_BLOCKS = VEC == 8 && sizeof(S) == 4 ? 2 : 4;  // of 128 threads per SM
-
-template <bool FIRST, typename A, typename B>
-struct Select {
-  using type = A;
-};
-template <typename A, typename B>
-struct Select<false, A, B> {
-  using type = B;
-};
-
-// VEC numbers as they are in memory. Of 16 bits in whole words: the compiler keeps a struct's members in a register
-// each, and takes them apart, waiting, as soon as they are loaded.
-template <typename U>
-struct Raw {
-  using Word = typename Select<VEC % 2 == 0, uint32_t, U>::type;
-  static constexpr int WORDS = VEC * sizeof(U) / sizeof(Word);
-  Vec<Word, WORDS> x = {};
-
-  __device__ __forceinline__ void load(const U* p) { x = load_vec<Word, WORDS>(reinterpret_cast<const Word*>(p)); }
-  __device__ __forceinline__ States numbers() const {
-    Vec<U, VEC> values;
-    memcpy(&values, &x, sizeof(values));
-    return States::from(values);
-  }
-};
-template <>
-struct Raw<float> {
-  States x = States::all(0.0f);
-
-  __device__ __forceinline__ void load(const float* p) { x = States::load(p); }
-  __device__ __forceinline__ const States& numbers() const { return x; }
-};
 
 CA_KERNEL __launch_bounds__(128, MIN_BLOCKS)
 void selective_state_update(const __grid_constant__ SelectiveStateUpdateArgs args) {
@@ -99,9 +68,9 @@ void selective_state_update(const __grid_constant__ SelectiveStateUpdateArgs arg
 
       // 1. the first states, and then only what depends on the dim alone: nothing is waited for before all is asked for
       S* state = static_cast<S*>(args.state) + slot * args.stride_slot + head * args.stride_head;
-      Raw<S> old[ROWS];
-      Raw<float> rates[ROWS];
-      Raw<T> b_states, c_states;
+      RawNumbers<S, VEC> old[ROWS];
+      RawNumbers<float, VEC> rates[ROWS];
+      RawNumbers<T, VEC> b_states, c_states;
       const auto load = [&](int n) {
 #pragma unroll
         for (int i = 0; i < ROWS; ++i) {

@@ -31,7 +31,7 @@ def _spec(x, weight, state, vec, width, layout, step=False):
 
 
 CORE = [_spec(*case) for case in (
-    ("float32", "float32", "float32", 1, 4, "rows", True), ("float16", "float16", "float16", 8, 4, "channels"),
+    ("float32", "float32", "float32", 1, 4, "rows", True), ("bfloat16", "bfloat16", "bfloat16", 8, 4, "channels"),
     ("bfloat16", "float32", "float32", 8, 4, "channels", True), ("float16", "float32", "float32", 1, 4, "rows"),
     ("bfloat16", "bfloat16", "bfloat16", 1, 4, "rows", True), ("float32", "float32", "float32", 4, 0, "any"),
     ("float16", "float16", "float32", 1, 0, "any"), ("float32", "float32", "float16", 4, 4, "channels", True),
