@@ -307,6 +307,10 @@ def test_errors():
     op = "selective_state_update: "
     call(op + "x must be float16 or bfloat16 or float32, got float64", TypeError, x=inputs["x"].astype(np.float64))
     call(op + r"B must be \[batch, groups, state_size\]", B=inputs["B"][0])
+    call(op + r"B must have a state_size of at least 1, got \[2, 2, 0\]", B=inputs["B"][..., :0])
+    with pytest.raises(ValueError, match=op + r"A must have a state_size of at least 1, got \[4, 0\]"):
+        cupyattn.selective_state_update(np.zeros((2, 4, 0), np.float32), *np.ones((2, 2, 4), np.float32),
+                                        np.zeros((4, 0), np.float32), *np.zeros((2, 2, 0), np.float32))
     call(op + "B must have a number of groups that divides the 4 heads, got 3", B=np.zeros((2, 3, 16), np.float32))
     call(op + r"C must be \[batch, groups, state_size\] = \[2, 2, 16\], got \[2, 1, 16\]", C=inputs["C"][:, :1])
     call(op + r"A must be \[heads\] = \[4\], got \[3\]", A=inputs["A"][:3])
