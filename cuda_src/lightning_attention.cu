@@ -4,8 +4,8 @@
 //   for every sequence, its tokens t in order, and every head h:
 //     state[h] <- exp(-slopes[h]) * state[h] + k[t,h] (outer) v[t,h]
 //     out[t,h] = scale * q[t,h] . state[h]
-//   A sequence without has_state starts from zeros, its old state is not read; one without tokens leaves it alone; one
-//   without a slot gives zeros. Arithmetic in float32, one rounding on each store.
+//   A sequence without has_state starts from zeros, its old state is not read; one without tokens leaves it alone. A
+//   sequence without a slot, and rows of no sequence, give zeros. Arithmetic in float32, one rounding on each store.
 //
 // Three kernels: one token per sequence (below), and any number of them in blocks, on CUDA cores (lightning_blocks.cuh)
 // or tensor cores (lightning_mma.cuh).
@@ -24,6 +24,7 @@
 #include "prelude.cuh"
 #include "params.h"
 #include "eight_floats.cuh"
+#include "sequences.cuh"
 
 using T = CA_T;                         // q, k, v and out
 using S = CA_S;                         // state
@@ -48,36 +49,38 @@ __device__ __forceinline__ void store_numbers(E* p, const Numbers& x) { store_ve
 template <>
 __device__ __forceinline__ void store_numbers<float>(float* p, const Numbers& x) { x.store(p); }
 
-// What a block works on: value dims first to first + count of one head of one sequence.
+// What a block works on: value dims first to first + count of one head of one sequence. In a prefill one more sequence
+// without a slot, number `batch`, stands for the rows behind the last one.
 struct Part {
-  int64_t sequence;
+  int sequence;
   int64_t head;
   int first;
   int count;
-  S* state;      // of the head, from column `first` on; null without a slot
+  S* state;       // of the head, from column `first` on; null without a slot
   bool is_fresh;  // starts from zeros
 
   __device__ __forceinline__ explicit Part(const LightningAttentionArgs& args) {
-    const int64_t row = blockIdx.x / args.slices;
-    first = (blockIdx.x - static_cast<int>(row) * args.slices) * args.columns;
-    count = args.value_dim - first < args.columns ? args.value_dim - first : args.columns;
+    const int row = blockIdx.x / args.slices;
+    first = (blockIdx.x - row * args.slices) * args.columns;
+    count = min(args.columns, args.value_dim - first);
     sequence = row / args.heads;
     head = row - sequence * args.heads;
-    const int64_t slot = args.slots == nullptr ? sequence : args.slots[sequence * args.stride_sequence];
-    state = slot < 0 || slot >= args.num_slots ? nullptr : static_cast<S*>(args.state) + slot * args.stride_slot +
-                                                               head * args.stride_state_head + first;
-    is_fresh = args.has_state != nullptr && args.has_state[sequence * args.stride_has] == 0;
+    const int64_t slot = find_slot(args.slots, args.batch, args.num_slots, sequence);
+    state = slot < 0 ? nullptr : static_cast<S*>(args.state) + slot * args.stride_slot + head * args.stride_state_head +
+                                     first;
+    is_fresh = state != nullptr && args.has_state != nullptr && args.has_state[sequence] == 0;
   }
-  // The sequence's tokens, of those there are.
+  // The sequence's rows, of those there are.
   __device__ __forceinline__ void tokens_of(const LightningAttentionArgs& args, int64_t& begin, int64_t& end) const {
-    begin = args.cu_seqlens[sequence * args.stride_start];
-    end = args.cu_seqlens[(sequence + 1) * args.stride_start];
-    begin = begin < 0 ? 0 : begin;
-    end = end > args.tokens ? args.tokens : end;
+    begin = first_row(args.cu_seqlens, args.tokens, sequence);
+    end = sequence < args.batch ? first_row(args.cu_seqlens, args.tokens, sequence + 1) : args.tokens;
   }
   __device__ __forceinline__ void store_zeros(const LightningAttentionArgs& args, int64_t begin, int64_t end) const {
-    for (int64_t t = begin; t < end; ++t) {
-      for (int c = threadIdx.x; c < count; c += blockDim.x) row_of(args.out, t)[first + c] = from_float<T>(0.0f);
+    const int across = count / VEC, rows = max(1, static_cast<int>(blockDim.x) / across), row = threadIdx.x / across;
+    if (row >= rows) return;
+    for (int64_t t = begin + row; t < end; t += rows) {
+      for (int c = threadIdx.x % across; c < across; c += blockDim.x)
+        store_numbers(row_of(args.out, t) + first + c * VEC, Numbers::all(0.0f));
     }
   }
   template <typename View>

@@ -42,12 +42,18 @@ def with_heads(array, heads):
     return array if heads else array[:, None]
 
 
+def _check_state_size(op, name, array):
+    if not array.shape[-1]:
+        raise ValueError(f"{op}: {name} must have a state_size of at least 1, got {list(array.shape)}")
+
+
 def find_sizes(op, x, A, B, rows):
     """Sizes from the ranks of `x` and `A`; `rows` names the first axis of x."""
     if x.ndim not in (2, 3):
         raise ValueError(f"{op}: x must be [{rows}, channels] or [{rows}, heads, head_dim], got {list(x.shape)}")
     if x.ndim == 2:
         check_shape(op, "A", A, (x.shape[1], None), "[channels, state_size]")
+        _check_state_size(op, "A", A)
         return Sizes(1, x.shape[1], A.shape[1], 1, False)
     heads, head_dim = x.shape[1:]
     if A.ndim not in (1, 3):
@@ -55,6 +61,7 @@ def find_sizes(op, x, A, B, rows):
     check_shape(op, "A", A, (heads,) if A.ndim == 1 else (heads, head_dim, None),
                 "[heads]" if A.ndim == 1 else "[heads, head_dim, state_size]")
     check_shape(op, "B", B, (x.shape[0], None, None), f"[{rows}, groups, state_size]")
+    _check_state_size(op, "B", B)
     groups = B.shape[1]
     if heads and (groups == 0 or heads % groups):
         raise ValueError(f"{op}: B must have a number of groups that divides the {heads} heads, got {groups}")

@@ -26,38 +26,62 @@ def check_pool(op, name, pool, dtypes, shape, axes, *, contiguous):
     return found
 
 
-def check_sequences(op, xp, cu_seqlens, tokens):
-    """`cu_seqlens` (None: one sequence of all rows) fits `tokens` rows; returns the number of sequences."""
+def count_sequences(op, cu_seqlens):
+    """Number of sequences of `cu_seqlens` (None: one of all rows), whose content is not looked at."""
     if cu_seqlens is None:
         return 1
     check_array(op, "cu_seqlens", cu_seqlens, "int32", (None,), "[batch + 1]")
     if not len(cu_seqlens):
         raise ValueError(f"{op}: cu_seqlens must be [batch + 1], got no entry")
-    if contents(xp):
-        host = to_host(cu_seqlens)
-        if host[0] != 0 or (np.diff(host) < 0).any() or host[-1] > tokens:
-            raise ValueError(f"{op}: cu_seqlens must start at 0, not decrease and end within the {tokens} rows, got "
-                             f"{host.tolist()}")
     return len(cu_seqlens) - 1
+
+
+def check_offsets(op, cu_seqlens, tokens):
+    """The content of `cu_seqlens`, if it is given, fits `tokens` rows."""
+    if cu_seqlens is None:
+        return
+    host = to_host(cu_seqlens)
+    if host[0] != 0 or (np.diff(host) < 0).any() or host[-1] > tokens:
+        found = host.tolist() if len(host) <= 20 else f"{len(host)} entries from {host[0]} to {host[-1]}"
+        raise ValueError(f"{op}: cu_seqlens must start at 0, not decrease and end within the {tokens} rows, got "
+                         f"{found}")
+
+
+def check_sequences(op, xp, cu_seqlens, tokens):
+    """`cu_seqlens` (None: one sequence of all rows) fits `tokens` rows; returns the number of sequences."""
+    batch = count_sequences(op, cu_seqlens)
+    if contents(xp):
+        check_offsets(op, cu_seqlens, tokens)
+    return batch
+
+
+def check_slot_list(op, name, slots, batch, num_slots):
+    """`slots` (None: sequence b has slot b) is a list for `batch` sequences; its content is not looked at."""
+    if slots is not None:
+        check_array(op, name, slots, "int32", (batch,), "[batch]")
+    elif batch > num_slots:
+        raise ValueError(f"{op}: {name} must be given when the pool has fewer slots than there are sequences, got none "
+                         f"for {batch} sequences and {num_slots} slots")
+
+
+def check_slot_numbers(op, name, slots, num_slots):
+    """The content of `slots`, if it is given, names each slot of the pool once; negative ones skip their sequence."""
+    if slots is None:
+        return
+    named = np.sort(to_host(slots))
+    named = named[named >= 0]
+    if (named[1:] == named[:-1]).any():
+        raise ValueError(f"{op}: {name} must name no slot twice, got slot {named[1:][named[1:] == named[:-1]][0]} "
+                         "more than once")
+    if named.size and named[-1] >= num_slots:
+        raise ValueError(f"{op}: {name} must be below the {num_slots} slots of the pool or negative, got {named[-1]}")
 
 
 def check_slots(op, xp, name, slots, batch, num_slots):
     """`slots` (None: sequence b has slot b) names each slot of the pool once; negative ones skip their sequence."""
-    if slots is None:
-        if batch > num_slots:
-            raise ValueError(f"{op}: {name} must be given when the pool has fewer slots than there are sequences, got "
-                             f"none for {batch} sequences and {num_slots} slots")
-        return
-    check_array(op, name, slots, "int32", (batch,), "[batch]")
+    check_slot_list(op, name, slots, batch, num_slots)
     if contents(xp):
-        named = np.sort(to_host(slots))
-        named = named[named >= 0]
-        if (named[1:] == named[:-1]).any():
-            raise ValueError(f"{op}: {name} must name no slot twice, got slot {named[1:][named[1:] == named[:-1]][0]} "
-                             "more than once")
-        if named.size and named[-1] >= num_slots:
-            raise ValueError(f"{op}: {name} must be below the {num_slots} slots of the pool or negative, got "
-                             f"{named[-1]}")
+        check_slot_numbers(op, name, slots, num_slots)
 
 
 def has_state_bytes(op, has_state, batch):

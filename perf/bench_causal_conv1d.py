@@ -51,8 +51,8 @@ def bench_causal_conv1d_update(bench, model, batch, layout):
     def make(rng):
         shape = (batch, channels, WIDTH) if layout == "rows" else (batch, WIDTH, channels)
         return (rng.standard_normal((batch, channels)).astype(np.float16),
-                rng.standard_normal((channels, WIDTH)).astype(np.float32), np.zeros(shape, np.float32),
-                np.empty((batch, channels), np.float16))
+                rng.standard_normal((channels, WIDTH)).astype(np.float32),
+                rng.standard_normal(shape).astype(np.float32), np.empty((batch, channels), np.float16))
 
     def state(array):
         return array if layout == "rows" else array.transpose(0, 2, 1)
@@ -63,5 +63,12 @@ def bench_causal_conv1d_update(bench, model, batch, layout):
     def expected(x, weight, states, out):
         return update_reference(x, state(states), weight, None, "silu")
 
+    def baseline(x, weight, states, out):
+        windows = state(states)
+        windows[..., :-1] = windows[..., 1:]
+        windows[..., -1] = x
+        total = (windows * weight).sum(-1)
+        out[...] = total / (1 + DEVICE.xp.exp(-total))
+
     bench(f"{model} batch {batch} {layout} float16", make, call, expected, tolerance=(2e-6, 2.0**-10),
-          nbytes=batch * channels * (4 + 8 * WIDTH), flops=batch * channels * 12)
+          nbytes=batch * channels * (4 + 8 * WIDTH), flops=batch * channels * 12, baseline=baseline)

@@ -35,4 +35,5 @@ def bench_selective_scan(bench, shape, sequences, tokens):
     channels = int(np.prod(shape.dims))
     bench(f"{shape} {sequences} x {tokens} float16", make, call, expected, tolerance=(4e-3, 2.0**-10),
           checked=lambda result: result[:CHECKED], nbytes=sequences * tokens * channels * 6,
-          flops=5 * sequences * tokens * channels * shape.states, baseline=None if DEVICE.is_gpu else token_by_token)
+          flops=5 * sequences * tokens * channels * shape.states, baseline=None if DEVICE.is_gpu else token_by_token,
+          matmul=True)

@@ -187,6 +187,21 @@ def loops(cubin, kernel):
     return sorted(found, key=len)
 
 
+def bytes_asked_for(body):
+    """Bytes that a lane loads from global memory in the instructions of `body` before it uses the first of them."""
+    pending, total = set(), 0
+    for line in body:
+        name, operands = mnemonic(line), re.findall(r"\bR(\d+)(\.64)?", line.split(mnemonic(line), 1)[1])
+        reads = operands if name.startswith(("STG", "STS", "ISETP", "FSETP")) else operands[1:]
+        if pending & {int(n) + i for n, wide in reads for i in range(2 if wide else 1)}:
+            break
+        if name.startswith("LDG"):
+            width = next((int(part) // 8 for part in re.findall(r"\d+", name)), 4)
+            pending |= {int(operands[0][0]) + i for i in range(max(1, width // 4))}
+            total += width
+    return total
+
+
 def _lines(cubin, kernel):
     """Instructions and labels (``".L_x_1"``) of `kernel`, in order."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

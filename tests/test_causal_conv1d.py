@@ -8,6 +8,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import cupyattn
+from cupyattn.ops import causal_conv1d as module
 from cupyattn.ops.causal_conv1d import CORE, _plan_causal_conv1d
 from cupyattn.reference import causal_conv1d as reference
 from cupyattn.runtime import cuda
@@ -139,6 +140,42 @@ def test_update(xp, circular, width, state_len, tokens):
     assert_same_bits(xp.numpy(states), want_pool)
 
 
+@pytest.mark.parametrize("circular", [False, True], ids=["rolling", "circular"])
+@pytest.mark.parametrize("width, state_len", [(4, 3), (4, 4), (4, 7), (3, 4), (6, 5)])
+@pytest.mark.parametrize("dtype, state_dtype", [
+    ("float32", "float32"), ("bfloat16", "float16"), ("float16", "float32")])
+def test_update_of_states_by_channels(xp, circular, width, state_len, dtype, state_dtype):
+    """Windows whose channels are neighbours, and columns of a wider weight: its taps are then not one access."""
+    slots, positions = np.int32([4, -1, 0, 2]), np.int32([7, 2, 5, 1003]) if circular else None
+    x, wide = _normal((4, 200), dtype), _normal((200, 7), dtype)
+    bias = _normal(200, dtype)
+    pool = _pool(6, 200, state_len, state_dtype, "channels")
+    pool[[4, 0, 2]] = _normal((3, 200, state_len), state_dtype)
+    for weight in (wide[:, 1:width + 1].copy(), wide[:, 1:width + 1]):
+        want_pool, states = pool.copy(), _on(xp, pool)
+        want = reference.causal_conv1d_update(x, want_pool, weight, bias, None, positions, slots)
+        on_device = xp.array(weight) if weight.flags.c_contiguous else xp.array(wide)[:, 1:width + 1]
+        got = cupyattn.causal_conv1d_update(xp.array(x), states, on_device, xp.array(bias), None,
+                                            xp.array(positions) if circular else None, xp.array(slots))
+        assert_close(xp.numpy(got), want, ROUNDING[dtype][0] + 2e-6, ROUNDING[dtype][1])
+        assert_same_bits(xp.numpy(states), want_pool)
+
+
+@pytest.mark.parametrize("dtype, state_dtype", [("float32", "float32"), ("bfloat16", "bfloat16")])
+@pytest.mark.parametrize("channels", [1, 127, 128, 129, 700])
+def test_update_of_rows_at_the_edges(xp, channels, dtype, state_dtype):
+    """A thread's channels are a block apart, and the last ones may not exist."""
+    x, (weight, bias) = _normal((2, channels), dtype), _weights(channels, 4, dtype)
+    pool = _pool(3, channels, 4, state_dtype)
+    pool[:2] = _normal((2, channels, 4), state_dtype)
+    want_pool, states = pool.copy(), xp.array(pool)
+    want = reference.causal_conv1d_update(x, want_pool, weight, bias, "silu")
+    got = cupyattn.causal_conv1d_update(xp.array(x), states, xp.array(weight), xp.array(bias), "silu",
+                                        out=poison(xp.array(x)))
+    assert_close(xp.numpy(got), want, ROUNDING[dtype][0] + 2e-6, ROUNDING[dtype][1])
+    assert_same_bits(xp.numpy(states), want_pool)
+
+
 def test_circular_and_rolling_agree():
     weight, _ = _weights(16, 4)
     rolling, ring = np.zeros((2, 16, 5), np.float32), np.zeros((2, 16, 5), np.float32)
@@ -245,14 +282,17 @@ def test_onnxruntime_agrees(width, tokens, activation):
 
 # ---- the executor's view ---------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("on", ["cpu", "sm_90a"])
 @pytest.mark.parametrize("layout, dtype, state_dtype, width", [
-    ("rows", "float32", "float32", 4), ("rows", "bfloat16", "float16", 3), ("channels", "float16", "float32", 4),
-    ("channels", "bfloat16", "bfloat16", 4)])
-def test_update_moves_each_element_of_the_state_once(layout, dtype, state_dtype, width):
-    """Read at most once and written once; other slots are not touched."""
-    x, (weight, bias) = _normal((3, 64), dtype), _weights(64, width, dtype)
-    pool = _pool(5, 64, 4, state_dtype, layout)
-    pool[[1, 4, 2]] = _normal((3, 64, 4), state_dtype)
+    ("rows", "float32", "float32", 4), ("rows", "bfloat16", "float16", 4), ("rows", "bfloat16", "float16", 3),
+    ("channels", "float16", "float32", 4), ("channels", "bfloat16", "bfloat16", 4)])
+def test_update_moves_each_element_of_the_state_once(layout, dtype, state_dtype, width, on, monkeypatch):
+    """Read at most once and written once; other slots are not touched. With the CPU's blocks and with a GPU's."""
+    if on != "cpu":
+        monkeypatch.setattr(module, "_plan_causal_conv1d", lambda *args: _for_cpu(_plan_causal_conv1d(*args[:-1], on)))
+    x, (weight, bias) = _normal((3, 168), dtype), _weights(168, width, dtype)
+    pool = _pool(5, 168, 4, state_dtype, layout)
+    pool[[1, 4, 2]] = _normal((3, 168, 4), state_dtype)
     results = []
     for schedule, seed in (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2)):
         states = pool.copy() if layout == "rows" else pool.transpose(0, 2, 1).copy().transpose(0, 2, 1)
@@ -261,13 +301,19 @@ def test_update_moves_each_element_of_the_state_once(layout, dtype, state_dtype,
                                                 conv_state_indices=np.int32([1, 4, 2]))
         results.append((out, states))
         moved = launches[0].buffers
-        whole = 3 * 64 * 4 * pool.itemsize
+        whole = 3 * 168 * 4 * pool.itemsize
         assert moved["state"]["bytes_written"] == whole
         assert moved["state"]["bytes_read"] == (whole if layout == "rows" else whole * 3 // 4)
         assert moved["out.data"]["bytes_written"] == x.nbytes
     for out, states in results[1:]:
         assert_same_bits(out, results[0][0])
         assert_same_bits(states, results[0][1])
+
+
+def _for_cpu(found):
+    """A GPU's plan as one of the executor."""
+    plan, piece = found
+    return type(plan)(plan.spec, "cpu", plan.grid, plan.block, note=plan.note), piece
 
 
 def test_a_ring_is_read_once_and_written_where_it_changes():
@@ -302,20 +348,35 @@ def test_prefill_checked(width):
         assert_same_bits(states, results[0][1])
 
 
-@pytest.mark.parametrize("spec", [CORE[0], CORE[1], CORE[7]], ids=str)
-def test_states_and_vectors_of_channels_stay_whole(spec):
-    """In SASS: no store is taken apart, and four tokens are asked for before the first is used."""
+SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@pytest.mark.parametrize("spec", [s for s in CORE if dict(s.constants)["STEP"]], ids=str)
+def test_a_step_asks_for_everything_before_it_waits(spec):
+    """In SASS: state, x, taps and biases; of state and x 32 KiB, with the blocks that the registers allow."""
     compiled = nvrtc.compile_code(cuda.code(spec), cuda.options(spec, "sm_90a"), "sm_90a")
-    loops = [[nvrtc.mnemonic(line) for line in body] for body in nvrtc.loops(compiled.cubin, spec.kernel)]
-    stores = {name for body in loops for name in body if name.startswith("STG")}
+    asked = max(nvrtc.bytes_asked_for(body) for body in nvrtc.loops(compiled.cubin, spec.kernel))
     constants = dict(spec.constants)
-    if constants["ROW"]:
-        assert "STG.E.128" in stores
-        return
-    wide = {"float16": "64", "float32": "128"}[constants["S"]] if constants["VEC"] == 4 else "128"
-    assert stores == {"STG.E.128", f"STG.E.{wide}"}
-    tokens = next(body for body in loops if "MUFU.EX2" in body and "LDG.E.128" in body)
-    assert tokens[:tokens.index("MUFU.EX2")].count("LDG.E.128") == 4
+    state, x, weight = (SIZE[constants[name]] for name in "STW")
+    channels = 32 // (4 * state) if constants["ROW"] else constants["VEC"]
+    streamed = channels * ((4 if constants["ROW"] else 3) * state + x)
+    assert asked == streamed + channels * 5 * weight
+    registers = nvrtc.resources(compiled, spec.kernel).registers
+    assert 65536 // (128 * (-(-registers // 8) * 8)) * 128 * streamed >= 32 * 1024
+
+
+@pytest.mark.parametrize("spec", [CORE[1], CORE[2], CORE[7], CORE[11]], ids=str)
+def test_states_and_vectors_of_channels_stay_whole(spec):
+    """In SASS: no store is taken apart, and of packed rows eight tokens are asked for before the first is used."""
+    compiled = nvrtc.compile_code(cuda.code(spec), cuda.options(spec, "sm_90a"), "sm_90a")
+    loops = nvrtc.loops(compiled.cubin, spec.kernel)
+    constants = dict(spec.constants)
+    wide = constants["VEC"] * SIZE[constants["S"]] * 8
+    stores = {nvrtc.mnemonic(line) for body in loops for line in body if "STG" in line}
+    assert stores == {"STG.E.128", f"STG.E.{min(128, wide)}"}
+    if not constants["STEP"]:
+        assert max(nvrtc.bytes_asked_for(body) for body in loops if any("MUFU.EX2" in x for x in body)) >= 8 * 16
+        assert nvrtc.resources(compiled, spec.kernel).registers <= 168   # 3 blocks, 48 KiB
 
 
 @hypothesis_settings(max_examples=40, deadline=None, derandomize=True)
@@ -350,8 +411,8 @@ def test_plan_covers_all():
             for width in (1, 4, 200):
                 for layout in ("rows", "channels", "any"):
                     for packed in (True, False):
-                        plan, piece = _plan_causal_conv1d(7, 1000, packed, channels, width, "float16", "float32",
-                                                          "float32", True, layout, arch)
+                        plan, piece = _plan_causal_conv1d(7, 1000, packed, channels, width, width == 4, "float16",
+                                                          "float32", "float32", True, layout, arch)
                         constants = dict(plan.spec.constants)
                         assert piece >= width - 1 and channels % constants["VEC"] == 0 and plan.block[0] <= 128
                         assert not constants["ROW"] or piece >= 1000
@@ -387,7 +448,8 @@ def test_errors():
 
 
 def test_every_core_version_is_chosen_by_some_call():
-    chosen = {_plan_causal_conv1d(2, tokens, packed, 64, width, x, weight, state, wide, layout, "sm_90a")[0].spec
+    chosen = {_plan_causal_conv1d(2, tokens, packed, 64, width, width == 4, x, weight, state, wide, layout,
+                                  "sm_90a")[0].spec
               for tokens in (1, 100) for packed in (True, False) for width in (4, 5)
               for x, weight, state in {(c["T"], c["W"], c["S"]) for c in (dict(s.constants) for s in CORE)}
               for wide in (True, False) for layout in ("any", "rows", "channels")}

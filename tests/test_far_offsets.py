@@ -94,6 +94,7 @@ def test_pools_of_states(check):
     inputs, side_by_side = model.inputs(slots.size), np.arange(slots.size, dtype=np.int32)
     starts, weight = np.arange(slots.size + 1, dtype=np.int32), np.ones((PER_PAGE // 4, 4), np.float32)
     x = np.random.default_rng(3).standard_normal((slots.size, PER_PAGE // 4)).astype(np.float32)
+    q, slopes = x.reshape(slots.size, -1, 16)[:, :HEADS] / 4, np.float32([0.1, 0.5])
 
     def call(pool, at):
         windows = pool.reshape(len(pool), PER_PAGE // 4, 4)
@@ -101,6 +102,8 @@ def test_pools_of_states(check):
         yield cupyattn.selective_scan(**inputs, dt_softplus=True, state=pool, cu_seqlens=starts, slots=at)
         yield cupyattn.causal_conv1d_update(x, windows, weight, conv_state_indices=at)
         yield cupyattn.causal_conv1d(x, weight, conv_states=windows, cu_seqlens=starts, slots=at)
+        yield cupyattn.lightning_attention(q, q, q, pool, slopes, slots=at)
+        yield cupyattn.lightning_attention(q, q, q, pool, slopes, cu_seqlens=starts, slots=at)
 
     with settings(check=check):
         for got, want in zip(call(far, slots), call(near, side_by_side), strict=True):
@@ -108,6 +111,40 @@ def test_pools_of_states(check):
     assert_same_bits(far[slots], near)
     for slot in _wrapped(slots, len(far)):
         assert np.isnan(far[slot]).all(), f"slot {slot} was written"
+
+
+@pytest.mark.parametrize("check", [False, True], ids=["plain", "checked"])
+def test_rows_of_the_state_kernels(check):
+    """Tokens more than 2**31 bytes apart, all of them in columns of one array; and side by side."""
+    tokens, model = 5, Model(heads=HEADS, channels=16, states=16)
+    inputs, starts = model.inputs(tokens), np.int32([0, tokens])
+    by_token = {name: inputs.pop(name) for name in ("x", "dt", "B", "C", "z")}
+    base = sparse_array((tokens, 2**29 + 64), "float32")
+
+    def far(array, column):
+        view = base[:, column:column + array[0].size].reshape(array.shape)
+        assert np.shares_memory(view, base)
+        view[...] = array
+        return view
+
+    apart = {name: far(array, 512 * i) for i, (name, array) in enumerate(by_token.items())}
+    x, weight, slopes = by_token["x"].reshape(tokens, -1), np.ones((32, 4), np.float32), np.float32([0.1, 0.5])
+
+    def call(rows, x, out):
+        pool, windows = np.zeros((tokens, HEADS, 16, 16), np.float32), np.zeros((tokens, 32, 4), np.float32)
+        flat = out.reshape(tokens, -1)
+        yield cupyattn.selective_state_update(pool, **rows, **inputs, dt_softplus=True, out=out)
+        yield cupyattn.selective_scan(**rows, **inputs, dt_softplus=True, state=pool, cu_seqlens=starts, out=out)
+        yield cupyattn.causal_conv1d_update(x, windows, weight, out=flat)
+        yield cupyattn.causal_conv1d(x, weight, conv_states=windows, cu_seqlens=starts, out=flat)
+        q = rows["x"]
+        yield cupyattn.lightning_attention(q, q, q, pool, slopes, out=out)
+        yield cupyattn.lightning_attention(q, q, q, pool, slopes, cu_seqlens=starts, out=out)
+
+    far_out, near_out = far(by_token["x"], 4096), np.empty_like(by_token["x"])
+    with settings(check=check):
+        for got, want in zip(call(apart, far(x, 8192), far_out), call(by_token, x, near_out), strict=True):
+            assert_same_bits(got, want)
 
 
 # ---- reading -------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import numpy as np
+import nvrtc
 import pytest
 from compare import assert_close, assert_same_bits, poison
 from hypothesis import given
@@ -11,6 +12,7 @@ import cupyattn
 from cupyattn.ops import selective_scan as module
 from cupyattn.ops.selective_scan import CORE, _dual_bytes, _plan_carry, _plan_selective_scan
 from cupyattn.reference.selective_scan import selective_scan as reference
+from cupyattn.runtime import cuda
 from cupyattn.runtime.cpu import counters, settings
 
 BY_ROW = ("x", "dt", "B", "C", "z")
@@ -198,6 +200,19 @@ def test_steps_far_below_zero(heads, step):
     _compare(state, want_state.astype(np.float64))
 
 
+@pytest.mark.parametrize("heads", [None, 2])
+def test_softplus_far_below_zero(xp, heads):
+    """log(exp(d) + 1) would be 0 here; by both forms, in one chunk and in several."""
+    ones = np.ones((70, 3) if heads is None else (70, heads, 3), np.float32)
+    bc = np.ones((70, 1) if heads is None else (70, 1, 1), np.float32)
+    rates = -np.ones((3, 1) if heads is None else heads, np.float32)
+    arrays = [xp.array(a) for a in (ones, -30 * (ones if heads is None else ones[:, :, 0]), rates, bc, bc)]
+    want = 9.357622968839299e-14 * np.arange(1, 71).reshape(-1, *[1] * (ones.ndim - 1)) * ones
+    for chunk_size in (32, 256):
+        got = cupyattn.selective_scan(*arrays, dt_softplus=True, chunk_size=chunk_size)
+        assert_close(xp.numpy(got), want, 0, 2e-6)
+
+
 def test_not_a_number_stays_in_its_sequence():
     for heads in (None, 2):
         model = Model(heads=heads, channels=8, states=8)
@@ -333,6 +348,17 @@ def test_shapes(lengths, heads, channels, states, chunk_size, seed):
     slots[generator.random(len(lengths)) < 0.2] = -1
     _check(NumpyArrays(), Model(heads=heads, channels=channels, states=states, seed=seed), lengths, slots,
            generator.random(len(lengths)) < 0.5, more_rows=int(generator.integers(0, 4)), chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("spec", [s for s in CORE if s.kernel == "selective_scan" and dict(s.constants)["VEC"] == 4],
+                         ids=str)
+def test_eight_tokens_are_asked_for_before_the_first_is_used(spec):
+    """In SASS, of the recurrence for GPUs; a branch around each load would make their latencies add up."""
+    compiled = nvrtc.compile_code(cuda.code(spec), cuda.options(spec, "sm_90a"), "sm_90a")
+    constants = dict(spec.constants)
+    widest = 4 if "float32" in (constants["T"], constants["DT"]) else 2
+    loops = [body for body in nvrtc.loops(compiled.cubin, spec.kernel) if any("MUFU.EX2" in line for line in body)]
+    assert max(nvrtc.bytes_asked_for(body) for body in loops) >= 8 * widest
 
 
 def test_plans():

@@ -244,17 +244,21 @@ def test_as_on_a_gpu(heads, states, monkeypatch):
     _compare(results[0][slots], results[1][slots].astype(np.float64), "float32")
 
 
-@pytest.mark.parametrize("spec", CORE[:4], ids=str)
+@pytest.mark.parametrize("spec", [*CORE[:4], CORE[9]], ids=str)
 def test_all_states_are_asked_for_before_anything_is_waited_for(spec):
-    """In SASS: of a tile of dims the wide loads stand before the first exponential; every store is one of 16 bytes."""
+    """In SASS: of a tile of dims all wide loads stand before the first use of one, and every store of states is one of
+    16 bytes; with the blocks that the registers allow 32 KiB of states are on their way to an SM."""
     compiled = nvrtc.compile_code(cuda.code(spec), cuda.options(spec, "sm_90a"), "sm_90a")
-    tiles = nvrtc.loops(compiled.cubin, spec.kernel)[-1]
-    names = [nvrtc.mnemonic(line) for line in tiles]
+    tiles = nvrtc.loops(compiled.cubin, spec.kernel)
     constants = dict(spec.constants)
-    wanted = constants["ROWS"] * (1 + constants["STATE_DECAYS"] * constants["VEC"] // 4)
-    assert names[:names.index("MUFU.EX2")].count("LDG.E.128") >= wanted
-    stores = {name for name in names if name.startswith("STG")}
-    assert stores == {"STG.E.128", "STG.E.U16"}   # of states, of outputs
+    size = 4 if constants["T"] == "float32" else 2
+    states = constants["ROWS"] * 16
+    rates = states * (constants["STATE_DECAYS"] and constants["VEC"] == 4)
+    assert max(nvrtc.bytes_asked_for(body) for body in tiles) >= states + rates + 2 * constants["VEC"] * size
+    stores = {name for name in map(nvrtc.mnemonic, tiles[-1]) if name.startswith("STG")}
+    assert stores == {"STG.E.128", "STG.E" if size == 4 else "STG.E.U16"}   # of states, of outputs
+    registers = nvrtc.resources(compiled, spec.kernel).registers
+    assert 65536 // (128 * (-(-registers // 8) * 8)) * 128 * states >= 32 * 1024
 
 
 @hypothesis_settings(max_examples=40, deadline=None, derandomize=True)
@@ -303,6 +307,10 @@ def test_errors():
     op = "selective_state_update: "
     call(op + "x must be float16 or bfloat16 or float32, got float64", TypeError, x=inputs["x"].astype(np.float64))
     call(op + r"B must be \[batch, groups, state_size\]", B=inputs["B"][0])
+    call(op + r"B must have a state_size of at least 1, got \[2, 2, 0\]", B=inputs["B"][..., :0])
+    with pytest.raises(ValueError, match=op + r"A must have a state_size of at least 1, got \[4, 0\]"):
+        cupyattn.selective_state_update(np.zeros((2, 4, 0), np.float32), *np.ones((2, 2, 4), np.float32),
+                                        np.zeros((4, 0), np.float32), *np.zeros((2, 2, 0), np.float32))
     call(op + "B must have a number of groups that divides the 4 heads, got 3", B=np.zeros((2, 3, 16), np.float32))
     call(op + r"C must be \[batch, groups, state_size\] = \[2, 2, 16\], got \[2, 1, 16\]", C=inputs["C"][:, :1])
     call(op + r"A must be \[heads\] = \[4\], got \[3\]", A=inputs["A"][:3])

@@ -10,7 +10,7 @@
 // keys up to its own, then all tiles of keys go into the state. All four products are those of row-major matrices in
 // shared memory; a thread has ROWS rows, apart by the number of row tiles, and 8 columns of the result at a time.
 //
-// launch     grid (sequences * heads * slices), block any, one-dimensional, at most 128 threads
+// launch     grid ((batch + 1) * heads * slices), block any, one-dimensional, at most 128 threads
 //            dynamic shared memory, in floats: round_up(block_size + 1, 4) + tile * (key_dim + 4) + key_dim * (tile + 4)
 //            + tile * (tile + 4) + (tile + key_dim) * columns, + tile * columns when block_size > tile
 // aliasing   none allowed

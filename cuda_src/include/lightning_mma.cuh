@@ -12,7 +12,7 @@
 //            that 2^-17 of it is lost with bfloat16 and 2^-22 with float16. float16 has a small range: a row's scores
 //            are divided by a power of two, the state by another for each block, and of a key with its decay 2^-25 may
 //            be lost. One rounding on store.
-// launch     grid (sequences * heads * slices), block (128), sm_80; block_size at most BLOCK
+// launch     grid ((batch + 1) * heads * slices), block (128), sm_80; block_size at most BLOCK
 //            dynamic shared memory, in bytes: 2 * STAGES * BLOCK * (2 * KEY_STRIDE + VALUE_STRIDE)
 //            + 4 * KEY_DIM * VALUE_STRIDE + 4 * (BLOCK + 4 + WARPS)
 // aliasing   none allowed

@@ -665,28 +665,27 @@ struct LightningAttentionArgs {
   HeadView out;                // T [tokens, heads, value_dim] scale * q . state
   void* state;                 // S [num_slots, heads, key_dim, value_dim] last axis contiguous, updated in place
   const float* slopes;         // float32 [heads] a state fades by exp(-slope) a token
-  const int32_t* cu_seqlens;   // int32 [batch + 1] first token of every sequence; null: one token each
-  const int32_t* slots;        // int32 [batch] whose state; outside [0, num_slots): none, zeros; null: slot b
-  const uint8_t* has_state;    // bool [batch] 0: start from zeros; null: all go on
+  const int32_t* cu_seqlens;   // int32 [batch + 1] first row of every sequence; null: one token each
+  const int32_t* slots;        // int32 [batch] slot of every sequence, one outside the pool skips it; null: its number
+  const uint8_t* has_state;    // bool [batch] 0: the sequence begins here; null: none does
   const uint8_t* mask;         // bool [tokens] 0: the token's key and value are zeros; null: none is
   int64_t stride_slot;         // elements of state between slots
   int64_t stride_state_head;   // elements of state between heads
   int64_t stride_key;          // elements of state between dims of the key
   int64_t stride_slope;        // elements between entries of slopes
-  int64_t stride_start;        // elements between entries of cu_seqlens
-  int64_t stride_sequence;     // elements between entries of slots
-  int64_t stride_has;          // elements between entries of has_state
   int64_t stride_mask;         // elements between entries of mask
+  int32_t batch;               // sequences
   int32_t tokens;              // rows of q, k, v and out
   int32_t heads;               // heads per token
   int32_t key_dim;             // of q and k, a multiple of 8
   int32_t value_dim;           // of v and out, a multiple of 8
-  int32_t num_slots;           // states of the pool
+  int32_t num_slots;           // slots of the pool
   int32_t slices;              // blocks of a sequence's head, which share its value dims
   int32_t columns;             // value dims of a block, a multiple of 8; the last one may have fewer
   int32_t tile;                // tokens that a prefill block holds at a time, a multiple of 8
   int32_t block_size;          // tokens between two updates of the state
   float scale;                 // of the output
+  int32_t reserved;            // zero
 };
 
 struct PagePools {

@@ -2,13 +2,14 @@
 // selective_recurrence.cuh - a piece of selective_scan.cu token by token. Part of that file.
 //
 // LANES neighbours have the states of a dim, COUNT times VEC each, in registers for the whole piece. B and C of
-// TOKENS tokens are in shared memory, read by all dims. Eight tokens of x and dt are loaded before the first is used.
-// shared     2 * TOKENS * COUNT * VEC * LANES floats, two barriers per TOKENS tokens
+// TOKENS tokens are in shared memory, read by all dims. Eight tokens of x, dt and z are asked for before the first is
+// used, as are ROUNDS numbers of B and C: no branch stands around a load, what is not there is its neighbour once more.
+// shared     2 * TOKENS * COUNT * VEC * LANES floats, two barriers per TOKENS tokens; ROUNDS * threads divide a tile
 constexpr int LANES = CA_LANES;  // threads of a dim
 constexpr int COUNT = CA_COUNT;  // vectors of a thread
 constexpr int SLOTS = COUNT * VEC * LANES;       // at least state_size
 constexpr int TOKENS = SLOTS > 128 ? 8 : 32;     // in shared memory
-constexpr int AHEAD = 8;
+constexpr int AHEAD = 8, ROUNDS = 4;
 constexpr int RATES = STATE_DECAYS ? COUNT : 1;
 constexpr int UNROLLED = COUNT > 4 ? 1 : COUNT;  // more of them are the CPU's, in memory
 
@@ -53,34 +54,55 @@ __device__ __forceinline__ void scan_by_tokens(const SelectiveScanArgs& args) {
   }
 
   const int64_t group = head / in.heads_per_group;
-  const float skip = is_dim && in.D.data != nullptr ? *channel(in.D, head, dim) : 0.0f;
+  const int place = min(dim, in.head_dim - 1);
+  const float skip = in.D.data != nullptr ? *channel(in.D, head, place) : 0.0f;
+  const float bias = in.dt_bias.data != nullptr ? *channel(in.dt_bias, head, place) : 0.0f;
+  const bool has_gate = OUTPUTS && in.z.data != nullptr;
+  const HeadView& gate = has_gate ? in.z : in.x;
   float total = 0.0f;
   for (int tile = piece.begin; tile < piece.end; tile += TOKENS) {
     // 2. B and C of a tile
     const int count = min(TOKENS, piece.end - tile);
     __syncthreads();
-    for (int i = threadIdx.x; i < count * SLOTS; i += blockDim.x) {
-      const int token = tile + i / SLOTS, n = i % SLOTS;
-      b_tile[i] = n < in.state_size ? to_float(row_of<T>(in.B, piece, token, group)[n]) : 0.0f;
-      if (OUTPUTS) c_tile[i] = n < in.state_size ? to_float(row_of<T>(in.C, piece, token, group)[n]) : 0.0f;
+    for (int first = 0; first < count * SLOTS; first += ROUNDS * blockDim.x) {  // all of it lies within the tile
+      T b[ROUNDS], c[ROUNDS];
+#pragma unroll
+      for (int r = 0; r < ROUNDS; ++r) {
+        const int i = first + r * blockDim.x + threadIdx.x;
+        const int token = tile + min(i / SLOTS, count - 1), n = min(i % SLOTS, in.state_size - 1);
+        b[r] = row_of<T>(in.B, piece, token, group)[n];
+        if (OUTPUTS) c[r] = row_of<T>(in.C, piece, token, group)[n];
+      }
+#pragma unroll
+      for (int r = 0; r < ROUNDS; ++r) {
+        const int i = first + r * blockDim.x + threadIdx.x;
+        const bool is_state = i % SLOTS < in.state_size;
+        b_tile[i] = is_state ? to_float(b[r]) : 0.0f;
+        if (OUTPUTS) c_tile[i] = is_state ? to_float(c[r]) : 0.0f;
+      }
     }
     __syncthreads();
 
     for (int t = 0; t < count; t += AHEAD) {
       // 3. eight tokens
-      float x[AHEAD], steps[AHEAD], y[AHEAD];
-      Floats<AHEAD> gates;
+      T raw_x[AHEAD], raw_gates[AHEAD];
+      DT raw_steps[AHEAD];
 #pragma unroll
       for (int i = 0; i < AHEAD; ++i) {
-        const int token = is_dim && t + i < count ? tile + t + i : -1;
-        x[i] = token < 0 ? 0.0f : to_float(row_of<T>(in.x, piece, token, head)[dim]);
-        steps[i] = token < 0 ? 0.0f : raw_step<DT>(in, piece.first + token, head, dim);
-        const bool is_gated = OUTPUTS && token >= 0 && in.z.data != nullptr;
-        gates.x[i] = is_gated ? to_float(row_of<T>(in.z, piece, token, head)[dim]) : 0.0f;
-        y[i] = 0.0f;
+        const int token = tile + min(t + i, count - 1);
+        raw_x[i] = row_of<T>(in.x, piece, token, head)[place];
+        raw_steps[i] = static_cast<const DT*>(in.dt.data)[(piece.first + token) * in.dt.stride_token +
+                                                          head * in.dt.stride_head + place * in.dt.stride_dim];
+        if (OUTPUTS) raw_gates[i] = row_of<T>(gate, piece, token, head)[place];
       }
+      float x[AHEAD], steps[AHEAD], y[AHEAD] = {};
+      Floats<AHEAD> gates = Floats<AHEAD>::all(0.0f);
 #pragma unroll
-      for (int i = 0; i < AHEAD; ++i) steps[i] = finish_step(in, steps[i]);
+      for (int i = 0; i < AHEAD; ++i) {
+        x[i] = to_float(raw_x[i]);
+        steps[i] = finish_step(in, to_float(raw_steps[i]) + bias);
+        if (OUTPUTS) gates.x[i] = to_float(raw_gates[i]);
+      }
 #pragma unroll
       for (int i = 0; i < AHEAD; ++i) {
         if (t + i >= count) break;
@@ -111,7 +133,7 @@ __device__ __forceinline__ void scan_by_tokens(const SelectiveScanArgs& args) {
 #pragma unroll
           for (int i = 0; i < AHEAD; ++i) y[i] = fmaf(skip, x[i], y[i]);
         }
-        if (in.z.data != nullptr) {
+        if (has_gate) {
           gates = silu(gates);
 #pragma unroll
           for (int i = 0; i < AHEAD; ++i) y[i] *= gates.x[i];

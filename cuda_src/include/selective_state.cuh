@@ -37,6 +37,31 @@ __device__ __forceinline__ bool rows_are_aligned(const HeadView& view) {
   return (reinterpret_cast<int64_t>(view.data) | strides) % 16 == 0;
 }
 
+// Sum of products of N numbers each: on the host N sums, one vector; on the GPU a single one, for want of registers.
+template <int N>
+struct ProductSum {
+#if CA_CPU
+  Floats<N> sums = Floats<N>::all(0.0f);
+#else
+  float sum = 0.0f;
+#endif
+  __device__ __forceinline__ void add(const Floats<N>& a, const Floats<N>& b) {
+#if CA_CPU
+    sums.add_product(a, b);
+#else
+#pragma unroll
+    for (int j = 0; j < N; ++j) sum = fmaf(a.x[j], b.x[j], sum);
+#endif
+  }
+  __device__ __forceinline__ float total() const {
+#if CA_CPU
+    float sum = sums.x[0];
+    for (int j = 1; j < N; ++j) sum += sums.x[j];
+#endif
+    return sum;
+  }
+};
+
 template <typename DT>
 __device__ __forceinline__ float raw_step(const SelectiveInputs& in, int64_t token, int head, int dim) {
   const float step = to_float(static_cast<const DT*>(in.dt.data)[token * in.dt.stride_token + head * in.dt.stride_head +

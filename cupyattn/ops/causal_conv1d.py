@@ -20,20 +20,23 @@ ACTIVATIONS = (None, "silu", "swish")
 REGISTER_WIDTH = 4   # taps that are held in registers; wider windows are read from memory
 
 
-def _spec(x, weight, state, vec, width, layout):
-    """`layout` of the state: "channels" are vectors of `vec`, "rows" are one access, "any" is read one by one."""
+def _spec(x, weight, state, vec, width, layout, step=False):
+    """`layout` of the state: "channels" are vectors of `vec`, "rows" are one access, "any" is read one by one.
+
+    `step`: one token per sequence, and taps of a channel in one access.
+    """
     return Specialisation("causal_conv1d", "causal_conv1d", "CausalConv1dArgs",
-                          {"T": x, "W": weight, "S": state, "VEC": vec, "WIDTH": width,
+                          {"T": x, "W": weight, "S": state, "VEC": vec, "WIDTH": width, "STEP": int(step),
                            "CHANNEL_VECTORS": int(layout == "channels"), "ROW": 4 if layout == "rows" else 0})
 
 
 CORE = [_spec(*case) for case in (
-    ("float32", "float32", "float32", 1, 4, "rows"), ("float16", "float16", "float16", 8, 4, "channels"),
-    ("bfloat16", "float32", "float32", 8, 4, "any"), ("bfloat16", "bfloat16", "bfloat16", 1, 4, "rows"),
-    ("float32", "float32", "float32", 4, 0, "any"), ("float16", "float32", "float32", 1, 4, "rows"),
-    ("float16", "float16", "float32", 1, 0, "any"), ("float32", "float32", "float16", 4, 4, "channels"),
+    ("float32", "float32", "float32", 1, 4, "rows", True), ("bfloat16", "bfloat16", "bfloat16", 8, 4, "channels"),
+    ("bfloat16", "float32", "float32", 8, 4, "channels", True), ("float16", "float32", "float32", 1, 4, "rows"),
+    ("bfloat16", "bfloat16", "bfloat16", 1, 4, "rows", True), ("float32", "float32", "float32", 4, 0, "any"),
+    ("float16", "float16", "float32", 1, 0, "any"), ("float32", "float32", "float16", 4, 4, "channels", True),
     ("bfloat16", "bfloat16", "float32", 8, 0, "channels"), ("float32", "float32", "float32", 1, 4, "any"),
-    ("float32", "float32", "float32", 4, 4, "any"), ("float16", "float16", "float16", 8, 4, "any"),
+    ("float32", "float32", "float32", 4, 4, "any", True), ("float16", "float16", "float16", 8, 4, "channels", True),
 )]
 
 
@@ -43,23 +46,27 @@ def more_specs():
         for weight in dict.fromkeys((x, "float32")):
             for state in FLOATS:
                 vec = 4 if x == "float32" else 8
-                for width in (0, REGISTER_WIDTH):
-                    yield from (_spec(x, weight, state, vec, width, layout) for layout in ("any", "channels"))
-                    yield _spec(x, weight, state, 1, width, "any")
-                yield _spec(x, weight, state, 1, REGISTER_WIDTH, "rows")
+                for width, step in ((0, False), (REGISTER_WIDTH, False), (REGISTER_WIDTH, True)):
+                    yield from (_spec(x, weight, state, vec, width, layout, step) for layout in ("any", "channels"))
+                    yield _spec(x, weight, state, 1, width, "any", step)
+                yield from (_spec(x, weight, state, 1, REGISTER_WIDTH, "rows", step) for step in (False, True))
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan_causal_conv1d(batch, tokens, packed, channels, width, x, weight, state, wide, layout, arch):
+def _plan_causal_conv1d(batch, tokens, packed, channels, width, whole, x, weight, state, wide, layout, arch):
     """(Plan, tokens of a piece) from sizes, dtype names, and arch.
 
-    `wide`: x and out have VEC channels at multiples of 16 bytes; `layout` as in `_spec`, of what the state allows.
+    `whole`: REGISTER_WIDTH taps, one access for a channel, and a state that holds the window; `wide`: x and out have
+    VEC channels at multiples of 16 bytes; `layout` as in `_spec`, of what the state allows.
     """
     vec = 4 if x == "float32" else 8
     if layout == "rows" and (packed or width > REGISTER_WIDTH):
         layout = "any"
     if layout == "rows" or not wide or channels % vec:
         vec, layout = 1, "any" if layout == "channels" else layout
+    in_registers = width <= REGISTER_WIDTH
+    step = not packed and tokens == 1 and whole
+    count = 1 if layout != "rows" or not step else 2 if state == "float32" else 4   # rows of a thread, COUNT
     piece = max(width, 32 if arch == "cpu" else 64)
     if layout == "rows":
         piece = max(piece, tokens)
@@ -67,11 +74,11 @@ def _plan_causal_conv1d(batch, tokens, packed, channels, width, x, weight, state
     if arch == "cpu":
         threads, blocks = 1, max(1, min(channels // vec, channels * min(tokens, piece) // 32768))
     else:
-        threads = min(128, -(-channels // (32 * vec)) * 32)
-        blocks = min(65535, -(-channels // (threads * vec)))
-    spec = _spec(x, weight, state, vec, REGISTER_WIDTH if width <= REGISTER_WIDTH else 0, layout)
-    note = (f"{'one channel' if vec == 1 else f'{vec} channels'} per thread; "
-            f"{'window in registers' if width <= REGISTER_WIDTH else 'window from memory'}, state by {layout}")
+        threads = min(128, -(-channels // (32 * vec * count)) * 32)
+        blocks = min(65535, -(-channels // (threads * vec * count)))
+    spec = _spec(x, weight, state, vec, REGISTER_WIDTH if in_registers else 0, layout, step)
+    note = (f"{'one channel' if vec * count == 1 else f'{vec * count} channels'} per thread; "
+            f"{'window in registers' if in_registers else 'window from memory'}, state by {layout}")
     return Plan(spec, arch, (pieces, blocks), (threads,), note=note), piece
 
 
@@ -127,15 +134,17 @@ def _launch(xp, x, out, weight, bias, state, *, packed, x_type, weight_type, sta
         wide = wide and channel == 1 and alignment(array) == 16
     layout = "any" if fields["positions"] is not None and state.shape[2] == 4 and strides(state)[1] != 1 \
         else _state_layout(state, vec)
-    plan, piece = _plan_causal_conv1d(batch, tokens, packed, channels, width, x_type, weight_type, state_type, wide,
-                                      layout, arch_of(xp))
+    state_len = 0 if state is None else state.shape[2]
+    whole = width == REGISTER_WIDTH <= state_len + 1 and strides(weight)[1] == 1 and \
+        alignment(weight) % min(16, width * weight.itemsize) == 0
+    plan, piece = _plan_causal_conv1d(batch, tokens, packed, channels, width, whole, x_type, weight_type, state_type,
+                                      wide, layout, arch_of(xp))
     slot, channel, time = (0, 0, 0) if state is None else strides(state)
     launch(plan, make_args(
         plan, **views, weight=weight, bias=bias, state=state, stride_weight_channel=strides(weight)[0],
         stride_weight_tap=strides(weight)[1], stride_slot=slot, stride_channel=channel, stride_time=time,
         is_packed=int(packed), tokens=tokens, channels=channels, width=width,
-        state_len=0 if state is None else state.shape[2], num_slots=0 if state is None else state.shape[0],
-        piece=piece, reserved=0, **fields))
+        state_len=state_len, num_slots=0 if state is None else state.shape[0], piece=piece, reserved=0, **fields))
 
 
 def causal_conv1d(x, weight, bias=None, *, conv_states=None, cu_seqlens=None, slots=None, has_state=None,

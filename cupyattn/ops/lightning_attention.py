@@ -6,10 +6,18 @@ import itertools
 
 import numpy as np
 
-from ..devices import to_host
-from ..runtime import Plan, Prepared, Specialisation, Template, arch_of, env, make_args
+from ..runtime import Plan, Prepared, Specialisation, Template, arch_of, make_args
 from ..runtime.arrays import alignment, array_namespace, dtype_name, head_view, strides
 from ..runtime.checks import FLOATS, check_array, check_number, check_writeable
+from ..state_slots import (
+    check_offsets,
+    check_pool,
+    check_slot_list,
+    check_slot_numbers,
+    contents,
+    count_sequences,
+    has_state_bytes,
+)
 
 MAX_DIM, MAX_BLOCK = 256, 256
 TILE = 32            # tokens a prefill block holds at a time, and the default of block_size
@@ -124,7 +132,7 @@ def _mma_shape(batch, heads, key_dim, value_dim, most):
 @functools.lru_cache(maxsize=4096)
 def _plan_lightning_attention_prefill(batch, heads, key_dim, value_dim, block_size, x, state, align, arch):
     """(Plan, columns of a block, tile, block_size) for any number of tokens per sequence; arguments as above, and
-    block_size or None."""
+    block_size or None. The rows of no sequence are one more."""
     most, why = _most_shared_bytes(arch), None
     if arch == "cpu" or int(arch[3:].rstrip("af")) < 80 or x == "float32":
         why = f"{x} on {arch}"
@@ -135,9 +143,10 @@ def _plan_lightning_attention_prefill(batch, heads, key_dim, value_dim, block_si
     shape = _mma_shape(batch, heads, key_dim, value_dim, most) if why is None else None
     if shape is not None:
         width, columns, stages, shared = shape
-        return (Plan(_mma_spec(x, state, width, columns, stages), arch, (batch * heads * -(-value_dim // columns),),
-                     (128,), shared_bytes=shared, note=f"tensor cores, {stages} blocks of {MMA_BLOCK} tokens at hand"),
-                columns, MMA_BLOCK, block_size or MMA_BLOCK)
+        plan = Plan(_mma_spec(x, state, width, columns, stages), arch,
+                    ((batch + 1) * heads * -(-value_dim // columns),), (128,), shared_bytes=shared,
+                    note=f"tensor cores, {stages} blocks of {MMA_BLOCK} tokens at hand")
+        return plan, columns, MMA_BLOCK, block_size or MMA_BLOCK
     block_size = block_size or TILE
     tile, columns = next(
         (tile, columns) for tile, columns in ((TILE, 64), (TILE, 32), (16, 32), (16, 16), (8, 8))
@@ -146,7 +155,7 @@ def _plan_lightning_attention_prefill(batch, heads, key_dim, value_dim, block_si
     on_cpu = arch == "cpu"
     note = f"CUDA cores: {why or f'{most} bytes of shared memory'}; tiles of {tile} tokens"
     plan = Plan(_spec(x, state, 8 if align == 16 else 1, True, on_cpu), arch,
-                (batch * heads * -(-value_dim // columns),), (1 if on_cpu else 128,),
+                ((batch + 1) * heads * -(-value_dim // columns),), (1 if on_cpu else 128,),
                 shared_bytes=_shared_bytes(block_size, tile, key_dim, columns), note=note)
     return plan, columns, tile, block_size
 
@@ -155,50 +164,6 @@ def _check_dims(q, v):
     for name, dim, axis in (("q", q.shape[2], "key_dim"), ("v", v.shape[2], "value_dim")):
         if not 0 < dim <= MAX_DIM or dim % 8:
             raise ValueError(f"{_OP}: {name} must have a {axis} that is a multiple of 8 up to {MAX_DIM}, got {dim}")
-
-
-def _check_lists(tokens, num_slots, cu_seqlens, slots, has_state, mask):
-    """What is given per sequence or token fits; the number of sequences."""
-    if cu_seqlens is not None and cu_seqlens.shape == (0,):
-        raise ValueError(f"{_OP}: cu_seqlens must be [batch + 1], got []")
-    batch = tokens if cu_seqlens is None or cu_seqlens.ndim != 1 else len(cu_seqlens) - 1
-    for name, array, dtypes, shape, axes in (
-            ("cu_seqlens", cu_seqlens, "int32", (batch + 1,), "[batch + 1]"),
-            ("slots", slots, "int32", (batch,), "[batch]"),
-            ("has_state", has_state, ("bool", "uint8"), (batch,), "[batch]"),
-            ("mask", mask, ("bool", "uint8"), (tokens,), "[tokens]")):
-        if array is not None:
-            check_array(_OP, name, array, dtypes, shape, axes, contiguous=False)
-    if slots is None and batch > num_slots:
-        raise ValueError(f"{_OP}: state must have a slot for each of the {batch} sequences when slots is None, got "
-                         f"{num_slots}")
-    return batch
-
-
-def _check_content(tokens, num_slots, cu_seqlens, slots):
-    """Offsets do not decrease and lie within the tokens; no two sequences share a state. Copies CuPy arrays."""
-    if cu_seqlens is not None:
-        starts = to_host(cu_seqlens).astype(np.int64)
-        if starts[0] < 0 or starts[-1] > tokens or (np.diff(starts) < 0).any():
-            raise ValueError(f"{_OP}: cu_seqlens must not decrease and be within 0 and the {tokens} tokens of q, got "
-                             f"{starts.tolist() if len(starts) < 20 else f'{starts[0]} to {starts[-1]}'}")
-    if slots is not None:
-        used = set()
-        for slot in to_host(slots).tolist():
-            if slot >= num_slots:
-                raise ValueError(f"{_OP}: slots must be below the {num_slots} slots of state, or negative for none, "
-                                 f"got {slot}")
-            if slot >= 0 and slot in used:
-                raise ValueError(f"{_OP}: slots must differ from sequence to sequence, got {slot} twice")
-            used.add(slot)
-
-
-def _as_bytes(flags):
-    return None if flags is None else flags.view("uint8")
-
-
-def _stride(array):
-    return 0 if array is None else strides(array)[0]
 
 
 def lightning_attention(q, k, v, state, slopes, /, *, scale=1.0, cu_seqlens=None, slots=None, has_state=None, mask=None,
@@ -219,18 +184,19 @@ def lightning_attention(q, k, v, state, slopes, /, *, scale=1.0, cu_seqlens=None
         contiguous last axis; key_dim is a multiple of 8 up to 256.
     v : ndarray [tokens, heads, value_dim], dtype of q
         Values; value_dim is a multiple of 8 up to 256, and may differ from key_dim.
-    state : ndarray [num_slots, heads, key_dim, value_dim], float32, float16 or bfloat16
-        Updated in place. Any strides with a contiguous last axis. float32 is recommended: what a 16-bit state rounds
-        away at every call adds up.
+    state : ndarray [slots, heads, key_dim, value_dim], float32, float16 or bfloat16
+        A pool of states, updated in place. Any strides with a contiguous last axis. float32 is recommended: what a
+        16-bit state rounds away at every call adds up.
     slopes : ndarray [heads], float32
         Decay of each head, not negative; 0 keeps everything, infinity forgets at once. See `lightning_slopes`.
     scale : float
         Of the output. Default 1, as in MiniMax; flash-linear-attention uses ``key_dim ** -0.5``.
     cu_seqlens : ndarray [batch + 1], int32, optional
-        Tokens of sequence b are ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``; none leave its state alone. Rows of `out`
-        that belong to no sequence stay as they are. Default: one token each, ``batch = tokens``.
+        First row of each sequence, from 0 on, and the end of the last. A sequence without tokens leaves its slot as it
+        is. Rows past the end give zeros. Default: one token each, ``batch = tokens``.
     slots : ndarray [batch], int32, optional
-        Which state each sequence has; negative for none, which gives zeros (padding of a batch). Default: state b.
+        Slot of each sequence; a negative one skips the sequence: its rows give zeros (padding of a batch). Default:
+        sequence b has slot b.
     has_state : ndarray [batch], bool or uint8, optional
         False: the sequence starts here, from zeros, and its old state is not read. Default: all go on.
     mask : ndarray [tokens], bool or uint8, optional
@@ -251,9 +217,9 @@ def lightning_attention(q, k, v, state, slopes, /, *, scale=1.0, cu_seqlens=None
     TypeError
         NumPy and CuPy arrays mixed, or an unsupported dtype.
     ValueError
-        Shapes or strides that do not fit, or numbers out of range. For NumPy arrays also offsets that decrease, and
-        slots past the pool or named twice; for CuPy arrays only with ``CUPYATTN_CHECK=1``, else a slot past the pool is
-        none.
+        Shapes or strides that do not fit, or numbers out of range. For NumPy arrays also offsets that decrease or leave
+        `q`, a slot past the pool and one named twice; for CuPy arrays only with ``CUPYATTN_CHECK=1``, else a sequence
+        with a slot past the pool is skipped.
 
     Notes
     -----
@@ -281,12 +247,14 @@ def lightning_attention(q, k, v, state, slopes, /, *, scale=1.0, cu_seqlens=None
     >>> cupyattn.lightning_attention(x[:1], x[:1], x[:1], state, halving)[:, 0, 0]   # the fourth
     array([15.], dtype=float32)
     """
+    xp = array_namespace(_OP, v=v)
     if out is None:
-        out = array_namespace(_OP, v=v).empty(v.shape, v.dtype)
+        out = xp.empty(v.shape, v.dtype)
     found, *where = _prepared((q, k, v, state, slopes, cu_seqlens, slots, has_state, mask, out), scale, block_size)
+    if contents(xp):
+        check_offsets(_OP, cu_seqlens, q.shape[0])
+        check_slot_numbers(_OP, "slots", slots, state.shape[0])
     if found is not None:
-        if isinstance(q, np.ndarray) or env.check():
-            _check_content(q.shape[0], state.shape[0], cu_seqlens, slots)
         found.launch(*where)
     return out
 
@@ -302,9 +270,8 @@ def _prepared(q, k, v, state, slopes, cu_seqlens, slots, has_state, mask, out, s
     check_array(_OP, "v", v, x_type, (tokens, heads, None), "[tokens, heads, value_dim]")
     value_dim = v.shape[2]
     _check_dims(q, v)
-    check_array(_OP, "state", state, FLOATS, (None, heads, key_dim, value_dim),
-                "[num_slots, heads, key_dim, value_dim]")
-    check_writeable(_OP, "state", state)
+    check_pool(_OP, "state", state, FLOATS, (None, heads, key_dim, value_dim), "[slots, heads, key_dim, value_dim]",
+               contiguous=True)
     check_array(_OP, "slopes", slopes, "float32", (heads,), "[heads]", contiguous=False)
     check_number(_OP, "scale", scale)
     if block_size is not None:
@@ -312,10 +279,15 @@ def _prepared(q, k, v, state, slopes, cu_seqlens, slots, has_state, mask, out, s
         if block_size > MAX_BLOCK:
             raise ValueError(f"{_OP}: block_size must be from 1 to {MAX_BLOCK}, got {block_size}")
         block_size = int(block_size)
-    batch = _check_lists(tokens, state.shape[0], cu_seqlens, slots, has_state, mask)
+    batch = tokens if cu_seqlens is None else count_sequences(_OP, cu_seqlens)
+    check_slot_list(_OP, "slots", slots, batch, state.shape[0])
+    has_state = has_state_bytes(_OP, has_state, batch)
+    if mask is not None:
+        check_array(_OP, "mask", mask, ("bool", "uint8"), (tokens,), "[tokens]", contiguous=False)
+        mask = mask.view("uint8")
     check_array(_OP, "out", out, x_type, v.shape, "[tokens, heads, value_dim]")
     check_writeable(_OP, "out", out)
-    if out.size == 0 or batch == 0:
+    if out.size == 0:
         return None
     kinds = (x_type, dtype_name(state), min(alignment(a) for a in (q, k, v, out, state)), arch_of(xp))
     if cu_seqlens is None:
@@ -327,12 +299,11 @@ def _prepared(q, k, v, state, slopes, cu_seqlens, slots, has_state, mask, out, s
     slot, state_head, state_key, _ = strides(state)
     return Template(plan, make_args(
         plan, q=head_view(q), k=head_view(k), v=head_view(v), out=head_view(out), state=state, slopes=slopes,
-        cu_seqlens=cu_seqlens, slots=slots, has_state=_as_bytes(has_state), mask=_as_bytes(mask), stride_slot=slot,
-        stride_state_head=state_head, stride_key=state_key, stride_slope=_stride(slopes),
-        stride_start=_stride(cu_seqlens), stride_sequence=_stride(slots), stride_has=_stride(has_state),
-        stride_mask=_stride(mask), tokens=tokens, heads=heads, key_dim=key_dim, value_dim=value_dim,
-        num_slots=state.shape[0], slices=-(-value_dim // columns), columns=columns, tile=tile, block_size=block_size,
-        scale=scale))
+        cu_seqlens=cu_seqlens, slots=slots, has_state=has_state, mask=mask, stride_slot=slot,
+        stride_state_head=state_head, stride_key=state_key, stride_slope=strides(slopes)[0],
+        stride_mask=0 if mask is None else strides(mask)[0], batch=batch, tokens=tokens, heads=heads, key_dim=key_dim,
+        value_dim=value_dim, num_slots=state.shape[0], slices=-(-value_dim // columns), columns=columns, tile=tile,
+        block_size=block_size, scale=scale, reserved=0))
 
 
 def lightning_slopes(num_heads, layer, num_layers, *, convention="minimax", xp=np):

@@ -21,12 +21,13 @@ def _spec(x, dt, state, vec, lanes, state_decays):
 
 CORE = [_spec(*case) for case in (
     ("float16", "float16", "float32", 4, 4, True), ("bfloat16", "float32", "float32", 4, 32, False),
-    ("bfloat16", "bfloat16", "bfloat16", 8, 16, False), ("float16", "float32", "float16", 8, 4, True),
+    ("bfloat16", "bfloat16", "bfloat16", 8, 16, False), ("float16", "float32", "float16", 8, 2, True),
     ("float32", "float32", "float32", 8, 1, True), ("float32", "float32", "float32", 8, 1, False),
     ("float32", "float32", "float32", 1, 32, True), ("float16", "float32", "float32", 1, 1, False),
     ("bfloat16", "float32", "float32", 8, 1, True), ("float32", "float32", "float16", 8, 32, False),
 )]
-_SHAPES = ((1, 4), (1, 32), (4, 4), (4, 8), (4, 16), (4, 32), (8, 4), (8, 8), (8, 16), (8, 32))   # states, lanes
+_SHAPES = (*((1, lanes) for lanes in (4, 32)), *((4, lanes) for lanes in (4, 8, 16, 32)),
+           *((8, lanes) for lanes in (2, 4, 8, 16, 32)))   # (VEC, LANES)
 
 
 def more_specs():
@@ -60,7 +61,7 @@ def _plan_selective_state_update(batch, heads, head_dim, state_size, x, dt, stat
         z = max(1, min(-(-head_dim // ROWS), each // 32768))
     else:
         lanes = min(32, _power_of_two(-(-state_size // vec)))
-        lanes = max(4, lanes) if vec > 1 else 32 if lanes > 4 else 4
+        lanes = max(2 if vec == 8 else 4, lanes) if vec > 1 else 32 if lanes > 4 else 4
         threads = 128
         y, z = min(heads, 65535), min(65535, -(-head_dim * lanes // (ROWS * threads)))
     note = (f"{vec} states per access" if vec > 1 else f"one state per access: alignment {align}, {state_size} states")

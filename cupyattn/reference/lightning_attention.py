@@ -13,11 +13,10 @@ def lightning_attention(q, k, v, state, slopes, /, *, scale=1.0, cu_seqlens=None
     tokens = q.shape[0]
     starts = np.arange(tokens + 1) if cu_seqlens is None else np.asarray(cu_seqlens)
     result = np.zeros(v.shape) if out is None else out
+    result[...] = 0
     decay = np.exp(-slopes.astype(np.float64))[:, None, None]
     for b, (begin, end) in enumerate(zip(starts, starts[1:], strict=False)):
         slot = b if slots is None else slots[b]
-        if slot < 0:
-            result[begin:end] = 0
         if slot < 0 or begin == end:
             continue
         fresh = has_state is not None and not has_state[b]
