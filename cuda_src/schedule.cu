@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // schedule.cu - work lists of the attention kernels, from lengths that are on the GPU.
 //
-//   What the lists are is said by cupyattn/reference/schedule.py; cupyattn/work_list.py makes the same bits in NumPy.
+//   What the lists are is said by cupyattn/reference/schedule.py; cupyattn/attn/work_list.py makes the same bits in
+//   NumPy.
 //   Units in the order (sequence, KV head, row tile) cost `key tiles + 2` each, or with fixed cuts `key tiles + 2 *
 //   items`; per_worker = ceil(sum of costs / workers).
 //   balanced   block w of the attention kernel owns costs [w, w + 1) * per_worker, the first two of a unit being no tile

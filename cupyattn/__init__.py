@@ -5,8 +5,6 @@ NumPy arrays in: the `.cu` source runs on the CPU. CuPy arrays in: it runs on th
 """
 
 from .attention_impl import AttentionImpl, AttentionMetadata, AttentionOutput, AttentionRegistry
-from .attention_params import AttentionParams
-from .cache_iterators import BlockIteratorParams, LinearIteratorParams, QuantPolicy, create_cache_iter_factory
 from .caches import (
     HBMPageManager,
     LightningCache,
@@ -31,12 +29,9 @@ from .caches import (
     TransformerCacheView,
     TransformerMetadata,
 )
-from .communicators import Communicator, InProcessCommunicator, MPICommunicator
-from .context_parallel import contiguous_shards, merge_shards, rank_result, round_robin
 from .errors import CaptureError, CompileError, KernelCheckError
-from .lora import LoRA, load_lora
-from .matmul_tuning import tune
-from .nccl import NCCLCommunicator
+from .kv.quantized import BlockKV, QuantizedKV
+from .matmul.tuning import tune
 from .ops.attention import attention
 from .ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from .ops.dequantize import dequantize
@@ -56,13 +51,18 @@ from .ops.selective_scan import selective_scan
 from .ops.selective_state_update import selective_state_update
 from .ops.silu_mul import silu_mul
 from .ops.split_reduce import split_reduce
-from .page_sequence import PageSequence
-from .page_table import PageTable
 from .paged_attn import PagedAttn
-from .pages import PageManager
+from .paging.pages import PageManager
+from .paging.sequence import PageSequence
+from .paging.table import PageTable
+from .parallel.communicators import Communicator, InProcessCommunicator, MPICommunicator
+from .parallel.context_parallel import contiguous_shards, merge_shards, rank_result, round_robin
+from .parallel.nccl import NCCLCommunicator
+from .parallel.tensor_parallel import TPContext, split_heads
+from .parallel.tp_attn import TPAttn, TPShard
+from .parallel.tp_functions import tp_attn_forward_, tp_attn_forward_paged_
 from .params import PagedParams, Params
-from .q_attn import QAttn
-from .q_attn_functions import (
+from .q_attn.functions import (
     ROPE_STYLE_GPTJ,
     ROPE_STYLE_NEOX,
     ROPE_STYLE_NONE,
@@ -72,13 +72,13 @@ from .q_attn_functions import (
     q_attn_forward_2,
     q_attn_set_loras,
 )
+from .q_attn.layer import QAttn
+from .q_attn.lora import LoRA, load_lora
 from .quant import QExperts, QMatrix
-from .quantized_kv import BlockKV, QuantizedKV
 from .rope_params import RopeKernelParam, RopeParams
-from .tensor_parallel import TPContext, split_heads
-from .tp_attn import TPAttn, TPShard
-from .tp_attn_functions import tp_attn_forward_, tp_attn_forward_paged_
-from .turbomind import flatten_kv, invoke_attention, invoke_decoding, process_kv, reduce_split_k
+from .turbomind.attention_params import AttentionParams
+from .turbomind.cache_iterators import BlockIteratorParams, LinearIteratorParams, QuantPolicy, create_cache_iter_factory
+from .turbomind.entry_points import flatten_kv, invoke_attention, invoke_decoding, process_kv, reduce_split_k
 
 __all__ = [
     "AttentionParams", "BlockIteratorParams", "BlockKV", "CaptureError", "CompileError", "KernelCheckError",

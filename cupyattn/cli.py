@@ -302,7 +302,7 @@ def tune(
         from rich.console import Console
 
         from .diagnosis import model_path
-        from .matmul_tuning import tune as measure
+        from .matmul.tuning import tune as measure
         from .models import Llama
 
         _check_scheme(quantize)

@@ -5,14 +5,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .attention_args import check_options, check_per_head, check_sides
 from .attention_impl import AttentionImpl, AttentionMetadata, AttentionOutput, AttentionRegistry
+from .attn.args import check_options, check_per_head, check_sides
 from .caches.base import is_array
 from .caches.paged_attention import PagedAttentionCacheView, PagedAttentionMetadata
 from .caches.paged_step import step_of
+from .kv.quantized import kv_side
 from .ops.attention import attention
 from .ops.schedule import schedule as make_schedule
-from .quantized_kv import kv_side
 from .reference.attention import attention as reference
 from .runtime.arrays import alignment, array_namespace, dtype_name
 from .runtime.capturing import refuse_to_keep

@@ -4,7 +4,7 @@ import pytest
 from shapes import models, token_counts
 
 import cupyattn
-from cupyattn.quantized_kv import FORMATS, QuantizedKV
+from cupyattn.kv.quantized import FORMATS, QuantizedKV
 from cupyattn.reference.kv_append import kv_append as reference
 
 PAGE_SIZE = 16

@@ -5,7 +5,7 @@ from shapes import decode, normal
 from timing import DEVICE
 
 import cupyattn
-from cupyattn.quantized_kv import FORMATS
+from cupyattn.kv.quantized import FORMATS
 from cupyattn.reference import kv_codec
 from cupyattn.reference.paged_decode import paged_decode as reference
 

@@ -18,7 +18,7 @@ from timing import DEVICE
 
 import cupyattn
 from cupyattn.graphs import capture
-from cupyattn.q_attn_attend import Options
+from cupyattn.q_attn.attend import Options
 from cupyattn.runtime.bound import Bound
 
 BATCH, PAGE_SIZE, MAX_PAGES = 4, 16, 16

@@ -16,7 +16,8 @@ import numpy as np
 from compare import assert_same_bits, dtype_of
 
 import cupyattn
-from cupyattn import matmul_blas, matmul_choice
+from cupyattn.matmul import blas as matmul_blas
+from cupyattn.matmul import choice as matmul_choice
 from cupyattn.runtime import arrival_counters
 from cupyattn.runtime.cpu import settings
 

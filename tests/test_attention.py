@@ -9,7 +9,7 @@ from compare import assert_close, assert_same_bits, dtype_of, poison
 from conftest import NumpyArrays
 
 import cupyattn
-from cupyattn.quantized_kv import FORMATS, BlockKV, QuantizedKV
+from cupyattn.kv.quantized import FORMATS, BlockKV, QuantizedKV
 from cupyattn.reference import kv_codec
 from cupyattn.reference.attention import attention as expected_attention
 from cupyattn.runtime.cpu import counters, settings

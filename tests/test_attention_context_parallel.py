@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from test_attention import SINKS, SLOPES, TOLERANCE, WILD, check, make
 
 import cupyattn
-from cupyattn import attend as road
-from cupyattn import attention_plans
+from cupyattn.attn import attend as road
+from cupyattn.attn import plans as attention_plans
 
 
 def rank_case(case, owned):

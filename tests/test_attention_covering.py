@@ -6,8 +6,8 @@ import itertools
 import pytest
 from test_attention import AXES, FORMS, LENGTHS, check, covering, make
 
-from cupyattn import attend as road
-from cupyattn import attention_plans
+from cupyattn.attn import attend as road
+from cupyattn.attn import plans as attention_plans
 
 KERNELS = {"prefill on tensor cores": ("mma", 1), "decode on tensor cores": ("mma", 0),
            "decode on CUDA cores": ("cores", 0)}

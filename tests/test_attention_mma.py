@@ -24,9 +24,9 @@ from test_attention import (
 )
 
 import cupyattn
-from cupyattn import attend as road
-from cupyattn import attention_plans
-from cupyattn.quantized_kv import FORMATS, QuantizedKV
+from cupyattn.attn import attend as road
+from cupyattn.attn import plans as attention_plans
+from cupyattn.kv.quantized import FORMATS, QuantizedKV
 from cupyattn.runtime.cpu import counters, settings
 
 rng = np.random.default_rng(29)

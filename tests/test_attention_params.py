@@ -11,10 +11,10 @@ from conftest import NumpyArrays
 
 from cupyattn import AttentionParams, BlockIteratorParams, LinearIteratorParams, QuantPolicy, RopeParams
 from cupyattn import create_cache_iter_factory as cache_iter
-from cupyattn.cache_iterators import BlockCacheIter, LinearCacheIter
 from cupyattn.runtime import host_compiler
 from cupyattn.runtime.structs import layout
-from cupyattn.turbomind_pod import fast_divmod
+from cupyattn.turbomind.cache_iterators import BlockCacheIter, LinearCacheIter
+from cupyattn.turbomind.pod import fast_divmod
 
 rng = np.random.default_rng(45)
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 4, 2, 16, 8

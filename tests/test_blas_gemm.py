@@ -15,8 +15,10 @@ from compare import assert_same_bits, dtype_of
 from standin import install
 
 import cupyattn
-from cupyattn import QMatrix, diagnosis, matmul_blas, matmul_choice
+from cupyattn import QMatrix, diagnosis
 from cupyattn.graphs import capture
+from cupyattn.matmul import blas as matmul_blas
+from cupyattn.matmul import choice as matmul_choice
 from cupyattn.quant.coded import CodedWeight
 from cupyattn.quant.layout import Form
 from cupyattn.runtime import blas, recording

@@ -22,7 +22,7 @@ from cupyattn import (
     paged_decode,
 )
 from cupyattn.caches import hbm_pages
-from cupyattn.quantized_kv import FORMATS
+from cupyattn.kv.quantized import FORMATS
 
 PAGES, PS, H, D = 10, 4, 2, 8
 SIZES = {"batch_size": 2, "num_hidden_layers": 3, "max_sequences": 17, "page_size": PS, "num_kv_heads": H,

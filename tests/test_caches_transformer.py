@@ -17,7 +17,7 @@ from cupyattn import (
     TransformerMetadata,
     attention,
 )
-from cupyattn.quantized_kv import FORMATS
+from cupyattn.kv.quantized import FORMATS
 
 B, S, H, D = 2, 6, 2, 8
 NUMPY = types.SimpleNamespace(array=np.array, numpy=np.array, module=np)

@@ -15,8 +15,9 @@ import pytest
 from llama_float64 import smollm2_path
 from typer.testing import CliRunner
 
-from cupyattn import diagnosis, matmul_tuning
+from cupyattn import diagnosis
 from cupyattn.cli import app
+from cupyattn.matmul import tuning as matmul_tuning
 
 README = Path(__file__).parent.parent / "README.md"
 COMMAND = [sys.executable, "-c", "from cupyattn.cli import main; main()"]

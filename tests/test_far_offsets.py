@@ -9,7 +9,8 @@ from compare import assert_same_bits, dtype_of, poison, sparse_array
 from selective_models import Model
 
 import cupyattn
-from cupyattn import QMatrix, attention_plans
+from cupyattn import QMatrix
+from cupyattn.attn import plans as attention_plans
 from cupyattn.quant.layout import PackedSegment
 from cupyattn.reference.kv_codec import quantize
 from cupyattn.runtime.cpu import settings

@@ -15,7 +15,8 @@ import nvrtc
 import pytest
 from compare import assert_close, assert_same_bits, dtype_of
 
-from cupyattn import attention_plans, matmul_plans
+from cupyattn.attn import plans as attention_plans
+from cupyattn.matmul import plans as matmul_plans
 from cupyattn.ops import (
     attention,
     causal_conv1d,

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from test_kv_append import new_tokens
 
 import cupyattn
-from cupyattn.page_table import PageTable
-from cupyattn.quantized_kv import FORMATS, BlockKV, QuantizedKV
+from cupyattn.kv.quantized import FORMATS, BlockKV, QuantizedKV
+from cupyattn.paging.table import PageTable
 from cupyattn.reference import kv_codec
 from cupyattn.reference.kv_append import kv_append as expected_append
 from cupyattn.runtime.cpu import settings

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import cupyattn
 from cupyattn import BlockKV, PageTable, QuantizedKV
+from cupyattn.kv.quantized import FLOATS, FORMATS
 from cupyattn.ops.kv_flatten import _plan_kv_flatten
-from cupyattn.quantized_kv import FLOATS, FORMATS
 from cupyattn.reference import kv_codec
 from cupyattn.reference.kv_flatten import kv_flatten as expected
 from cupyattn.runtime.cpu import settings

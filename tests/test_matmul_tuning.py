@@ -12,7 +12,9 @@ from compare import assert_same_bits, dtype_of
 from standin import install
 
 import cupyattn
-from cupyattn import QMatrix, matmul_choice, matmul_tuning
+from cupyattn import QMatrix
+from cupyattn.matmul import choice as matmul_choice
+from cupyattn.matmul import tuning as matmul_tuning
 from cupyattn.quant.layout import Form
 from cupyattn.runtime import compile_all, recording
 from cupyattn.runtime.cpu import settings

@@ -7,7 +7,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import cupyattn
-from cupyattn.kv_formats import FORMATS
+from cupyattn.kv.formats import FORMATS
 from cupyattn.ops import page_move as op
 from cupyattn.reference import kv_codec
 from cupyattn.reference.page_move import page_move as expected_move

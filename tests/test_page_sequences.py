@@ -10,10 +10,10 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from cupyattn import pages as pages_module
-from cupyattn import prefix_index
-from cupyattn.defragmentation import layout, rounds
-from cupyattn.pages import PageManager
+from cupyattn.paging import pages as pages_module
+from cupyattn.paging import prefix_index
+from cupyattn.paging.defragmentation import layout, rounds
+from cupyattn.paging.pages import PageManager
 
 
 def fill(manager, tokens, **options):

@@ -11,8 +11,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import cupyattn
-from cupyattn import attention_plans
-from cupyattn.quantized_kv import FORMATS
+from cupyattn.attn import plans as attention_plans
+from cupyattn.kv.quantized import FORMATS
 from cupyattn.reference.paged_decode import paged_decode as expected_decode
 from cupyattn.runtime.cpu import settings
 

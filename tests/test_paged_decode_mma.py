@@ -10,13 +10,14 @@ import pytest
 from compare import assert_close, assert_same_bits, dtype_of, poison
 
 import cupyattn
-from cupyattn import BlockKV, PageTable, attention_plans
-from cupyattn.attention_plans import Facts
-from cupyattn.quantized_kv import FORMATS, QuantizedKV, kv_side
+from cupyattn import BlockKV, PageTable
+from cupyattn.attn import plans as attention_plans
+from cupyattn.attn.plans import Facts
+from cupyattn.attn.work_list import make_work
+from cupyattn.kv.quantized import FORMATS, QuantizedKV, kv_side
 from cupyattn.reference.kv_codec import quantize
 from cupyattn.runtime import launch, make_args
 from cupyattn.runtime.cpu import counters, settings
-from cupyattn.work_list import make_work
 
 TOLERANCE = {"float16": (1e-3, 2.0**-10), "bfloat16": (4e-3, 2.0**-8)}
 WILD = 2_147_480_000   # an id that would lead far out of any cache

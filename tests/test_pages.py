@@ -10,7 +10,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
 
-from cupyattn.pages import PageManager
+from cupyattn.paging.pages import PageManager
 
 
 def test_first_in_first_out_with_a_dummy_page():

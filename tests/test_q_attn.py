@@ -9,7 +9,7 @@ from conftest import CupyArrays, NumpyArrays
 
 import cupyattn
 from cupyattn import PagedCache, PagedParams, Params, QAttn, attention, kv_append
-from cupyattn.q_attn_weights import tables as converted_tables
+from cupyattn.q_attn.weights import tables as converted_tables
 from cupyattn.runtime.cpu import settings
 
 

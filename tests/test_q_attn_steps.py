@@ -159,7 +159,7 @@ def test_captured_without_a_cache(xp, case):
 @pytest.mark.parametrize("case", ["cache", "mask", "no cache", "blocks", "caches"])
 def test_one_schedule_for_all_layers(xp, monkeypatch, case):
     """Made by the first layer of a step, or one for each cache of a list; other Params have others."""
-    import cupyattn.q_attn_attend as module
+    import cupyattn.q_attn.attend as module
 
     calls, original = [], module.schedule
     monkeypatch.setattr(module, "schedule", lambda *args, **options: calls.append(args) or original(*args, **options))

@@ -15,7 +15,8 @@ from families import FAMILIES, assert_right, assert_rows_alone, error
 from test_formats_integer import Matrix
 
 import cupyattn
-from cupyattn import QMatrix, matmul_choice
+from cupyattn import QMatrix
+from cupyattn.matmul import choice as matmul_choice
 from cupyattn.quant.coded import CodedWeight
 from cupyattn.quant.layout import DENSE
 from cupyattn.runtime.cpu import settings

@@ -13,7 +13,8 @@ from coded_weights import FORMS, coded_weight
 from compare import assert_same_bits, dtype_of, poison
 
 import cupyattn
-from cupyattn import QMatrix, matmul_plans
+from cupyattn import QMatrix
+from cupyattn.matmul import plans as matmul_plans
 from cupyattn.quant.coded import CodedWeight
 from cupyattn.quant.layout import Form
 from cupyattn.runtime import arrival_counters

@@ -10,7 +10,7 @@ from compare import assert_same_bits, dtype_of
 
 import cupyattn
 from cupyattn import BlockKV, QuantizedKV
-from cupyattn.quantized_kv import FORMATS, kv_side
+from cupyattn.kv.quantized import FORMATS, kv_side
 from cupyattn.reference import kv_codec
 from cupyattn.runtime import Plan, Specialisation, arch_of, launch, make_args
 from cupyattn.runtime.cpu import settings

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from standin import install
 
 import cupyattn
-from cupyattn.attention_plans import Tiling
+from cupyattn.attn.plans import Tiling
+from cupyattn.attn.scheduling import Lengths, Limits, Policy, empty_lists, fill_lists, host_lists, list_ranges
+from cupyattn.attn.shared_prefix import shared_prefixes
+from cupyattn.attn.work_list import WorkList, make_work
 from cupyattn.devices import to_host
-from cupyattn.page_table import PageTable
-from cupyattn.planning import Lengths, Limits, Policy, empty_lists, fill_lists, host_lists, list_ranges
+from cupyattn.paging.table import PageTable
 from cupyattn.reference import schedule as reference
 from cupyattn.runtime import env
 from cupyattn.runtime.cpu import settings
-from cupyattn.shared_prefix import shared_prefixes
-from cupyattn.work_list import WorkList, make_work
 
 WORKERS = (1, 7, 16, 264)
 LENGTHS = st.integers(0, 300) | st.integers(0, 5000) | st.sampled_from([63, 64, 65, 1023, 1024, 1025, 4096])

@@ -12,7 +12,8 @@ from conftest import NumpyArrays
 from standin import install
 
 import cupyattn
-from cupyattn import attend, attention_plans
+from cupyattn.attn import attend
+from cupyattn.attn import plans as attention_plans
 from cupyattn.reference.attention import attention as expected_attention
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, SHARED = 4, 2, 64, 64, 17   # pages in common: 1088 keys

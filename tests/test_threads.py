@@ -11,10 +11,10 @@ from test_attention import SINKS, make
 from test_kv_append import empty_caches, new_tokens
 
 import cupyattn
-from cupyattn import attend as road
-from cupyattn import attention_plans
-from cupyattn.attention_plans import Tiling
-from cupyattn.planning import Lengths, Limits, Policy, empty_lists, fill_lists, list_ranges
+from cupyattn.attn import attend as road
+from cupyattn.attn import plans as attention_plans
+from cupyattn.attn.plans import Tiling
+from cupyattn.attn.scheduling import Lengths, Limits, Policy, empty_lists, fill_lists, list_ranges
 from cupyattn.runtime.cpu import settings
 
 ORDERS = [(schedule, seed, workers) for workers in (1, 2)

@@ -12,7 +12,7 @@
 // of 128 bytes, the next slice on its way while this one is used.
 //
 // launch  grid (workers), block (32 * warps), dynamic shared memory as struct Layout: _cores_launch in
-//         cupyattn/attention_plans.py
+//         cupyattn/attn/plans.py
 // meets   per tile 2 of the warp and one per slice of keys; per item 2 of the block, 2 more for a partial result,
 //         1 more to merge
 #ifndef CUPYATTN_ATTENTION_CORES_CUH

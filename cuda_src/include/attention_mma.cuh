@@ -31,7 +31,7 @@
 //            at multiples of 16 bytes; q anywhere); BIAS 0, 1
 // launch     block (THREADS), any grid, MIN_BLOCKS per multiprocessor fill it; 4 block barriers per item and one per
 //            tile, two more for a partial result, a third to merge; dynamic shared memory SHARED_BYTES, at most 99
-//            KiB, mirrored by _prefill_mma_launch in cupyattn/attention_plans.py
+//            KiB, mirrored by _prefill_mma_launch in cupyattn/attn/plans.py
 #ifndef CUPYATTN_ATTENTION_MMA_CUH
 #define CUPYATTN_ATTENTION_MMA_CUH
 

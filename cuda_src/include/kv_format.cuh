@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // kv_format.cuh - reading rows of keys and values in every cache format. cupyattn/reference/kv_codec.py says what
-// each format means; cupyattn/quantized_kv.py names the tags.
+// each format means; cupyattn/kv/quantized.py names the tags.
 //
 // A tag is a struct with
 //   Code, Scale              element types of the codes of a row and of its scales

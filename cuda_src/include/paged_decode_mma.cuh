@@ -25,7 +25,7 @@
 //            BIAS 0, 1
 // launch     block (32 * WARPS), any grid, 2 blocks per multiprocessor fill it; 4 block barriers per item, two more
 //            when a unit is merged; dynamic shared memory SHARED_BYTES, at most 99 KiB, mirrored by _decode_mma_launch
-//            in cupyattn/attention_plans.py
+//            in cupyattn/attn/plans.py
 #ifndef CUPYATTN_PAGED_DECODE_MMA_CUH
 #define CUPYATTN_PAGED_DECODE_MMA_CUH
 

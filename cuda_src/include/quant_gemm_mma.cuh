@@ -28,7 +28,7 @@
 // legal      T in {__half, __nv_bfloat16}; dense weights of type T; rows of x at multiples of 16 bytes
 // launch     grid (ceil_div(rows, tile of out), ceil_div(tokens, M_TILE), pieces of this segment), block (32 * WARPS);
 //            a tile of out is ROW_TILES * 16 rows, times WARPS where pipelined; dynamic shared memory SHARED_BYTES,
-//            mirrored by cupyattn/matmul_plans.py
+//            mirrored by cupyattn/matmul/plans.py
 // in flight  stream: 16 warps on a multiprocessor, each (STAGES - 1) * ROW_TILES tiles of codes: 64 KiB with 4 bits,
 //            never less than 48 KiB, with the scales of groups of 16 and 32 columns, which may be larger than codes.
 //            Half of that with one block on a multiprocessor: of 100 KiB of shared memory (sm_86, sm_89, sm_120) most

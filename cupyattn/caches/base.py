@@ -9,7 +9,7 @@ import typing
 import numpy as np
 
 from ..devices import to_host
-from ..quantized_kv import FORMATS, QuantizedKV
+from ..kv.quantized import FORMATS, QuantizedKV
 from ..runtime.arrays import dtype_of
 from ..runtime.checks import FLOATS, check_number
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..pages import PageManager
+from ..paging.pages import PageManager
 from ..runtime.arrays import dtype_of
 from ..runtime.checks import check_number
 from .base import Record, check_given, check_positive

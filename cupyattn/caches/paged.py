@@ -3,12 +3,12 @@
 
 import numpy as np
 
-from ..kv_formats import FLOATS, check_head_dim
-from ..kv_formats import FORMATS as QUANTIZED
+from ..kv.formats import FLOATS, check_head_dim
+from ..kv.formats import FORMATS as QUANTIZED
+from ..kv.quantized import QuantizedKV
 from ..ops.page_move import page_move
-from ..pages import PageManager
+from ..paging.pages import PageManager
 from ..params import PagedParams
-from ..quantized_kv import QuantizedKV
 from ..runtime.arrays import dtype_of
 from ..runtime.checks import check_number
 

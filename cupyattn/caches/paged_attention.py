@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from ..kv.quantized import QuantizedKV
 from ..ops.kv_append import kv_append
-from ..quantized_kv import QuantizedKV
 from ..runtime.arrays import array_namespace
 from ..runtime.checks import check_shape
 from .base import Cache, Record, View, check_given, check_quantizer, is_array, zeros_pool

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from ..devices import to_host
+from ..kv.quantized import QuantizedKV
 from ..ops.kv_append import kv_append
-from ..quantized_kv import QuantizedKV
 from ..runtime.arrays import array_namespace
 from ..runtime.checks import check_flag, check_number, check_shape
 from .base import Cache, Record, View, advanced, check_given, check_positive, check_quantizer, is_array, zeros_pool

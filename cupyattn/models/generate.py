@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..graphs import BoundSteps
-from ..page_sequence import PageSequence
-from ..pages import PageManager
+from ..paging.pages import PageManager
+from ..paging.sequence import PageSequence
 from .gguf import ModelError
 from .llama import PREFILL_CHUNK, to_host
 

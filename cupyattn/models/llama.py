@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import PagedCache, QAttn, embedding, page_move, quant_gemm, rms_norm, runtime, silu_mul
-from ..kv_formats import FLOATS, FORMATS
+from ..kv.formats import FLOATS, FORMATS
 from ..runtime.arrays import dtype_of
 from .config import config_from, config_from_hugging_face
 from .gguf import GGUF, ModelError

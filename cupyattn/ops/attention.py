@@ -3,8 +3,7 @@
 
 import numpy as np
 
-from ..attend import Call, attend, new_outputs, prepare_keys
-from ..attention_args import (
+from ..attn.args import (
     as_partials,
     check_options,
     check_partials,
@@ -13,7 +12,8 @@ from ..attention_args import (
     check_shards,
     mask_view,
 )
-from ..attention_plans import PREFILL_CORE, prefill_specs
+from ..attn.attend import Call, attend, new_outputs, prepare_keys
+from ..attn.plans import PREFILL_CORE, prefill_specs
 from ..runtime import Prepared, env
 from ..runtime.arrays import array_namespace, dtype_name
 from ..runtime.checks import FLOATS, check_array, check_number

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..kv_places import (
+from ..kv.places import (
     Places,
     check_blocks,
     check_index,
@@ -18,9 +18,9 @@ from ..kv_places import (
     prepare_places,
     stride_of,
 )
-from ..kv_steps import STYLES, check_q_len, check_queries, check_rope, check_steps, rows_on_host
-from ..page_table import PageTable
-from ..quantized_kv import FORMATS, PLAIN_TAGS, BlockKV, QuantizedKV, kv_side
+from ..kv.quantized import FORMATS, PLAIN_TAGS, BlockKV, QuantizedKV, kv_side
+from ..kv.steps import STYLES, check_q_len, check_queries, check_rope, check_steps, rows_on_host
+from ..paging.table import PageTable
 from ..runtime import Plan, Prepared, Specialisation, Template, arch_of, env, make_args
 from ..runtime.arrays import alignment, array_namespace, head_view, row_view, strides
 from ..runtime.checks import FLOATS, check_array, check_flag, check_number, check_shape, check_writeable

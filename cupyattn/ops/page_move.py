@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..devices import to_host
-from ..quantized_kv import BlockKV, QuantizedKV
+from ..kv.quantized import BlockKV, QuantizedKV
 from ..runtime import Plan, Specialisation, arch_of, env, launch, make_args
 from ..runtime.arrays import array_namespace, strides
 from ..runtime.checks import check_array, check_writeable, value_range

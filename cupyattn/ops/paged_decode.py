@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of new tokens over a paged cache. Kernel: ``cuda_src/paged_decode.cu``."""
 
-from ..attend import Call, attend, new_outputs, prepare_keys
-from ..attention_args import as_partials, check_options, check_partials, check_per_head, check_per_sequence
-from ..attention_plans import DECODE_CORE, decode_specs
+from ..attn.args import as_partials, check_options, check_partials, check_per_head, check_per_sequence
+from ..attn.attend import Call, attend, new_outputs, prepare_keys
+from ..attn.plans import DECODE_CORE, decode_specs
 from ..runtime import Prepared
 from ..runtime.arrays import array_namespace
 from ..runtime.checks import FLOATS, check_array, check_dtype

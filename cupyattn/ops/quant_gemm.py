@@ -8,18 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..matmul_blas import multiply_on_gpu, multiply_on_host
-from ..matmul_choice import INVARIANT_TOKENS, Product, by_blas
-from ..matmul_plans import (
-    Partition,
-    core_tile,
-    mma_specs,
-    partition,
-    plan_mma,
-    tile_of_out,
-    tiles_of_tokens,
-)
-from ..matmul_tuning import tuned_choice
+from ..matmul.blas import multiply_on_gpu, multiply_on_host
+from ..matmul.choice import INVARIANT_TOKENS, Product, by_blas
+from ..matmul.plans import Partition, core_tile, mma_specs, partition, plan_mma, tile_of_out, tiles_of_tokens
+from ..matmul.tuning import tuned_choice
 from ..quant import QExperts, QMatrix
 from ..quant.layout import TRAITS
 from ..runtime import (
@@ -189,7 +181,7 @@ def quant_gemm(x, qmatrix, /, *, expert_offsets=None, bias=None, accumulate=Fals
     -----
     Products and sums are float32, weights are never rounded; the store is the only rounding. float16 and bfloat16 `x`
     run on tensor cores from sm_80 on (numbers of NF4 and FP4 are then within 2^-17 of the largest), all else on CUDA
-    cores. With many rows (CuPy with cuBLAS: about 250, ``cupyattn/matmul_choice.py`` says when; NumPy: 128, and only
+    cores. With many rows (CuPy with cuBLAS: about 250, ``cupyattn/matmul/choice.py`` says when; NumPy: 128, and only
     under ``runtime.cpu.settings(blas=True)``) the weight is dequantized by chunks for BLAS to multiply, its sums
     float32 too. On a GPU that rounds weights to the type of `x`, and `bias` to that of `out`: done only where `out`
     keeps within 3e-4 of the truth for float16, 2e-3 for bfloat16 and 1e-5 for float32. On CuPy arrays asynchronous on

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..attention_args import MAX_HEAD_DIM, STEP, check_lengths, check_shards
-from ..attention_plans import Facts, sm_count, tiling
-from ..made_from import MadeFrom
-from ..page_table import PageTable
-from ..planning import (
+from ..attn.args import MAX_HEAD_DIM, STEP, check_lengths, check_shards
+from ..attn.made_from import MadeFrom
+from ..attn.plans import Facts, sm_count, tiling
+from ..attn.scheduling import (
     SCHEDULE,
     Lengths,
     Limits,
@@ -23,13 +22,14 @@ from ..planning import (
     list_ranges,
     store_lists,
 )
-from ..quantized_kv import FORMATS, PLAIN_TAGS
+from ..attn.work_list import WorkList
+from ..kv.quantized import FORMATS, PLAIN_TAGS
+from ..paging.table import PageTable
 from ..runtime import arch_of
 from ..runtime.arrays import array_namespace
 from ..runtime.capturing import refuse_to_keep, tape
 from ..runtime.checks import check_array, check_flag, check_number, check_shape
 from ..runtime.plan import CUDA_TYPES
-from ..work_list import WorkList
 
 CORE = [SCHEDULE]
 

@@ -3,7 +3,7 @@
 
 import numpy as np
 
-from ..quantized_kv import QuantizedKV
+from ..kv.quantized import QuantizedKV
 
 
 def attention(q, k, v, /, *, cu_seqlens_q, cu_seqlens_k=None, cache_seqlens=None, block_table=None, cache_starts=None,

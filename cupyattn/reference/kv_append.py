@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import numpy as np
 
-from ..quantized_kv import QuantizedKV
+from ..kv.quantized import QuantizedKV
 from .kv_codec import quantize
 from .rope import rope
 

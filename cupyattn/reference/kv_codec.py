@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from ..quantized_kv import FORMATS
+from ..kv.quantized import FORMATS
 
 # element held by each nibble of a 32-bit word, low to high, and by each pair of bits of a word of high bits
 NIBBLES = np.array([0, 2, 4, 6, 1, 3, 5, 7])

@@ -3,7 +3,7 @@
 
 import numpy as np
 
-from ..work_list import WorkList
+from ..attn.work_list import WorkList
 
 TILE, CHUNK, OVERHEAD = 64, 1024, 2
 
@@ -116,7 +116,7 @@ def slots_of(cuts, workers, never_again):
 
 def make_work(cache_seqlens, q_lens, *, num_kv_heads, heads_per_kv, rows, workers, packed_rows=(1, 2**31),
               num_splits=None, invariant=False, prefixes=(), **visibility):
-    """`cupyattn.work_list.make_work` by its definition; `visibility`: the options of `visible_keys`."""
+    """`cupyattn.attn.work_list.make_work` by its definition; `visibility`: the options of `visible_keys`."""
     q_lens = np.broadcast_to(q_lens, len(cache_seqlens))
     units, sequences = units_of(cache_seqlens, q_lens, num_kv_heads, heads_per_kv, rows, packed_rows, prefixes,
                                 visibility)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LMDeploy TurboMind's parameters, cache iterators and entry points."""
