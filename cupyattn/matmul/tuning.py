@@ -31,7 +31,7 @@ _SECONDS = 0.5
 _HOST_COLD_BYTES = 1 << 26   # more than the caches of a core hold
 _MAX_COPIES = 64
 _MAX_TOKENS = 2**18
-_PYTHON = ("matmul_plans.py", "matmul_choice.py", "matmul_blas.py", "matmul_tuning.py", "ops/quant_gemm.py",
+_PYTHON = ("matmul/plans.py", "matmul/choice.py", "matmul/blas.py", "matmul/tuning.py", "ops/quant_gemm.py",
            "ops/dequantize.py", "quant/layout.py", "runtime/blas.py")
 _FOLDER = "tuned"   # in the cache folder
 _tables = {}        # device: what its file holds, {key: entry}
@@ -173,7 +173,7 @@ def _source(host):
     for stem in ("quant_gemm", "dequantize"):
         total.update(source.digest(source.path(stem), host).encode())
     for name in _PYTHON:
-        total.update((Path(__file__).parent / name).read_bytes())
+        total.update((Path(__file__).parent.parent / name).read_bytes())
     return total.hexdigest()[:16]
 
 
