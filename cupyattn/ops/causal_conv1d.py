@@ -167,8 +167,8 @@ def causal_conv1d(x, weight, bias=None, *, conv_states=None, cu_seqlens=None, sl
         A pool of windows, state_len ≥ width - 1, any strides; updated in place. Default: every sequence begins with
         zeros and nothing is kept.
     cu_seqlens : ndarray [batch + 1], int32, optional
-        First row of each sequence and the end of the last. A sequence without tokens leaves its slot as it is. Rows
-        past the end give zeros. Default: one sequence of all rows.
+        First row of each sequence, from 0 on, and the end of the last. A sequence without tokens leaves its slot as it
+        is. Rows past the end give zeros. Default: one sequence of all rows.
     slots : ndarray [batch], int32, optional
         Slot of each sequence; a negative one skips the sequence: its rows give zeros. Default: sequence b has slot b.
     has_state : ndarray [batch], bool or uint8, optional

@@ -168,8 +168,8 @@ def selective_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=Fal
         A pool of states, float32 (recommended), float16 or bfloat16, any strides with a contiguous last axis: where
         sequences begin and, in place, where they end. Default: they begin with zeros and nothing is kept.
     cu_seqlens : ndarray [batch + 1], int32, optional
-        First row of each sequence and the end of the last. A sequence without tokens leaves its slot as it is. Rows
-        past the end give zeros. Default: one sequence of all rows.
+        First row of each sequence, from 0 on, and the end of the last. A sequence without tokens leaves its slot as it
+        is. Rows past the end give zeros. Default: one sequence of all rows.
     slots : ndarray [batch], int32, optional
         Slot of each sequence; a negative one skips the sequence: its rows give zeros. Default: sequence b has slot b.
     has_state : ndarray [batch], bool or uint8, optional
