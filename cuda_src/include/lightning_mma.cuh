@@ -258,7 +258,7 @@ struct MmaBlocks {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           float both[2];
-          to_float(reinterpret_cast<const Vec<T, 2>&>(keys[i]), both);
+          unpack<T>(keys[i], both);
           split<T>(both[0] * weights[i / 2 * 2], both[1] * weights[i / 2 * 2 + 1], rounded[i], rest[i]);
         }
 #pragma unroll

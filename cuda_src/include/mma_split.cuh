@@ -10,21 +10,31 @@
 constexpr bool is_narrow(__half) { return true; }  // numbers beyond 65504 are infinite
 constexpr bool is_narrow(__nv_bfloat16) { return false; }
 
+// Two numbers as a pair of T, by one instruction, and back.
 template <typename T>
-__device__ __forceinline__ uint32_t as_word(const Vec<T, 2>& pair) { return reinterpret_cast<const uint32_t&>(pair); }
+__device__ __forceinline__ uint32_t pack(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
+  const __half2 both = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(both);
+}
+template <>
+__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(both);
+}
 template <typename T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  const float both[2] = {low, high};
-  return as_word(from_float<T, 2>(both));
+__device__ __forceinline__ void unpack(uint32_t word, float (&both)[2]) {
+  to_float(reinterpret_cast<const Vec<T, 2>&>(word), both);
 }
 
 // Two numbers as a pair of T, and what that leaves of them as another.
 template <typename T>
 __device__ __forceinline__ void split(float low, float high, uint32_t& rounded, uint32_t& rest) {
-  const float both[2] = {low, high};
-  const Vec<T, 2> first = from_float<T, 2>(both);
-  rounded = as_word(first);
-  rest = pack<T>(low - to_float(first.v[0]), high - to_float(first.v[1]));
+  rounded = pack<T>(low, high);
+  float both[2];
+  unpack<T>(rounded, both);
+  rest = pack<T>(low - both[0], high - both[1]);
 }
 
 // The power of two at x > 0, within 2^-63 and 2^126; 1 for 0.

@@ -13,15 +13,15 @@
 // pieces, heads and slices of 64 dims: the states of all pieces, their carry, then all outputs (the file's steps), for
 // one block per sequence and head would leave most of a GPU idle. M is made for every head, also of one group.
 //
-// decays     s is a sum of integers, logarithms to base 2 in units of 2^-40, and a token's is limited to 256, whose power
-//            is 0 or infinite all the same: exp2(s[i] - s[j]) keeps the digits of small steps behind large ones. In
-//            float32 it is two numbers, a multiple of 2^-6 and the rest.
+// decays     s is a sum of integers, logarithms to base 2 in units of 2^-40, and a token's is limited to 256, whose
+//            power is 0 or infinite all the same: exp2(s[i] - s[j]) keeps the digits of small steps behind large
+//            ones. In float32 it is two numbers, a multiple of 2^-6 and the rest.
 // rounding   Products of T are exact and summed in float32. M, u, u with its decay, and h go in as sums of two T
 //            (mma_split.cuh), of which low times low is left out; of float16 a row of M, a warp's u, and its h are
 //            divided by powers of two: 2^-39 of the largest is lost. One rounding on store.
 // launch     grid (pieces, heads, ceil(head_dim / DIMS)), block (128), sm_80; state_size and head_dim multiples of 8;
 //            rows of x, z, B, C and out at multiples of 16 bytes
-//            dynamic shared memory, in bytes: 128 * (STATES + 8 + DIMS + 8) + 1536, with outputs
+//            dynamic shared memory, in bytes: 128 * (STATES + 8 + DIMS + 8) + 1792, with outputs
 //            + 128 * (STATES + 8 + 2 * (64 + 8)). Three barriers per 64 tokens
 // NaN        and infinities of a token may also reach earlier ones of its 64.
 #include "cp_async.cuh"
@@ -48,6 +48,7 @@ struct Shared {
   float* from;    // [TOKENS] exp(s)
   float* until;   // [TOKENS] d * exp(s[end] - s)
   float* units;   // [TOKENS] what rows of M were divided by
+  float* skips;   // [DIMS] D
   T* c;           // [TOKENS, ROW_STRIDE]
   T* high;        // [TOKENS, M_STRIDE] M, rounded
   T* low;         // [TOKENS, M_STRIDE] what that leaves
@@ -61,7 +62,8 @@ struct Shared {
     from = fine + TOKENS;
     until = from + TOKENS;
     units = until + TOKENS;
-    c = reinterpret_cast<T*>(units + TOKENS);
+    skips = units + TOKENS;
+    c = reinterpret_cast<T*>(skips + DIMS);
     high = c + TOKENS * ROW_STRIDE;
     low = high + TOKENS * M_STRIDE;
   }
@@ -94,14 +96,27 @@ struct MmaPiece {
   static __device__ __forceinline__ int group() { return threadIdx.x % 32 / 4; }  // row of a fragment
   static __device__ __forceinline__ int pair() { return threadIdx.x % 4 * 2; }    // its first column
 
-  // Calls move(dim, n, number) for the states this thread holds.
-  template <typename Move>
-  __device__ __forceinline__ void for_states(Move move) {
+  // Calls change(number) for the states this thread holds.
+  template <typename Change>
+  __device__ __forceinline__ void for_states(Change change) {
 #pragma unroll
     for (int n = 0; n < STATES / 8; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        move(16 * warp() + group() + i / 2 * 8, 8 * n + pair() + i % 2, state[n][i]);
+      for (int i = 0; i < 4; ++i) change(state[n][i]);
+    }
+  }
+  // Calls move(pair in memory, pair in registers) for those there are; `far` is the head's, rows `stride` apart.
+  template <typename U, typename Move>
+  __device__ __forceinline__ void move_states(U* far, int64_t stride, Move move) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int dim = 16 * warp() + 8 * half + group();
+      if (dim >= dims) continue;
+      U* row = far + (first_dim + dim) * stride + pair();
+#pragma unroll
+      for (int n = 0; n < STATES / 8; ++n) {
+        if (8 * n < in.state_size) move(row + 8 * n, state[n] + 2 * half);
+      }
     }
   }
 
@@ -113,7 +128,8 @@ struct MmaPiece {
       const int t = i / (STATES / 8), n = i % (STATES / 8) * 8;
       const bool there = t < count && n < in.state_size;
       cp_async16(shared.b + t * ROW_STRIDE + n, row_of<T>(in.B, work.piece, tile + t, of_group) + n, there);
-      if (OUTPUTS) cp_async16(shared.c + t * ROW_STRIDE + n, row_of<T>(in.C, work.piece, tile + t, of_group) + n, there);
+      if (!OUTPUTS) continue;
+      cp_async16(shared.c + t * ROW_STRIDE + n, row_of<T>(in.C, work.piece, tile + t, of_group) + n, there);
     }
 #pragma unroll 1
     for (int i = threadIdx.x; i < TOKENS * (DIMS / 8); i += THREADS) {
@@ -203,8 +219,8 @@ struct MmaPiece {
     }
   }
 
-  // x of the warp's dims and 16 tokens from `first` on, times their weights and `factor`: calls use(i, low, high) for the
-  // registers of a fragment of u^T, whose i % 2 is the half of the dims and i / 2 that of the tokens. A weight that
+  // x of the warp's dims and 16 tokens from `first` on, times their weights and `factor`: calls use(i, low, high) for
+  // the registers of a fragment of u^T, whose i % 2 is the half of the dims and i / 2 that of the tokens. A weight that
   // `factor` would make infinite is one of zeros.
   template <typename Use>
   __device__ __forceinline__ void for_weighed(int first, const float* weights, float factor, Use use) const {
@@ -213,7 +229,7 @@ struct MmaPiece {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float both[2];
-      to_float(reinterpret_cast<const Vec<T, 2>&>(x[i]), both);
+      unpack<T>(x[i], both);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const float weight = weights[first + i / 2 * 8 + pair() + j] * factor;
@@ -225,7 +241,7 @@ struct MmaPiece {
 
   // Largest magnitudes of the warp's states, u, and u with its decay.
   __device__ __forceinline__ void find_tops(float (&tops)[3]) {
-    for_states([&](int, int, float number) { tops[0] = larger_finite(tops[0], number); });
+    for_states([&](float number) { tops[0] = larger_finite(tops[0], number); });
 #pragma unroll
     for (int t = 0; t < TOKENS; t += 16) {
       const auto raise = [](float& top, float low, float high) {
@@ -313,12 +329,9 @@ struct MmaPiece {
       return four;
     };
     if (in.D.data != nullptr) {
-      Floats<4> skips = Floats<4>::all(0.0f);
+      Floats<4> skips;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int of = dim + j / 2 * 8 + j % 2;
-        if (of < dims) skips.x[j] = *channel(in.D, head, first_dim + of);
-      }
+      for (int j = 0; j < 4; ++j) skips.x[j] = shared.skips[dim + j / 2 * 8 + j % 2];
       y.add_product(skips, numbers(shared.x + row * X_STRIDE + dim));
     }
     if (in.z.data != nullptr) y *= silu(numbers(row_of<T>(in.z, work.piece, tile + row, head) + first_dim + dim));
@@ -333,7 +346,7 @@ struct MmaPiece {
   // The state behind the tile, with everything divided by `unit` on the way.
   __device__ __forceinline__ void advance(int count, float unit) {
     const float factor = 1.0f / unit, kept = shared.from[TOKENS - 1];
-    for_states([&](int, int, float& number) { number = number * kept * factor; });
+    for_states([&](float& number) { number = number * kept * factor; });
 #pragma unroll 1
     for (int t = 0; t < count; t += 16) {
       uint32_t high[4], low[4];
@@ -348,7 +361,7 @@ struct MmaPiece {
         add_pair<T>(state[n], state[n + 1], low, b);
       }
     }
-    if (NARROW) for_states([&](int, int, float& number) { number *= unit; });
+    if (NARROW) for_states([&](float& number) { number *= unit; });
   }
 
   __device__ __forceinline__ void take(int tile, int count) {
@@ -371,18 +384,32 @@ struct MmaPiece {
   }
 
   __device__ __forceinline__ void run() {
-    const int states = in.state_size;
-    S* const kept = OUTPUTS && work.is_last() ? work.pool.data : nullptr;  // asked here: fewer registers in the loop
-    for_states([&](int dim, int n, float& number) {
-      number = dim < dims && n < states ? work.begin(first_dim + dim, n) : 0.0f;
-    });
+    const auto load = [](const auto* far, float* near) {
+      near[0] = to_float(far[0]);
+      near[1] = to_float(far[1]);
+    };
+    const int64_t row = in.state_size;
+    for_states([](float& number) { number = 0.0f; });
+    if (OUTPUTS && work.carried.data != nullptr) move_states(work.carried.data, row, load);
+    else if (OUTPUTS && work.reads_pool) move_states(work.pool.data, args.stride_dim, load);
+    S* const ends_at = OUTPUTS && work.is_last() ? work.pool.data : nullptr;  // asked here: fewer registers in the loop
+
+    for (int p = threadIdx.x; p < DIMS; p += THREADS)
+      shared.skips[p] = in.D.data != nullptr && p < dims ? *channel(in.D, head, first_dim + p) : 0.0f;
     for (int tile = work.piece.begin; tile < work.piece.end; tile += TOKENS)
       take(tile, min(TOKENS, work.piece.end - tile));
-    for_states([&](int dim, int n, float number) {
-      if (dim >= dims || n >= states) return;
-      if (!OUTPUTS) work.end(first_dim + dim, n, number);
-      else if (kept != nullptr) kept[(first_dim + dim) * args.stride_dim + n] = from_float<S>(number);
-    });
+
+    if (!OUTPUTS) {
+      move_states(work.carried.data, row, [](float* far, const float* near) {
+        far[0] = near[0];
+        far[1] = near[1];
+      });
+    } else if (ends_at != nullptr) {
+      move_states(ends_at, args.stride_dim, [](S* far, const float* near) {
+        far[0] = from_float<S>(near[0]);
+        far[1] = from_float<S>(near[1]);
+      });
+    }
     if (!OUTPUTS && threadIdx.x == 0) {
       for (int dim = 0; dim < dims; ++dim) work.total[first_dim + dim] = total;
     }
