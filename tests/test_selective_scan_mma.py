@@ -112,6 +112,17 @@ def test_recurrence_is_the_dual_form(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_outputs_are_rounded_once(dtype):
+    """On average they are no farther from float64 than its own rounding: both parts of all factors count."""
+    model = Model(heads=1, channels=64, states=64, dtype=dtype, missing=("D", "z"))
+    inputs, state = model.inputs(128), model.pool(1, np.arange(1))
+    want = reference(**inputs, dt_softplus=True, state=state.copy())
+    got = cupyattn.selective_scan(**inputs, dt_softplus=True, state=state)
+    rounding = np.abs(want.astype(got.dtype).astype(np.float64) - want).mean()
+    assert rounding < np.abs(got.astype(np.float64) - want).mean() * 1.02 < 1.05 * rounding
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_prefill_then_updates_are_one_prefill(dtype):
     model = Model(heads=2, channels=24, groups=2, states=32, dtype=dtype)
     inputs, state = model.inputs(140), model.pool(2, np.int32([1]))
