@@ -6,19 +6,20 @@
 //   1. states    OUTPUTS 0: what each piece but the last makes of a state of zeros, and the sum of its steps
 //   2. carry     by sequence, in the order of its pieces: the state each piece begins with
 //   3. outputs   OUTPUTS 1: every piece again from there; the last one stores the state of the sequence
-//   A sequence of one piece needs step 3 alone. Steps 1 and 3 exist in two forms:
+//   A sequence of one piece needs step 3 alone. Steps 1 and 3 exist in three forms:
 //   recurrence   (selective_recurrence.cuh) token by token, the states of a dim in registers; any model
 //   dual         (selective_dual.cuh) 32 tokens at a time as products of matrices; one step and rate per head
+//   mma          (selective_mma.cuh) so, too, 64 tokens at a time on tensor cores; T of 16 bits
 //
 // launch     recurrence: grid (pieces, heads, ceil(head_dim / (threads / LANES))), block (whole warps)
-//            dual: grid (pieces, heads, ceil(head_dim / DIMS)), block (any)
+//            dual: grid (pieces, heads, ceil(head_dim / DIMS)), block (any); mma: as it says
 //            carry: grid (batch, any), block (any), no shared memory
 // aliasing   none
 // traffic    inputs twice and out once; of states tokens / piece * heads * head_dim * state_size * 4 bytes, four times.
 //            That does not limit it. Per token and head_dim * state_size states the recurrence takes twice as many
 //            exponentials (Mamba-1: the special function units set the pace) and five times as many multiply-adds; the
-//            dual form about three times as many multiply-adds, all on CUDA cores and with operands from shared memory,
-//            whose bandwidth allows about half their rate
+//            dual form about three times as many multiply-adds, on CUDA cores with operands from shared memory, whose
+//            bandwidth allows about half their rate, or on tensor cores twice as many of these
 #include "prelude.cuh"
 #include "params.h"
 #include "selective_state.cuh"
@@ -137,6 +138,14 @@ CA_KERNEL __launch_bounds__(256) void selective_scan_carry(const __grid_constant
 
 CA_KERNEL __launch_bounds__(128, 3) void selective_scan(const __grid_constant__ SelectiveScanArgs args) {
   scan_by_tokens(args);
+}
+
+#elif CA_FORM == 3
+#include "selective_mma.cuh"
+
+CA_KERNEL __launch_bounds__(THREADS, STATES == 256 ? 2 : 3) void
+selective_scan_mma(const __grid_constant__ SelectiveScanArgs args) {
+  scan_on_tensor_cores(args);
 }
 
 #else

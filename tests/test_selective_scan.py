@@ -366,7 +366,7 @@ def test_plans():
             for states in (1, 15, 16, 128, 256, 512):
                 for per_head in (True, False):
                     plan = _plan_selective_scan(1000, 4, heads, dims, states, "float16", "float16", "float32", False,
-                                                per_head, 256, True, arch)
+                                                per_head, 256, True, 8, arch)
                     constants = dict(plan.spec.constants)
                     assert plan.grid[0] == 1000 // 256 + 5 and plan.grid[1] == heads
                     if plan.spec.kernel == "selective_scan":
@@ -381,8 +381,9 @@ def test_plans():
 
 def test_every_core_version_is_chosen_by_some_call():
     types = {(c["T"], c["DT"], c["S"]) for c in (dict(s.constants) for s in CORE)}
-    chosen = {_plan_selective_scan(100, 2, 2, dims, states, *kinds, decays, per_head, 256, outputs, arch).spec
-              for kinds in types for dims in (16, 32, 64) for states in (8, 16, 128) for arch in ("cpu", "sm_90a")
+    chosen = {_plan_selective_scan(100, 2, 2, dims, states, *kinds, decays, per_head, 256, outputs, align, arch).spec
+              for kinds in types for dims in (16, 32, 64) for states in (8, 16, 128, 256)
+              for align, arch in ((2, "cpu"), (2, "sm_90a"), (16, "sm_90a"))
               for decays, per_head in ((True, False), (False, False), (False, True)) for outputs in (True, False)}
     chosen |= {_plan_carry(2, 100, state, decays, "cpu").spec for _, _, state in types for decays in (True, False)}
     assert set(CORE) <= chosen

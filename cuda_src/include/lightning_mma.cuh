@@ -22,6 +22,7 @@
 
 #include "cp_async.cuh"
 #include "mma.cuh"
+#include "mma_split.cuh"
 #include "warp.cuh"
 
 constexpr int KEY_DIM = CA_KEY_DIM;  // at least key_dim: 64, 128, 256; the rest counts as zeros
@@ -34,48 +35,7 @@ constexpr int ROW_TILES = KEY_DIM / (16 * WARPS);                    // tiles of
 constexpr int COLUMN_TILES = COLUMNS / 8;
 static_assert(BLOCK == 16 * WARPS, "lightning_attention: a warp has 16 rows of the scores");
 
-constexpr bool is_narrow(__half) { return true; }
-constexpr bool is_narrow(__nv_bfloat16) { return false; }
-constexpr bool NARROW = is_narrow(T{});  // numbers beyond 65504 are infinite
-
-__device__ __forceinline__ uint32_t as_word(const Vec<T, 2>& pair) { return reinterpret_cast<const uint32_t&>(pair); }
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  const float both[2] = {low, high};
-  return as_word(from_float<T, 2>(both));
-}
-
-// Two numbers as a pair of T, and what that leaves of them as another.
-__device__ __forceinline__ void split(float low, float high, uint32_t& rounded, uint32_t& rest) {
-  const float both[2] = {low, high};
-  const Vec<T, 2> first = from_float<T, 2>(both);
-  rounded = as_word(first);
-  rest = pack(low - to_float(first.v[0]), high - to_float(first.v[1]));
-}
-
-// The power of two at x > 0, within 2^64 and its inverse; 1 for 0.
-__device__ __forceinline__ float power_at(float x) {
-  if (x == 0.0f) return 1.0f;
-  return fminf(fmaxf(__int_as_float(__float_as_int(x) & 0x7f800000), 0x1p-63f), 0x1p63f);
-}
-
-// Where this lane's row of a 16 x 16 tile is, for ldmatrix_x4: of the 8 x 8 matrices the second is below the first ...
-__device__ __forceinline__ const T* downward(const T* tile, int stride) {
-  const int lane = threadIdx.x % 32;
-  return tile + lane % 16 * stride + lane / 16 * 8;
-}
-// ... or right of it.
-__device__ __forceinline__ const T* sideways(const T* tile, int stride) {
-  const int lane = threadIdx.x % 32;
-  return tile + (lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * 8;
-}
-
-// Adds a . b to two neighbouring column tiles; b holds the fragments of both.
-__device__ __forceinline__ void add_pair(float (&left)[4], float (&right)[4], const uint32_t (&a)[4],
-                                         const uint32_t (&b)[4]) {
-  const uint32_t b_left[2] = {b[0], b[1]}, b_right[2] = {b[2], b[3]};
-  mma_m16n8k16<T>(left, a, b_left);
-  mma_m16n8k16<T>(right, a, b_right);
-}
+constexpr bool NARROW = is_narrow(T{});
 
 struct TokensNear {
   T* q;  // [BLOCK, KEY_STRIDE]
@@ -174,7 +134,7 @@ struct MmaBlocks {
         for (int half = 0; half < 2; ++half) {
           const int at = ((warp() * ROW_TILES + m) * 16 + 8 * half + group()) * VALUE_STRIDE + 8 * n + pair();
           uint32_t rounded, rest;
-          split(state[m][n][2 * half] * factor, state[m][n][2 * half + 1] * factor, rounded, rest);
+          split<T>(state[m][n][2 * half] * factor, state[m][n][2 * half + 1] * factor, rounded, rest);
           *reinterpret_cast<uint32_t*>(high + at) = rounded;
           *reinterpret_cast<uint32_t*>(low + at) = rest;
         }
@@ -194,15 +154,15 @@ struct MmaBlocks {
         if (j > warp()) continue;
         uint32_t keys[4];
         ldmatrix_x4(keys, sideways(near.k + 16 * j * KEY_STRIDE + d, KEY_STRIDE));
-        add_pair(scores[2 * j], scores[2 * j + 1], query, keys);
+        add_pair<T>(scores[2 * j], scores[2 * j + 1], query, keys);
       }
 #pragma unroll
       for (int n = 0; n < COLUMN_TILES; n += 2) {
         uint32_t values[4];
         ldmatrix_x4_trans(values, downward(high + d * VALUE_STRIDE + 8 * n, VALUE_STRIDE));
-        add_pair(history[n], history[n + 1], query, values);
+        add_pair<T>(history[n], history[n + 1], query, values);
         ldmatrix_x4_trans(values, downward(low + d * VALUE_STRIDE + 8 * n, VALUE_STRIDE));
-        add_pair(history[n], history[n + 1], query, values);
+        add_pair<T>(history[n], history[n + 1], query, values);
       }
     }
   }
@@ -247,14 +207,14 @@ struct MmaBlocks {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float(&from)[4] = scores[2 * j + i / 2];
-        split(from[i % 2 * 2], from[i % 2 * 2 + 1], rounded[i], rest[i]);
+        split<T>(from[i % 2 * 2], from[i % 2 * 2 + 1], rounded[i], rest[i]);
       }
 #pragma unroll
       for (int n = 0; n < COLUMN_TILES; n += 2) {
         uint32_t values[4];
         ldmatrix_x4_trans(values, downward(near.v + 16 * j * VALUE_STRIDE + 8 * n, VALUE_STRIDE));
-        add_pair(sums[n], sums[n + 1], rounded, values);
-        add_pair(sums[n], sums[n + 1], rest, values);
+        add_pair<T>(sums[n], sums[n + 1], rounded, values);
+        add_pair<T>(sums[n], sums[n + 1], rest, values);
       }
     }
 #pragma unroll
@@ -298,13 +258,13 @@ struct MmaBlocks {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           float both[2];
-          to_float(reinterpret_cast<const Vec<T, 2>&>(keys[i]), both);
-          split(both[0] * weights[i / 2 * 2], both[1] * weights[i / 2 * 2 + 1], rounded[i], rest[i]);
+          unpack<T>(keys[i], both);
+          split<T>(both[0] * weights[i / 2 * 2], both[1] * weights[i / 2 * 2 + 1], rounded[i], rest[i]);
         }
 #pragma unroll
         for (int n = 0; n < COLUMN_TILES; n += 2) {
-          add_pair(state[m][n], state[m][n + 1], rounded, values[n / 2]);
-          add_pair(state[m][n], state[m][n + 1], rest, values[n / 2]);
+          add_pair<T>(state[m][n], state[m][n + 1], rounded, values[n / 2]);
+          add_pair<T>(state[m][n], state[m][n + 1], rest, values[n / 2]);
         }
       }
     }

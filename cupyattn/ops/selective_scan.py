@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 
 from ..runtime import Plan, Specialisation, arch_of, launch, make_args, workspace
-from ..runtime.arrays import array_namespace, head_view, strides
+from ..runtime.arrays import alignment, array_namespace, head_view, strides
 from ..runtime.checks import FLOATS, check_array, check_number, check_writeable
 from ..selective_inputs import check_inputs, find_sizes, with_heads
 from ..state_slots import check_pool, check_sequences, check_slots, has_state_bytes
@@ -15,15 +15,20 @@ from ..state_slots import check_pool, check_sequences, check_slots, has_state_by
 MAX_STATES = 512
 TILE = 32   # tokens that the dual form multiplies at once; pieces are whole tiles
 DUAL_DIMS = (64, 32, 16)
-_KERNELS = ("selective_scan_carry", "selective_scan", "selective_scan_dual")
+MMA_DIMS, MMA_TOKENS, MMA_STATES = 64, 64, (64, 128, 256)   # of a block on tensor cores
+_KERNELS = ("selective_scan_carry", "selective_scan", "selective_scan_dual", "selective_scan_mma")
 
 
-def _spec(form, x, dt, state, outputs, state_decays, vec, lanes=1, count=1, dims=0):
-    """`form` is 0 for the carry, 1 for the recurrence with `lanes` and `count`, 2 for the dual form with `dims`."""
+def _spec(form, x, dt, state, outputs, state_decays, vec, lanes=1, count=1, dims=0, states=0):
+    """`form` is 0 for the carry, 1 for the recurrence with `lanes` and `count`, 2 for the dual form with `dims`, 3 for
+    that on tensor cores with up to `states`."""
     return Specialisation("selective_scan", _KERNELS[form], "SelectiveScanArgs",
                           {"FORM": form, "T": x, "DT": dt, "S": state, "OUTPUTS": int(outputs),
                            "STATE_DECAYS": int(state_decays), "VEC": vec, "LANES": lanes, "COUNT": count,
-                           "DIMS": dims or 16}, spill_bytes=8192 if count > 4 else 0)   # only the CPU's hold so many
+                           "DIMS": dims or 16, "STATES": states},
+                          min_sm=80 if form == 3 else 75, expects=("HMMA", "LDSM", "LDGSTS") if form == 3 else (),
+                          # only the CPU's hold so many; sm_120a is short of two registers
+                          spill_bytes=8192 if count > 4 else 8 if states == 128 else 0)
 
 
 def _carry(state, state_decays):
@@ -38,6 +43,10 @@ def _dual(x, dt, state, outputs, vec, dims):
     return _spec(2, x, dt, state, outputs, False, vec, dims=dims)
 
 
+def _mma(x, dt, state, outputs, states):
+    return _spec(3, x, dt, state, outputs, False, 8, dims=MMA_DIMS, states=states)
+
+
 CORE = [
     _carry("float32", True), _carry("bfloat16", False), _carry("float16", True),
     _recurrence("float16", "float16", "float32", True, True, 4, 1, 4),
@@ -50,6 +59,9 @@ CORE = [
     _dual("float16", "float16", "float32", True, 4, 64), _dual("bfloat16", "float32", "float32", False, 4, 64),
     _dual("float32", "float32", "bfloat16", True, 4, 16), _dual("float32", "float32", "float32", True, 8, 64),
     _dual("bfloat16", "bfloat16", "float16", False, 8, 16), _dual("float16", "float32", "float32", True, 4, 32),
+    _mma("float16", "float32", "float32", True, 128), _mma("float16", "float16", "float32", False, 128),
+    _mma("bfloat16", "bfloat16", "float32", True, 128), _mma("bfloat16", "float32", "float32", False, 64),
+    _mma("float16", "float16", "float32", True, 256), _mma("bfloat16", "float32", "bfloat16", True, 64),
 ]
 
 
@@ -60,6 +72,8 @@ def more_specs():
         for dt in dict.fromkeys((x, "float32")):
             yield from (_recurrence(x, dt, state, outputs, decays, 4, 1, 4) for decays in (True, False))
             yield _dual(x, dt, state, outputs, 4, 64)
+            if x != "float32":
+                yield from (_mma(x, dt, state, outputs, states) for states in MMA_STATES)
     for outputs, x in itertools.product((True, False), ("bfloat16", "float32")):
         yield from (_recurrence(x, x, "float32", outputs, decays, 4, lanes, 4)
                     for decays in (True, False) for lanes in (2, 4, 8, 16, 32))
@@ -86,21 +100,41 @@ def _dual_dims(head_dim, states, arch):
     return None
 
 
+def _mma_bytes(states, outputs):
+    """Dynamic shared memory of selective_mma.cuh."""
+    rows = states + 8 + MMA_DIMS + 8 + (states + 8 + 2 * (MMA_TOKENS + 8) if outputs else 0)
+    return 2 * MMA_TOKENS * rows + 4 * (6 * MMA_TOKENS + MMA_DIMS)
+
+
+def _no_mma(head_dim, states, x, align, arch):
+    """Why the dual form of these arrays does not run on tensor cores; None if it does."""
+    if arch == "cpu" or int(arch[3:].rstrip("af")) < 80 or x == "float32":
+        return f"{x} on {arch}"
+    if align < 16 or head_dim % 8 or states % 8:
+        return f"alignment {align}, {head_dim} dims, {states} states"
+    return f"{states} states" if states > MMA_STATES[-1] else None
+
+
 @functools.lru_cache(maxsize=4096)
 def _plan_selective_scan(tokens, batch, heads, head_dim, states, x, dt, state, state_decays, per_head, chunk_size,
-                         outputs, arch):
-    """Plan of one of the two steps that read tokens, from sizes, dtype names and arch.
+                         outputs, align, arch):
+    """Plan of one of the two steps that read tokens, from sizes, dtype names, alignment in bytes and arch.
 
     `per_head`: the dims of a head have one step and one rate, which the dual form needs.
     """
     pieces = tokens // chunk_size + batch + 1
+    why = _no_mma(head_dim, states, x, align, arch)
+    if per_head and why is None:
+        width = next(width for width in MMA_STATES if states <= width)
+        return Plan(_mma(x, dt, state, outputs, width), arch, (pieces, heads, -(-head_dim // MMA_DIMS)), (128,),
+                    shared_bytes=_mma_bytes(width, outputs), note="dual form on tensor cores")
     dims = _dual_dims(head_dim, states, arch) if per_head else None
     vec = 8 if arch == "cpu" else 4
     if dims is not None:
         threads = 1 if arch == "cpu" else 128
         return Plan(_dual(x, dt, state, outputs, vec, dims), arch,
                     (pieces, heads, -(-head_dim // dims)), (threads,), shared_bytes=_dual_bytes(dims, states),
-                    note=f"dual form, {dims} dims per block")
+                    note=f"dual form, {dims} dims per block; CUDA cores: {why}")
     if arch == "cpu":
         lanes, count, threads = 1, _power_of_two(-(-states // 8)), 32
     else:
@@ -201,8 +235,12 @@ def selective_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=Fal
     -----
     Computed in float32. Chunks are counted from the beginning of each sequence: a row's bits do not depend on the
     other sequences. What all chunks but the last make of zeros comes first, then the state each begins with, in their
-    order, then the outputs; sequences of one chunk need only the last. With one step and rate per head (Mamba-2) 32
-    tokens at a time are products of matrices, the state space dual; else every token follows its predecessor. All of it
+    order, then the outputs; sequences of one chunk need only the last. With one step and rate per head (Mamba-2) 32 or
+    64 tokens at a time are products of matrices, the state space dual; else every token follows its predecessor. The
+    dual form of float16 and bfloat16 arrays runs on tensor cores on GPUs from sm_80 on, with head_dim and state_size
+    multiples of 8, the latter up to 256, and 16-byte rows of x, z, B, C and out: exact products with float32 sums, in
+    which scores with their decay, inputs with their step and states count as sums of two 16-bit numbers each (at least
+    16 bits of each), and what is 2**39 times smaller than others of its 64 tokens may vanish in float16. All else runs
     on CUDA cores, which is what limits it. Scratch: at most ``2 * tokens / chunk_size + 1`` float32 states. On CuPy
     arrays asynchronous on the current stream. Kernel: ``cuda_src/selective_scan.cu``. Mamba: arXiv:2312.00752,
     Mamba-2: arXiv:2405.21060.
@@ -235,17 +273,18 @@ def selective_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=Fal
         longest = x.shape[0] if xp is not np or cu_seqlens is None else int(np.diff(cu_seqlens).max(initial=0))
         fields |= {"in": found.fields, "out": head_view(with_heads(out, sizes.with_heads)), "cu_seqlens": cu_seqlens,
                    "batch": batch, "tokens": x.shape[0], "piece": chunk_size}
-        _launch(xp, sizes, found, state_type, fields, longest > chunk_size)
+        align = min(alignment(array) for array in (x, B, C, out, out if z is None else z))
+        _launch(xp, sizes, found, state_type, fields, longest > chunk_size, align)
     return out
 
 
-def _launch(xp, sizes, found, state_type, fields, in_pieces):
+def _launch(xp, sizes, found, state_type, fields, in_pieces, align):
     """The three steps, or if no sequence has several pieces the last one."""
     tokens, batch, chunk_size, arch = fields["tokens"], fields["batch"], fields["piece"], arch_of(xp)
     channels = sizes.heads * sizes.head_dim
     plans = [_plan_selective_scan(
         tokens, batch, sizes.heads, sizes.head_dim, sizes.state_size, found.x_type, found.dt_type, state_type,
-        found.state_decays, found.per_head, chunk_size, outputs, arch) for outputs in (False, True)]
+        found.state_decays, found.per_head, chunk_size, outputs, align, arch) for outputs in (False, True)]
     fields |= {"carried": None, "totals": None}
     if in_pieces:
         kept = -(-2 * tokens // chunk_size)
