@@ -27,8 +27,8 @@ def _spec(form, x, dt, state, outputs, state_decays, vec, lanes=1, count=1, dims
                            "STATE_DECAYS": int(state_decays), "VEC": vec, "LANES": lanes, "COUNT": count,
                            "DIMS": dims or 16, "STATES": states},
                           min_sm=80 if form == 3 else 75, expects=("HMMA", "LDSM", "LDGSTS") if form == 3 else (),
-                          # only the CPU's hold so many; sm_120a is short of two registers
-                          spill_bytes=8192 if count > 4 else 8 if states == 128 else 0)
+                          # only the CPU's hold so many; sm_120a is short of three registers
+                          spill_bytes=8192 if count > 4 else 12 if states == 128 else 0)
 
 
 def _carry(state, state_decays):
