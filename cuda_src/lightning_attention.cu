@@ -76,11 +76,13 @@ struct Part {
     end = sequence < args.batch ? first_row(args.cu_seqlens, args.tokens, sequence + 1) : args.tokens;
   }
   __device__ __forceinline__ void store_zeros(const LightningAttentionArgs& args, int64_t begin, int64_t end) const {
-    const int across = count / VEC, rows = max(1, static_cast<int>(blockDim.x) / across), row = threadIdx.x / across;
+    constexpr int WIDTH = VEC * sizeof(T) > 16 ? 16 / sizeof(T) : VEC;  // numbers per store
+    const float zeros[WIDTH] = {};
+    const int across = count / WIDTH, rows = max(1, static_cast<int>(blockDim.x) / across), row = threadIdx.x / across;
     if (row >= rows) return;
     for (int64_t t = begin + row; t < end; t += rows) {
       for (int c = threadIdx.x % across; c < across; c += blockDim.x)
-        store_numbers(row_of(args.out, t) + first + c * VEC, Numbers::all(0.0f));
+        store_global(row_of(args.out, t) + first + c * WIDTH, from_float<T, WIDTH>(zeros));
     }
   }
   template <typename View>
