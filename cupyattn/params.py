@@ -462,7 +462,8 @@ class PagedParams(Params):
                              f"{list(other.block_index.shape)}")
         for (name, _), (_, copy) in self._copies.items():
             if name in ("block_index", "cache_seqlens", "cache_seqlens_after") and not isinstance(copy, np.ndarray):
-                copy.set(getattr(other, name))
+                with copy.device:   # on its stream, behind what still reads it
+                    copy.set(getattr(other, name))
         for name in ("block_index", "cache_seqlens", "cache_seqlens_after"):
             getattr(self, name)[...] = getattr(other, name)
         vars(self).update(max_cache_seqlen=int(self.cache_seqlens.max()), is_sequential=other.is_sequential,

@@ -18,6 +18,7 @@ import cupyattn
 from cupyattn import PagedParams, QAttn, runtime
 from cupyattn.graphs import capture
 from cupyattn.q_attn import weights as converted_tables
+from cupyattn.q_attn.step import steps_of
 from cupyattn.runtime import cpu
 
 
@@ -191,6 +192,9 @@ def test_what_one_layer_has_checked_another_may_not_have(monkeypatch):
     step.layer.attn.schedule(params, cache, out=plans[-1]["schedule"])
     _, without, turned = layers()
     without()
+    short = Layer(xp, dtype="float16", rope_style="none", max_seq_len=11)
+    with pytest.raises(ValueError, match="params must have at most max_seq_len 11 tokens, got 12"):
+        short.attn.forward(step.x, params, cache, 0, **plans[-1])
     with pytest.raises(ValueError, match=r"positions must be in \[-1, 11\)"):
         turned()
 
@@ -503,6 +507,32 @@ def test_threads_share_params(monkeypatch):
         for found, right in zip(pool.map(work, inputs), want, strict=True):
             for x in found:
                 assert_same_bits(x, right)
+
+
+def test_threads_and_streams_share_no_schedule():
+    """Launches count what they have done in a Schedule, and those of two threads or two streams overlap."""
+    from standin import install
+
+    layer, params = Layer(NumpyArrays(), dtype="float16"), new_params()
+    cache = filled(layer, NumpyArrays())
+
+    def step():
+        layer.attn.forward(layer.inputs(2, 1), params, cache, 0, **layer.tables)
+
+    step()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(step).result()
+    step()
+    made, = steps_of(params, cache, np)
+    assert len({id(found.decode.counters) for found in made.schedules.values()}) == len(made.schedules) == 2
+    with install() as xp:
+        layer, params = Layer(xp, dtype="float16"), new_params()
+        cache, x = filled(layer, xp), xp.array(layer.inputs(2, 1))
+        for stream in (xp.module.cuda.Stream.null, xp.module.cuda.Stream(non_blocking=True)) * 2:
+            with stream:
+                layer.attn.forward(x, params, cache, 0, **layer.tables)
+        made, = steps_of(params, cache, xp.module)
+        assert len(made.schedules) == 2
 
 
 def test_what_python_costs():

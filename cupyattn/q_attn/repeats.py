@@ -53,7 +53,8 @@ class Repeats:
                    None if schedule is None else (schedule.decode, schedule.prefill), *map(id, arrays),
                    loras, sequence_loras, getattr(target.flags, "writeable", True))
             hash(key)
-            read = options.window_size, attn.rope_style and cos.shape   # what decides which contents are checked
+            # what decides which contents are checked
+            read = options.window_size, attn.max_seq_len, attn.rope_style and cos.shape
             found = _contents(step, params, schedule, xp)
         except _REFUSED:
             return prepare()()
