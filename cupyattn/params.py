@@ -5,6 +5,7 @@
 import numpy as np
 
 from .devices import device_key, to_device, to_host
+from .runtime.capturing import refuse_to_keep
 
 MASKED = np.float16(-65504.0)  # lowest finite float16: a row masked everywhere still has no NaN softmax
 _ASSIGNED = ("block_diag_layers", "position_offsets_tp", "past_len_tp", "block_index_tp", "cache_seqlens_tp",
@@ -455,7 +456,10 @@ class PagedParams(Params):
         ------
         TypeError, ValueError
             As the constructor, or a block_index of another shape; nothing has changed then.
+        CaptureError
+            The step is captured: its replays would not see the new lengths.
         """
+        refuse_to_keep("fill PagedParams; it is done between the replays")
         other = PagedParams(self.batch_size, block_index, cache_seqlens, 0, self.page_size, self.q_len)
         if other.block_index.shape != self.block_index.shape:
             raise ValueError(f"PagedParams: block_index must be {list(self.block_index.shape)} as it was, got "
