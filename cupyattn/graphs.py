@@ -260,8 +260,9 @@ class BoundSteps:
             All that the launches depend on but the contents of arrays: `place` of every array that may be another one,
             and every option. Objects in it, and all arrays of the launches, are kept alive.
         step : callable
-            Launches ops; as in `capture`, nothing else it does is done again. Its checks of contents are not, unless
-            under ``CUPYATTN_CHECK=1``: NumPy arrays of lengths and page ids must be right.
+            Launches ops; as in `capture`, nothing else it does is done again, unless under ``CUPYATTN_CHECK=1`` or
+            where ``CUPYATTN_DEBUG`` names launches. So its checks of contents are not: NumPy arrays of lengths and page
+            ids must be right.
 
         Returns
         -------
@@ -271,7 +272,7 @@ class BoundSteps:
 
     def run_prepared(self, key, prepare):
         """`run` of the function that ``prepare()`` returns; what `prepare` itself does is no part of the step."""
-        if is_watched() or env.check():
+        if is_watched() or env.check() or env.debug() >= 2:
             return prepare()()
         xp = self._xp
         if xp is np:

@@ -5,6 +5,7 @@
 import numpy as np
 
 from .devices import device_key, to_device, to_host
+from .runtime.capturing import refuse_to_keep
 
 MASKED = np.float16(-65504.0)  # lowest finite float16: a row masked everywhere still has no NaN softmax
 _ASSIGNED = ("block_diag_layers", "position_offsets_tp", "past_len_tp", "block_index_tp", "cache_seqlens_tp",
@@ -455,14 +456,18 @@ class PagedParams(Params):
         ------
         TypeError, ValueError
             As the constructor, or a block_index of another shape; nothing has changed then.
+        CaptureError
+            The step is captured: its replays would not see the new lengths.
         """
+        refuse_to_keep("fill PagedParams; it is done between the replays")
         other = PagedParams(self.batch_size, block_index, cache_seqlens, 0, self.page_size, self.q_len)
         if other.block_index.shape != self.block_index.shape:
             raise ValueError(f"PagedParams: block_index must be {list(self.block_index.shape)} as it was, got "
                              f"{list(other.block_index.shape)}")
         for (name, _), (_, copy) in self._copies.items():
             if name in ("block_index", "cache_seqlens", "cache_seqlens_after") and not isinstance(copy, np.ndarray):
-                copy.set(getattr(other, name))
+                with copy.device:   # on its stream, behind what still reads it
+                    copy.set(getattr(other, name))
         for name in ("block_index", "cache_seqlens", "cache_seqlens_after"):
             getattr(self, name)[...] = getattr(other, name)
         vars(self).update(max_cache_seqlen=int(self.cache_seqlens.max()), is_sequential=other.is_sequential,

@@ -368,6 +368,21 @@ def test_arrays_changed_in_place_are_another_step(xp):
         metadata.decodes_position[...] = xp.array(last - back + 1)
 
 
+def test_what_another_layer_finds_changed():
+    """A step may begin with a layer that had no part in the last one, e.g. of a draft model's target: it is checked."""
+    step = Step(NUMPY, length=None, decodes=(9, 6)).write()
+    views = layers_of(step)
+    step.check(with_tokens(step, views[0]).out())
+    positions, pages = step.metadata.decodes_position, step.metadata.decodes_page_table
+    positions -= 2
+    out = with_tokens(step, views[1]).out()
+    step.metadata = PagedAttentionMetadata.decode(positions.copy(), pages.copy())
+    assert_same_bits(out, step.out())
+    step.metadata.decodes_page_table[0, 0] = 0
+    with pytest.raises(ValueError, match="decodes_page_table must hold page ids from 1"):
+        with_tokens(step, views[2]).run()
+
+
 def test_other_arrays_are_another_step(xp):
     """Also between two layers; and so are pages of another size."""
     step = Step(xp, length=None, decodes=(3, 7)).write()

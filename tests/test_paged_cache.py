@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from compare import assert_same_bits
 
-from cupyattn import PagedCache, QuantizedKV, kv_append, paged_decode
+from cupyattn import PagedCache, Params, QuantizedKV, kv_append, paged_decode
 from cupyattn.caches.paged import FORMATS
 from cupyattn.runtime.arrays import dtype_of
 
@@ -250,6 +250,8 @@ def test_a_step_into_earlier_params():
             np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
         for sequence in sequences:
             sequence.append([n])
+    with pytest.raises(TypeError, match="PagedCache.step: out must be PagedParams, got Params"):
+        cache.step(sequences, 1, out=Params(2, 1, 0))
     for wrong in ((sequences[:1], 1), (sequences, 2)):
         free = cache.pages.num_free
         with pytest.raises(ValueError, match="PagedCache.step: out must be of .*, got 2, 1 and 4"):

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from cupyattn import CaptureError
+from cupyattn.graphs import capture
 from cupyattn.params import PagedParams, Params
 
 TABLE = np.array([[7, 3, 4, 9]], dtype=np.int32)
@@ -415,6 +417,10 @@ def test_fill(xp):
         with pytest.raises(ValueError, match=f"PagedParams: .*{message}"):
             params.fill(table, lengths)
         np.testing.assert_array_equal(params.cache_seqlens_after, new.cache_seqlens_after)
+    lengths = iter(range(201, 300))
+    with pytest.raises(CaptureError, match="the step must not fill PagedParams; it is done between the replays"):
+        capture(lambda: params.fill([[1, 0, 4, 9]], [next(lengths)]), xp=xp.module)
+    assert params.cache_seqlens[0] == 202   # by two warm-ups
 
 
 @pytest.mark.parametrize("make", [lambda: Params(1, 2, 1).get_attn_mask(0), lambda: paged(300, 1).get_block_index(0),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoding steps that `QAttn.forward` remembers: which calls repeat one, and what makes them new."""
 
+import copy
 import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,8 @@ from test_q_attn_steps import PAGE_TABLE, device_of, filled, put, refill
 import cupyattn
 from cupyattn import PagedParams, QAttn, runtime
 from cupyattn.graphs import capture
+from cupyattn.q_attn import weights as converted_tables
+from cupyattn.q_attn.step import steps_of
 from cupyattn.runtime import cpu
 
 
@@ -189,6 +192,9 @@ def test_what_one_layer_has_checked_another_may_not_have(monkeypatch):
     step.layer.attn.schedule(params, cache, out=plans[-1]["schedule"])
     _, without, turned = layers()
     without()
+    short = Layer(xp, dtype="float16", rope_style="none", max_seq_len=11)
+    with pytest.raises(ValueError, match="params must have at most max_seq_len 11 tokens, got 12"):
+        short.attn.forward(step.x, params, cache, 0, **plans[-1])
     with pytest.raises(ValueError, match=r"positions must be in \[-1, 11\)"):
         turned()
 
@@ -252,6 +258,8 @@ CHANGES = {
     "set_loras": lambda s: s.attn.set_loras({"a": {}}),
     "other tables": lambda s: setattr(s, "params", new_params(alt_rope_embed=(s.layer.sin[::-1], s.layer.cos[::-1]))),
     "blocks": lambda s: s.params.block_diag_layers.add(1),
+    "a gain of the layer": lambda s: setattr(s.attn, "layernorm", 2 * s.attn.layernorm),
+    "an option of the layer": lambda s: setattr(s.attn, "has_residual", False),
 }
 
 
@@ -279,6 +287,43 @@ def test_what_makes_a_call_a_new_one(monkeypatch, name):
     assert_same_bits(target, found)
 
 
+def test_other_scales_of_a_quantized_pool(monkeypatch):
+    """Parts of a QuantizedKV may be other arrays from one call to the next."""
+    step = Step(NumpyArrays(), monkeypatch)
+    scales = [np.full(1, 0.05, np.float32)] * 2
+    step.cache = cupyattn.PagedCache(2, 10, 4, 2, 32, k_format="int8_symmetric", scales=(scales, scales))
+    rows = step.remembered().x.copy()
+    assert not step()
+    step.cache.v[0].scale = np.full(1, 0.1, np.float32)
+    other = cupyattn.PagedCache(2, 10, 4, 2, 32, k_format="int8_symmetric", scales=(scales, [2 * scales[0]] * 2))
+    other.k[0].codes[...], other.v[0].codes[...] = step.cache.k[0].codes, step.cache.v[0].codes
+    step.x[...], fresh = rows, rows.copy()
+    assert step()
+    step.attn.forward(fresh, new_params(), other, 0, **step.tables)
+    assert_same_bits(step.x, fresh)
+
+
+def test_a_copy_of_a_layer_is_another_layer(monkeypatch):
+    """A copy that gets other adapters, or weights, has no launches of the one it was made of."""
+    rng, step = np.random.default_rng(0), Step(NumpyArrays(), monkeypatch)
+    made = {name: {"q": cupyattn.LoRA(*(rng.standard_normal(shape).astype(np.float16) / 4
+                                        for shape in ((4, 64), (128, 4))))} for name in "ab"}
+    step.attn.set_loras({"x": made["a"]})
+    step.options["loras"], rows = ("x",), step.x.copy()
+    step.remembered()
+    one, other = step.attn, copy.copy(step.attn)
+    other.set_loras({"x": made["b"]})
+    found = {}
+    for layer in (one, other) * 6:
+        step.attn = layer
+        step.x[...] = rows
+        step()
+        assert_same_bits(step.x, found.setdefault(layer, step.x.copy()))
+    assert (found[one] != found[other]).any()
+    step.attn = one
+    assert not step()
+
+
 def test_names_that_can_be_read_once(monkeypatch):
     """Adapters may be named by an iterator: it is read once, also by a call that might be a repeated one."""
     layer, rng = Layer(NumpyArrays(), dtype="float16"), np.random.default_rng(0)
@@ -296,8 +341,8 @@ def test_names_that_can_be_read_once(monkeypatch):
     assert (step.x != x).any()
 
 
-def test_steps_that_are_watched(xp, monkeypatch):
-    """Recordings, profiles, captures and checks see the step itself."""
+def test_steps_that_are_watched(xp, monkeypatch, caplog):
+    """Recordings, profiles, captures, checks and logs see the step itself."""
     step = Step(xp, monkeypatch).remembered()
     with runtime.recording() as wanted:
         assert step()
@@ -313,6 +358,13 @@ def test_steps_that_are_watched(xp, monkeypatch):
     monkeypatch.setenv("CUPYATTN_CHECK", "1")
     assert step() and step()
     monkeypatch.delenv("CUPYATTN_CHECK")
+    assert not step()
+    monkeypatch.setenv("CUPYATTN_DEBUG", "2")
+    caplog.clear()
+    with caplog.at_level("DEBUG", "cupyattn"):
+        assert step()
+    assert [record.message.split("(")[0] for record in caplog.records].count("launch Plan") >= 4
+    monkeypatch.delenv("CUPYATTN_DEBUG")
     assert not step()
 
 
@@ -419,7 +471,7 @@ def test_tables_that_were_copied_keep_their_place(monkeypatch):
     step.remembered()
     given = [weakref.ref(table) for table in step.tables.values()]
     step.tables = None
-    cupyattn.q_attn_weights._tables.clear()
+    converted_tables._tables.clear()
     assert all(table() is not None for table in given)
     step.params = None
     assert all(table() is None for table in given)
@@ -455,6 +507,32 @@ def test_threads_share_params(monkeypatch):
         for found, right in zip(pool.map(work, inputs), want, strict=True):
             for x in found:
                 assert_same_bits(x, right)
+
+
+def test_threads_and_streams_share_no_schedule():
+    """Launches count what they have done in a Schedule, and those of two threads or two streams overlap."""
+    from standin import install
+
+    layer, params = Layer(NumpyArrays(), dtype="float16"), new_params()
+    cache = filled(layer, NumpyArrays())
+
+    def step():
+        layer.attn.forward(layer.inputs(2, 1), params, cache, 0, **layer.tables)
+
+    step()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(step).result()
+    step()
+    made, = steps_of(params, cache, np)
+    assert len({id(found.decode.counters) for found in made.schedules.values()}) == len(made.schedules) == 2
+    with install() as xp:
+        layer, params = Layer(xp, dtype="float16"), new_params()
+        cache, x = filled(layer, xp), xp.array(layer.inputs(2, 1))
+        for stream in (xp.module.cuda.Stream.null, xp.module.cuda.Stream(non_blocking=True)) * 2:
+            with stream:
+                layer.attn.forward(x, params, cache, 0, **layer.tables)
+        made, = steps_of(params, cache, xp.module)
+        assert len(made.schedules) == 2
 
 
 def test_what_python_costs():

@@ -160,9 +160,11 @@ class PagedCache:
         ------
         MemoryError
             There are too few free pages for one of the sequences; those before it have their room.
-        ValueError
-            A sequence of other pages, or named twice; a cache of other pages.
+        TypeError, ValueError
+            A sequence of other pages, or named twice; a cache of other pages; an `out` of another kind or size.
         """
+        if out is not None and not isinstance(out, PagedParams):
+            raise TypeError(f"PagedCache.step: out must be PagedParams, got {type(out).__name__}")
         seen = set()
         for n, sequence in enumerate(sequences):
             if sequence not in self.pages:

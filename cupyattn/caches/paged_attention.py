@@ -23,7 +23,8 @@ class PagedAttentionMetadata(Record):
 
     A step with a prompt and decodes is made from all five; one of one kind by `prefill` or `decode`. What kernels need
     beyond them is worked out once for all layers of a step, which share the object. A layer that comes again begins
-    another step, and so does assigning a field: between steps the arrays may be changed in place.
+    another step, and so does assigning a field: between steps the arrays may be changed in place. A layer that made
+    no call of the step before sees new contents of NumPy arrays, which are read; with CuPy arrays assign a field.
 
     Parameters
     ----------

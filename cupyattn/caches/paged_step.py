@@ -18,16 +18,17 @@ def step_of(name, metadata, view, call):
     """The PagedStep of `metadata` for a layer's `view`, the same one for all layers that ask for it.
 
     A layer that makes the same `call` (anything hashable) once more begins another step: what stands in the arrays of
-    `metadata` may have changed since. So do a field that was assigned, other sizes of pages, another thread, and on
-    a GPU another stream.
+    `metadata` may have changed since. So do a field that was assigned, other sizes of pages, another thread, on a GPU
+    another stream, and in NumPy arrays other contents.
     """
     cache = view.k_cache
     codes = getattr(cache, "codes", cache)
     xp = array_namespace(name, key_pages=codes)
     sizes, where = cache.shape[:2], _where(xp)
     step, call = metadata._step, (call, address(codes))
-    if step is None or call in step.calls or (step.sizes, step.where) != (sizes, where):
-        metadata._step = step = PagedStep(name, metadata, sizes, where)
+    found = [value.tobytes() for _, value in metadata._items() if isinstance(value, np.ndarray)]
+    if step is None or call in step.calls or (step.sizes, step.where, step.contents) != (sizes, where, found):
+        metadata._step = step = PagedStep(name, metadata, sizes, where, found)
     step.calls.add(call)
     return step
 
@@ -55,6 +56,8 @@ class PagedStep:
     metadata : PagedAttentionMetadata
     sizes : (num_pages, page_size)
     where : tuple
+    contents : list of bytes
+        Of the NumPy arrays of `metadata`.
 
     Attributes
     ----------
@@ -69,8 +72,8 @@ class PagedStep:
         Of those who attend.
     """
 
-    def __init__(self, name, metadata, sizes, where):
-        self.sizes, self.where = sizes, where
+    def __init__(self, name, metadata, sizes, where, contents):
+        self.sizes, self.where, self.contents = sizes, where, contents
         self.is_capturing = where[-1] is not None
         self.calls, self.schedules, self._is_checked = set(), {}, False
         given = [value for _, value in metadata._items()]

@@ -4,6 +4,7 @@
 `prepare` checks a call and decides all of it before anything is written; `attend` launches it.
 """
 
+from threading import get_ident
 from typing import NamedTuple
 
 import numpy as np
@@ -74,7 +75,7 @@ def prepare(attn, params, step, cache, layer, turn, options, given):
             raise ValueError(f"{OP}: schedule must be given for lengths of params that were changed in place, got "
                              "None; QAttn.schedule makes it")
         if attn.xp is np:
-            _check_changed(step, cache, options)
+            _check_changed(step, cache, options, attn.max_seq_len)
     if blocks is not None:
         made, decode = _schedule_of_step(attn, step, None, blocks, options), False
         blocks = params.get_cu_seqlens(None if attn.xp is np else attn.xp.cuda.runtime.getDevice())
@@ -116,11 +117,13 @@ def _refuse_what_stays(params, step, turn, given):
                            f"captured, got {found}; QAttn.schedule makes it")
 
 
-def _check_changed(step, cache, options):
-    """NumPy arrays that were changed in place still agree with each other, and hold pages.
+def _check_changed(step, cache, options, most):
+    """NumPy arrays that were changed in place still agree with each other, hold pages and `most` tokens at most.
 
     Each op sees for itself that its arrays are right, but attention only when new keys are in the cache.
     """
+    if most is not None and step.after.max() > most:
+        raise ValueError(f"{OP}: params must have at most max_seq_len {most} tokens, got {step.after.max()}")
     if (step.before + np.int32(step.q_len)).tobytes() != step.after.tobytes():
         raise ValueError(f"{OP}: params must have cache_seqlens_after = cache_seqlens + {step.q_len}, got "
                          f"{step.after.tolist()} and {step.before.tolist()}; one of them was changed in place")
@@ -148,7 +151,9 @@ def _facts(attn, step, cache, options):
 def _schedule_of_step(attn, step, cache, blocks, options):
     """The Schedule of the step's first lengths, or of `blocks`; kept for other layers and calls."""
     facts, decode = _facts(attn, step, cache, options), _decodes(step, cache, options)
-    key = decode, None if blocks is None else blocks.tobytes(), *facts.values()
+    # launches count in it, and those of two threads or streams overlap
+    where = get_ident(), None if attn.xp is np else attn.xp.cuda.get_current_stream().ptr
+    key = where, decode, None if blocks is None else blocks.tobytes(), *facts.values()
     found = step.schedules.get(key)
     if found is None:
         lengths, queries = step.after_host, {"q_len": step.q_len}

@@ -133,8 +133,12 @@ class QAttn(Projections):
         rows = 0 if max_rows is None else max_rows
         check_scratch("temp_state", temp_state, rows * max(self.q_size, self.hidden_size))
         check_scratch("temp_dq", temp_dq, min(max(self.q_size, self.kv_size) * self.hidden_size, 512 << 20))
-        self.loras, self._ones, self._repeats = None, None, Repeats(xp)
+        self.loras = self._ones = None
         self.set_loras({})
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        vars(self)["_repeats"] = Repeats()   # steps with what it was are no more
 
     # ---- the whole step --------------------------------------------------------------------------------
 

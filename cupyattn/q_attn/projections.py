@@ -69,7 +69,6 @@ class Projections:
         if self.loras.max_rank and self._ones is None:
             self._ones = self.xp.asarray(np.ones(self.hidden_size, np.float32))
         self._workspace = Workspace(self, self.loras.max_rank > 0)
-        self._repeats.clear()
         return self.loras.max_rank
 
     def _added(self, loras, sequence_loras, batch_size, q_len):
@@ -142,7 +141,6 @@ class Projections:
     def close(self):
         """Let go of all weights; calls are refused from then on."""
         self.qkv = self.o_proj = self._workspace = None
-        self._repeats.clear()
 
     def _check_open(self):
         if self.qkv is None:
