@@ -196,13 +196,14 @@ def float_dtype(owner, name, dtype):
     return found
 
 
-def zeros_pool(owner, shape, dtype, quantizer, xp):
-    """Keys or values [pages, page_size, heads, head_dim]: zeros of `dtype`, or a QuantizedKV for activations of it."""
+def zeros_pool(owner, shape, dtype, quantizer, xp, scale=None):
+    """Keys or values [pages, page_size, heads, head_dim] of one layer of any cache: zeros of `dtype`, or a QuantizedKV
+    for activations of it, fp8 without a `scale` with one for each token and head."""
     dtype = float_dtype(owner, "dtype", dtype)
     if quantizer is None:
         return xp.zeros(shape, dtype)
-    granularity = "token" if quantizer.startswith("fp8") else None
-    return QuantizedKV.empty(*shape, format=quantizer, dtype=dtype.name, granularity=granularity, xp=xp)
+    granularity = "token" if scale is None and quantizer.startswith("fp8") else None
+    return QuantizedKV.empty(*shape, format=quantizer, dtype=dtype.name, granularity=granularity, scale=scale, xp=xp)
 
 
 def is_array(value):
