@@ -12,6 +12,7 @@ from ..runtime.arrays import array_namespace
 from ..runtime.checks import check_shape
 from .base import Cache, Record, View, check_given, check_quantizer, is_array, zeros_pool
 from .hbm_pages import PagedAttentionCacheMetaData
+from .paged import PagedCache
 from .paged_step import step_of
 
 ABSENT = 1_000_000   # what stands, as an array without axes, where a step has no prefill or no decodes
@@ -249,6 +250,24 @@ class PagedAttentionCache(Cache):
         check_given("PagedAttentionCache.init_cache", metadata=metadata)
         return cls([PagedAttentionCacheView.init(mesh, dtype, metadata, layer, partition_manager, quantizer, xp=xp)
                     for layer in range(metadata.num_hidden_layers)])
+
+    def paged_cache(self, manager):
+        """These pages as a `PagedCache`, whose other methods, and `QAttn.forward`, then work on them.
+
+        Its `step` makes room for sequences of ``manager.pages``, which share what they begin with, and its `defragment`
+        gives them pages in a row. Page 0 and pages held as lists stay where they are.
+
+        Parameters
+        ----------
+        manager : HBMPageManager
+
+        Returns
+        -------
+        PagedCache
+            Over the arrays the views have now.
+        """
+        views = [self.view_of(layer) for layer in range(len(self))]
+        return PagedCache.over([view.k_cache for view in views], [view.v_cache for view in views], manager.pages)
 
     @classmethod
     def init_empty(cls, num_hidden_layers=0, *args, **kwargs):
