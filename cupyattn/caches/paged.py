@@ -5,13 +5,13 @@ import numpy as np
 
 from ..kv.formats import FORMATS as QUANTIZED
 from ..kv.formats import check_head_dim
-from ..kv.quantized import QuantizedKV, kv_side
+from ..kv.quantized import kv_side
 from ..ops.page_move import page_move
 from ..paging.pages import PageManager
 from ..params import PagedParams
 from ..runtime.arrays import array_namespace
 from ..runtime.checks import FLOATS, check_number
-from .base import float_dtype, zeros_pool
+from .base import float_dtype, moved, zeros_pool
 
 FORMATS = (*FLOATS, *QUANTIZED)
 
@@ -244,9 +244,7 @@ class PagedCache:
         """This cache with its pools on `xp` (numpy or cupy); itself when they are there. Both share `pages`."""
         if xp is self.xp:
             return self
-        move = self.xp.asnumpy if xp is np else xp.asarray
-        return PagedCache.over(*([pool.to(xp) if isinstance(pool, QuantizedKV) else move(pool) for pool in pools]
-                                 for pools in (self.k, self.v)), self.pages)
+        return PagedCache.over(*([moved(pool, xp) for pool in pools] for pools in (self.k, self.v)), self.pages)
 
     def __repr__(self):
         format = self.k_format if self.k_format == self.v_format else f"{self.k_format}/{self.v_format}"
