@@ -419,7 +419,7 @@ def test_tables_that_were_copied_keep_their_place(monkeypatch):
     step.remembered()
     given = [weakref.ref(table) for table in step.tables.values()]
     step.tables = None
-    cupyattn.q_attn_weights._tables.clear()
+    cupyattn.q_attn.weights._tables.clear()
     assert all(table() is not None for table in given)
     step.params = None
     assert all(table() is None for table in given)
