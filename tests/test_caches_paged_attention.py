@@ -7,16 +7,20 @@ import types
 
 import numpy as np
 import pytest
+from attention_layers import Layer
 from compare import assert_same_bits, dtype_of, poison
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cupyattn import (
+    AttentionMetadata,
     HBMPageManager,
     PagedAttentionCache,
     PagedAttentionCacheMetaData,
     PagedAttentionCacheView,
     PagedAttentionMetadata,
+    PagedAttn,
+    PagedCache,
     QuantizedKV,
     page_move,
     paged_decode,
@@ -442,6 +446,68 @@ def test_decoding_over_pages(xp):
     weights = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
     want = np.einsum("ht,thd->hd", weights, xp.numpy(value))
     assert np.abs(xp.numpy(out)[0] - want).max() < 2e-6
+
+
+@pytest.mark.parametrize("quantizer", [None, "int8", "hadamard4", "fp8_e4m3"])
+def test_sequences_share_pages_and_move(xp, quantizer):
+    """As a PagedCache: prompts that begin alike, and decodes over them, bit for bit, before and after they move."""
+    cache = PagedAttentionCache.init_cache(None, "float16", metadata(24, layers=2, dim=32), None, quantizer,
+                                           xp=xp.module)
+    manager, attend = HBMPageManager(cache[0].metadata), PagedAttn(AttentionMetadata())
+    paged = cache.paged_cache(manager)
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((2, 99, H, 32)).astype(np.float16)   # keys and values of each token
+    kept = manager.alloc_prefill_hbm_pages(6)                        # a list: it stays
+    for view in cache:
+        view.write_prefill_to_cache(*rows(xp, 6, "float16", dim=32), prompt(xp, 6, 0, 6, kept))
+    made = []
+    for text in ([*range(10)], [*range(6), 20, 21], [*range(10), 30]):
+        sequence = manager.pages.sequence(text)
+        assert sequence.num_tokens == (0, 6, 10)[len(made)]
+        first, new = sequence.num_tokens, text[sequence.num_tokens:]
+        paged.step([sequence], len(new))                             # room, and a copy of a begun page that is shared
+        step = prompt(xp, len(text), first, len(new), sequence.pages)
+        for view in cache:
+            view.write_prefill_to_cache(*(xp.array(side[new]) for side in table), step)
+        sequence.append(new)
+        made.append(sequence)
+    made.pop(0).free()
+    q = xp.array(rng.standard_normal((2, 4, 32)).astype(np.float16))
+
+    def outputs():
+        step = PagedAttentionMetadata.decode(ints(xp, [sequence.num_tokens - 1 for sequence in made]), ints(
+            xp, manager.pages.block_table([sequence.pages for sequence in made])))
+        return np.stack([xp.numpy(attend(q, None, None, view, step).attention_outputs) for view in cache])
+
+    before = outputs()
+    assert paged.defragment() > 0 and kept == [1, 2]
+    assert [sequence.pages for sequence in made] in ([[3, 4], [3, 5, 6]], [[3, 6], [3, 4, 5]])
+    assert_same_bits(outputs(), before)
+    if quantizer is None:   # the list's tokens are where they were
+        for view in cache:
+            pages = xp.numpy(view.k_cache)[kept].reshape(-1, H, 32)
+            assert_same_bits(pages[:6], xp.numpy(rows(xp, 6, "float16", dim=32)[0]))
+    manager.free_hbm_pages(kept)
+    for sequence in made:
+        sequence.free()
+    assert manager.num_free == 23
+
+
+def test_a_layer_over_these_pages(xp):
+    """QAttn.forward gives the bits it gives over a PagedCache of its own, and pages that do not fit are refused."""
+    layer, manager = Layer(xp), HBMPageManager(metadata(dim=32))
+    cache = PagedAttentionCache.init_cache(None, "float32", manager.metadata, xp=xp.module)
+    x, found = layer.inputs(1, 6), []
+    for pages in (cache.paged_cache(manager), PagedCache(1, PAGES, PS, H, 32, dtype="float32", xp=xp.module)):
+        sequence = pages.pages.sequence()
+        got = layer.attn.forward(xp.array(x), pages.step([sequence], 6), pages, **layer.tables)
+        found.append(xp.numpy(got))
+    assert_same_bits(*found)
+    assert xp.numpy(cache[0].key_pages)[:, 1].any() and not xp.numpy(cache[0].key_pages)[:, 0].any()
+    with pytest.raises(ValueError, match=r"PagedCache.over: k\[0\] must be float32 \[7, 4, 2, 32\] like the first"):
+        cache.paged_cache(HBMPageManager(metadata(pages=7)))
+    with pytest.raises(ValueError, match="Cache view for layer 0 is None"):
+        PagedAttentionCache.init_empty(1).paged_cache(manager)
 
 
 def test_pages_in_the_other_layout(xp):

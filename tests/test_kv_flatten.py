@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 import cupyattn
 from cupyattn import BlockKV, PageTable, QuantizedKV
-from cupyattn.kv.quantized import FLOATS, FORMATS
+from cupyattn.kv.quantized import FORMATS
 from cupyattn.ops.kv_flatten import _plan_kv_flatten
 from cupyattn.reference import kv_codec
 from cupyattn.reference.kv_flatten import kv_flatten as expected
+from cupyattn.runtime.checks import FLOATS
 from cupyattn.runtime.cpu import settings
 
 rng = np.random.default_rng(21)

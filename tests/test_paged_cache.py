@@ -7,6 +7,7 @@ from compare import assert_same_bits
 
 from cupyattn import PagedCache, Params, QuantizedKV, kv_append, paged_decode
 from cupyattn.caches.paged import FORMATS
+from cupyattn.paging.pages import PageManager
 from cupyattn.runtime.arrays import dtype_of
 
 
@@ -31,6 +32,8 @@ def test_formats_and_dtypes():
     assert PagedCache(1, 2, 4, 1, 32, dtype=np.float32).v[0].dtype == np.float32
     assert PagedCache(1, 2, 4, 1, 32, k_format="float16", v_format="int8").v_format == "int8"
     assert PagedCache(1, 2, 4, 1, 32, k_format="fp8_e4m3").k[0].granularity == "token"
+    with pytest.raises(TypeError, match="PagedCache: dtype must be float16, bfloat16, float32, got float64"):
+        PagedCache(1, 2, 4, 1, 32, dtype="float64")
 
 
 def test_scales_known_beforehand():
@@ -65,7 +68,7 @@ def test_to_another_kind_of_array(xp, formats):
     ({"page_size": 0}, "PagedCache: page_size must be an int32 of at least 1, got 0"),
     ({"num_layers": 0}, "num_layers must be"), ({"num_pages": -1}, "num_pages must be"),
     ({"k_format": "int7"}, "k_format must be one of float16, .*hadamard4, got 'int7'"),
-    ({"v_format": "q4"}, "v_format must be one of"), ({"dtype": "float64"}, "dtype must be float16, .* got 'float64'"),
+    ({"v_format": "q4"}, "v_format must be one of"),
     ({"k_format": "float16", "v_format": "float32"}, "v_format must be float16 like k_format or one of"),
     ({"k_format": "hadamard8", "head_dim": 40}, "head_dim must be a multiple of 32 in format hadamard8, got 40"),
     ({"k_format": "int8_channel", "scales": ([None], None)}, "one of k scales for each of the 2 layers, got 1"),
@@ -80,6 +83,30 @@ def test_names():
     import cupyattn
 
     assert cupyattn.caches.PagedCache is cupyattn.PagedCache
+
+
+def test_over_pools_there_are():
+    """Any strides, the pools themselves; what does not fit is named."""
+    pools = [np.zeros((2, 6, 4, 32), np.float16).transpose(1, 2, 0, 3) for _ in range(4)]
+    cache = PagedCache.over(pools[:2], pools[2:], PageManager(6, 4, reserved=[0]))
+    assert repr(cache).startswith("PagedCache(2 layers, 6 pages of 4 tokens, 2 heads of 32, float16, 12288 bytes, 5 p")
+    assert all(a is b for a, b in zip((*cache.k, *cache.v), pools, strict=True))
+    first = cache.pages.sequence()
+    feed(cache, [first], [range(6)])
+    second = first.fork()
+    feed(cache, [second], [[7]])
+    assert (first.pages, second.pages) == ([1, 2], [1, 3]) and np.array_equal(
+        values(cache, second)[:, :6], values(cache, first))
+    int8 = QuantizedKV.empty(6, 4, 2, 32, format="int8")
+    assert PagedCache.over(pools[:1], [int8], cache.pages).v_format == "int8"
+    for k, v, pages, message in (
+            (pools, pools[1:], (6, 4), "k and v must have a pool for each layer, got 4 and 3"),
+            ([], [], (6, 4), "k and v must have a pool for each layer, got 0 and 0"),
+            (pools, pools, (5, 4), r"k\[0\] must be float16 \[5, 4, 2, 32\] like .* got float16 \[6, 4, 2, 32\]"),
+            (pools[:2], [pools[0], int8], (6, 4), r"v\[1\] must be float16 .* got int8"),
+            (pools[:1], [pools[0][:, :, :1]], (6, 4), r"v\[0\] must be .* got float16 \[6, 4, 1, 32\]")):
+        with pytest.raises(ValueError, match=f"PagedCache.over: {message}"):
+            PagedCache.over(k, v, PageManager(*pages))
 
 
 def values(cache, sequence):

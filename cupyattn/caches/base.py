@@ -71,13 +71,8 @@ class Record:
 
     def to(self, xp):
         """The same with its arrays on `xp` (numpy or cupy); itself when they are there."""
-        def moved(array):
-            if isinstance(array, QuantizedKV):
-                return array.to(xp)
-            return to_host(array) if xp is np else xp.asarray(array)
-
         there = [isinstance(array, np.ndarray) == (xp is np) for array in _arrays(self)]
-        return self if all(there) else _mapped(self, moved)
+        return self if all(there) else _mapped(self, lambda held: moved(held, xp))
 
     @property
     def nbytes(self):
@@ -196,18 +191,31 @@ def float_dtype(owner, name, dtype):
     return found
 
 
-def zeros_pool(owner, shape, dtype, quantizer, xp):
-    """Keys or values [pages, page_size, heads, head_dim]: zeros of `dtype`, or a QuantizedKV for activations of it."""
+def zeros_pool(owner, shape, dtype, quantizer, xp, scale=None):
+    """Keys or values [pages, page_size, heads, head_dim] of one layer of any cache: zeros of `dtype`, or a QuantizedKV
+    for activations of it, fp8 without a `scale` with one for each token and head."""
     dtype = float_dtype(owner, "dtype", dtype)
     if quantizer is None:
         return xp.zeros(shape, dtype)
-    granularity = "token" if quantizer.startswith("fp8") else None
-    return QuantizedKV.empty(*shape, format=quantizer, dtype=dtype.name, granularity=granularity, xp=xp)
+    granularity = "token" if scale is None and quantizer.startswith("fp8") else None
+    return QuantizedKV.empty(*shape, format=quantizer, dtype=dtype.name, granularity=granularity, scale=scale, xp=xp)
+
+
+def moved(held, xp):
+    """An array or QuantizedKV on `xp` (numpy or cupy)."""
+    if isinstance(held, QuantizedKV):
+        return held.to(xp)
+    return to_host(held) if xp is np else xp.asarray(held)
 
 
 def is_array(value):
     """Whether it is a NumPy or CuPy array."""
     return isinstance(value, np.ndarray) or hasattr(value, "__cuda_array_interface__")
+
+
+def one_array(held):
+    """One array of what may be a QuantizedKV."""
+    return held.codes if isinstance(held, QuantizedKV) else held
 
 
 def advanced(counts, number):

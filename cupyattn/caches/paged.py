@@ -3,14 +3,15 @@
 
 import numpy as np
 
-from ..kv.formats import FLOATS, check_head_dim
 from ..kv.formats import FORMATS as QUANTIZED
-from ..kv.quantized import QuantizedKV
+from ..kv.formats import check_head_dim
+from ..kv.quantized import kv_side
 from ..ops.page_move import page_move
 from ..paging.pages import PageManager
 from ..params import PagedParams
-from ..runtime.arrays import dtype_of
-from ..runtime.checks import check_number
+from ..runtime.arrays import array_namespace
+from ..runtime.checks import FLOATS, check_number
+from .base import float_dtype, moved, zeros_pool
 
 FORMATS = (*FLOATS, *QUANTIZED)
 
@@ -18,8 +19,8 @@ FORMATS = (*FLOATS, *QUANTIZED)
 class PagedCache:
     """Keys and values of every layer in pools of pages, and who owns which page.
 
-    It knows no lengths: those of a step are in its `Params` or `PagedParams`. Slots nobody has written hold garbage.
-    Sequences that begin alike share pages, see ``pages.sequence``; `step` makes the PagedParams of such.
+    It knows no lengths: those of a step are in its `Params` or `PagedParams`. Sequences that begin alike share pages,
+    see ``pages.sequence``; `step` makes the PagedParams of such. `over` makes a cache of pools there are already.
 
     Parameters
     ----------
@@ -48,8 +49,10 @@ class PagedCache:
 
     Raises
     ------
+    TypeError
+        An unknown dtype.
     ValueError
-        An unknown format or dtype, two plain dtypes that differ, sizes or scales that do not fit.
+        An unknown format, two plain dtypes that differ, sizes or scales that do not fit.
     MemoryError
         There is no room.
 
@@ -76,12 +79,9 @@ class PagedCache:
                  "num_kv_heads": num_kv_heads, "head_dim": head_dim}
         for name, size in sizes.items():
             check_number("PagedCache", name, size, least=0 if name == "num_pages" else 1, integer=True)
-        self.num_layers, self.num_pages, self.page_size = int(num_layers), int(num_pages), int(page_size)
-        self.num_kv_heads, self.head_dim = int(num_kv_heads), int(head_dim)
-        self.dtype, self.xp = _dtype_name(dtype), xp
-        self.k_format = self.dtype if k_format is None else k_format
-        self.v_format = self.k_format if v_format is None else v_format
-        formats = self.k_format, self.v_format
+        dtype = float_dtype("PagedCache", "dtype", dtype).name
+        k_format = dtype if k_format is None else k_format
+        formats = k_format, k_format if v_format is None else v_format
         for name, format in zip(("k_format", "v_format"), formats, strict=True):
             if format not in FORMATS:
                 raise ValueError(f"PagedCache: {name} must be one of {', '.join(FORMATS)}, got {format!r}")
@@ -90,10 +90,42 @@ class PagedCache:
         if formats[0] != formats[1] and all(format in FLOATS for format in formats):
             raise ValueError(f"PagedCache: v_format must be {formats[0]} like k_format or one of "
                              f"{', '.join(QUANTIZED)}, got {formats[1]}")
-        self.k, self.v = (
-            [self._pool(format, scale) for scale in self._scales(name, given)]
-            for name, format, given in zip(("k scales", "v scales"), formats, scales or (None, None), strict=True))
-        self.pages = PageManager(num_pages, page_size)
+        num_layers, *shape = map(int, sizes.values())
+        pools = [[_pool(shape, dtype, format, scale, xp) for scale in _scales(name, given, num_layers)]
+                 for name, format, given in zip(("k scales", "v scales"), formats, scales or (None, None), strict=True)]
+        self._hold("PagedCache", *pools, PageManager(num_pages, page_size))
+
+    @classmethod
+    def over(cls, k, v, pages):
+        """A cache of pools and pages there are already; nothing is copied.
+
+        Parameters
+        ----------
+        k, v : list of ndarray or QuantizedKV [num_pages, page_size, num_kv_heads, head_dim]
+            One for each layer. Any strides that `page_move` takes.
+        pages : PageManager
+            Of as many pages of as many tokens.
+        """
+        cache = object.__new__(cls)
+        cache._hold("PagedCache.over", list(k), list(v), pages)
+        return cache
+
+    def _hold(self, name, k, v, pages):
+        """Everything there is to know, from pools that fit each other and the pages."""
+        if not k or len(k) != len(v):
+            raise ValueError(f"{name}: k and v must have a pool for each layer, got {len(k)} and {len(v)}")
+        sides = {f"{side}[{n}]": kv_side(name, f"{side}[{n}]", pool)
+                 for side, pools in (("k", k), ("v", v)) for n, pool in enumerate(pools)}
+        shape = pages.num_pages, pages.page_size, *sides["k[0]"].shape[2:]
+        for at, side in sides.items():
+            wanted = sides[f"{at[0]}[0]"].format, shape
+            if (side.format, side.shape) != wanted:
+                raise ValueError(f"{name}: {at} must be {wanted[0]} {list(shape)} like the first one and the pages, "
+                                 f"got {side.format} {list(side.shape)}")
+        self.k, self.v, self.pages, self.num_layers = k, v, pages, len(k)
+        self.num_pages, self.page_size, self.num_kv_heads, self.head_dim = shape
+        self.k_format, self.v_format = (sides[at].format for at in ("k[0]", "v[0]"))
+        self.xp = array_namespace(name, **{at: array for side in sides.values() for at, array in side.arrays.items()})
 
     @classmethod
     def contiguous(cls, num_layers, batch_size, max_seq_len, num_kv_heads, head_dim, **options):
@@ -109,26 +141,6 @@ class PagedCache:
         cache = cls(num_layers, batch_size, max_seq_len, num_kv_heads, head_dim, **options)
         cache.pages.allocate(cache.num_pages)
         return cache
-
-    def _scales(self, name, given):
-        """A scale, or None, for each layer."""
-        if given is None:
-            return [None] * self.num_layers
-        if len(given) != self.num_layers:
-            raise ValueError(f"PagedCache: scales must hold one of {name} for each of the {self.num_layers} layers, "
-                             f"got {len(given)}")
-        return given
-
-    def _pool(self, format, scale):
-        """Keys or values of one layer."""
-        shape = self.num_pages, self.page_size, self.num_kv_heads, self.head_dim
-        if format in FLOATS:
-            if scale is not None:
-                raise ValueError(f"PagedCache: scales must be None for {format}, got an array")
-            return self.xp.empty(shape, dtype_of(format))
-        granularity = "token" if scale is None and format.startswith("fp8") else None
-        return QuantizedKV.empty(*shape, format=format, dtype=self.dtype, granularity=granularity, scale=scale,
-                                 xp=self.xp)
 
     @property
     def nbytes(self):
@@ -234,12 +246,7 @@ class PagedCache:
         """This cache with its pools on `xp` (numpy or cupy); itself when they are there. Both share `pages`."""
         if xp is self.xp:
             return self
-        move = self.xp.asnumpy if xp is np else xp.asarray
-        other = object.__new__(PagedCache)
-        other.__dict__.update(self.__dict__, xp=xp)
-        other.k, other.v = ([pool.to(xp) if isinstance(pool, QuantizedKV) else move(pool) for pool in pools]
-                            for pools in (self.k, self.v))
-        return other
+        return PagedCache.over(*([moved(pool, xp) for pool in pools] for pools in (self.k, self.v)), self.pages)
 
     def __repr__(self):
         format = self.k_format if self.k_format == self.v_format else f"{self.k_format}/{self.v_format}"
@@ -248,9 +255,20 @@ class PagedCache:
                 f"{self.pages.num_free} pages free)")
 
 
-def _dtype_name(dtype):
-    """Name of a plain dtype."""
-    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
-    if name not in FLOATS:
-        raise ValueError(f"PagedCache: dtype must be {', '.join(FLOATS)}, got {name!r}")
-    return name
+def _scales(name, given, num_layers):
+    """A scale, or None, for each layer."""
+    if given is None:
+        return [None] * num_layers
+    if len(given) != num_layers:
+        raise ValueError(f"PagedCache: scales must hold one of {name} for each of the {num_layers} layers, got "
+                         f"{len(given)}")
+    return given
+
+
+def _pool(shape, dtype, format, scale, xp):
+    """Keys or values of one layer."""
+    if format in QUANTIZED:
+        return zeros_pool("PagedCache", shape, dtype, format, xp, scale)
+    if scale is not None:
+        raise ValueError(f"PagedCache: scales must be None for {format}, got an array")
+    return zeros_pool("PagedCache", shape, format, None, xp)

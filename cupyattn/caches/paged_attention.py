@@ -10,8 +10,9 @@ from ..kv.quantized import QuantizedKV
 from ..ops.kv_append import kv_append
 from ..runtime.arrays import array_namespace
 from ..runtime.checks import check_shape
-from .base import Cache, Record, View, check_given, check_quantizer, is_array, zeros_pool
+from .base import Cache, Record, View, check_given, check_quantizer, is_array, one_array, zeros_pool
 from .hbm_pages import PagedAttentionCacheMetaData
+from .paged import PagedCache
 from .paged_step import step_of
 
 ABSENT = 1_000_000   # what stands, as an array without axes, where a step has no prefill or no decodes
@@ -170,7 +171,7 @@ class PagedAttentionCacheView(View):
         if metadata.is_decode_mode():
             raise ValueError(f"{name}: metadata must have a prefill, got none")
         lengths = {"prefill_length": length} if is_array(length) else {}
-        array_namespace(name, key_pages=_an_array(self.key_pages), key=key, value=value, prefill_position=position,
+        array_namespace(name, key_pages=one_array(self.key_pages), key=key, value=value, prefill_position=position,
                         prefill_page_table=table, **lengths)
         check_shape(name, "prefill_position", position, key.shape[:1], "[chunk]")
         step = step_of(name, metadata, self, "prefill")
@@ -202,7 +203,7 @@ class PagedAttentionCacheView(View):
         position, table = metadata.decodes_position, metadata.decodes_page_table
         if metadata.is_prefill_mode():
             raise ValueError(f"{name}: metadata must have decodes, got none")
-        array_namespace(name, key_pages=_an_array(self.key_pages), key=key, value=value, decodes_position=position,
+        array_namespace(name, key_pages=one_array(self.key_pages), key=key, value=value, decodes_position=position,
                         decodes_page_table=table)
         check_shape(name, "decodes_position", position, key.shape[:1], "[batch]")
         step = step_of(name, metadata, self, "decodes")
@@ -251,6 +252,24 @@ class PagedAttentionCache(Cache):
         return cls([PagedAttentionCacheView.init(mesh, dtype, metadata, layer, partition_manager, quantizer, xp=xp)
                     for layer in range(metadata.num_hidden_layers)])
 
+    def paged_cache(self, manager):
+        """These pages as a `PagedCache`, whose other methods, and `QAttn.forward`, then work on them.
+
+        Its `step` makes room for sequences of ``manager.pages``, which share what they begin with, and its `defragment`
+        gives them pages in a row. Page 0 and pages held as lists stay where they are.
+
+        Parameters
+        ----------
+        manager : HBMPageManager
+
+        Returns
+        -------
+        PagedCache
+            Over the arrays the views have now.
+        """
+        views = [self.view_of(layer) for layer in range(len(self))]
+        return PagedCache.over([view.k_cache for view in views], [view.v_cache for view in views], manager.pages)
+
     @classmethod
     def init_empty(cls, num_hidden_layers=0, *args, **kwargs):
         """A cache of layers that have no view yet; EasyDeL takes any arguments here and returns None."""
@@ -264,11 +283,6 @@ def _axes(array):
 
 def _absent(xp):
     return xp.full((), ABSENT, np.int32)
-
-
-def _an_array(pages):
-    """One array of what may be a QuantizedKV."""
-    return pages.codes if isinstance(pages, QuantizedKV) else pages
 
 
 def _as_cache(pages):

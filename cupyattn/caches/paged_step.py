@@ -11,7 +11,7 @@ from ..runtime.arrays import array_namespace
 from ..runtime.capturing import tape
 from ..runtime.checks import check_array, check_shape
 from ..runtime.structs import address
-from .base import is_array
+from .base import is_array, one_array
 
 
 def step_of(name, metadata, view, call):
@@ -22,7 +22,7 @@ def step_of(name, metadata, view, call):
     another stream, and in NumPy arrays other contents.
     """
     cache = view.k_cache
-    codes = getattr(cache, "codes", cache)
+    codes = one_array(cache)
     xp = array_namespace(name, key_pages=codes)
     sizes, where = cache.shape[:2], _where(xp)
     step, call = metadata._step, (call, address(codes))

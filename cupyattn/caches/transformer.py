@@ -400,7 +400,4 @@ def _check_slot(op, slot, count, batch):
 
 def _parts(cache):
     """The arrays [batch, sequence_length, ...] of keys or values, with names."""
-    if not isinstance(cache, QuantizedKV):
-        return [("array", cache)]
-    by_token = cache.granularity in ("token", "group")
-    return [(name, array) for name, array in cache.arrays.items() if name == "codes" or by_token]
+    return cache.arrays_in_pages.items() if isinstance(cache, QuantizedKV) else [("array", cache)]

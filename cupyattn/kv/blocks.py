@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..runtime.arrays import dtype_name
+from ..runtime.checks import FLOATS
 from ..runtime.plan import CUDA_TYPES
-from .formats import FLOATS, FORMATS, NO_SCALE, PLAIN_TAGS, check_head_dim, scale_shape
+from .formats import FORMATS, NO_SCALE, PLAIN_TAGS, check_head_dim, scale_shape
 
 
 class BlockLayer(NamedTuple):

@@ -3,9 +3,9 @@
 
 from typing import NamedTuple
 
+from ..runtime.checks import FLOATS
 from ..runtime.plan import CUDA_TYPES
 
-FLOATS = ("float16", "bfloat16", "float32")
 PLAIN_TAGS = {name: f"KvPlain<{CUDA_TYPES[name]}>" for name in FLOATS}   # C++ types of arrays' rows
 _FP8_DTYPES = {"fp8_e4m3": ("uint8", "float8_e4m3fn"), "fp8_e5m2": ("uint8", "float8_e5m2")}
 

@@ -7,12 +7,12 @@ from typing import NamedTuple
 import numpy as np
 
 from ..runtime.arrays import alignment, array_namespace, dtype_name, dtype_of, strides
-from ..runtime.checks import check_array
+from ..runtime.checks import FLOATS, check_array
 from ..runtime.plan import CUDA_TYPES
 from .blocks import BlockKV, BlockLayer
-from .formats import FLOATS, FORMATS, NO_SCALE, PLAIN_TAGS, check_format, check_head_dim, scale_shape
+from .formats import FORMATS, NO_SCALE, PLAIN_TAGS, check_format, check_head_dim, scale_shape
 
-__all__ = ["FLOATS", "FORMATS", "PLAIN_TAGS", "BlockKV", "BlockLayer", "KvSide", "QuantizedKV", "kv_side"]
+__all__ = ["FORMATS", "PLAIN_TAGS", "BlockKV", "BlockLayer", "KvSide", "QuantizedKV", "kv_side"]
 
 
 class KvSide(NamedTuple):
@@ -212,6 +212,11 @@ class QuantizedKV:
         """The arrays behind the object, by name."""
         found = {"codes": self.codes, "scale": self.scale, "zero": self.zero}
         return {name: array for name, array in found.items() if array is not None}
+
+    @property
+    def arrays_in_pages(self):
+        """Those of `arrays` that are [pages, page_size, ...]: scales that all pages share are not."""
+        return self.arrays if self.granularity in ("token", "group") else {"codes": self.codes}
 
     def view(self):
         """Fields of KvView and of KvScale.

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import PagedCache, QAttn, embedding, page_move, quant_gemm, rms_norm, runtime, silu_mul
-from ..kv.formats import FLOATS, FORMATS
+from ..kv.formats import FORMATS
 from ..runtime.arrays import dtype_of
+from ..runtime.checks import FLOATS
 from .config import config_from, config_from_hugging_face
 from .gguf import GGUF, ModelError
 from .weights import Weights, random_tensors

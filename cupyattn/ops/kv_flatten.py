@@ -7,11 +7,12 @@ import itertools
 import numpy as np
 
 from ..devices import to_host
-from ..kv.quantized import FLOATS, FORMATS, PLAIN_TAGS, BlockKV, kv_side
+from ..kv.quantized import FORMATS, PLAIN_TAGS, BlockKV, kv_side
 from ..paging.table import PageTable
 from ..runtime import Plan, Specialisation, arch_of, env, launch, make_args
 from ..runtime.arrays import alignment, array_namespace, dtype_name, dtype_of, head_view, strides
 from ..runtime.checks import (
+    FLOATS,
     check_array,
     check_dtype,
     check_element_strides,

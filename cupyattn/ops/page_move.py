@@ -74,7 +74,7 @@ def _plan_page_move(moves, pools, page_bytes, width, arch):
 
 
 def _arrays(pools):
-    """Name of the argument -> array, for all that is in pages: scales shared by all pages are not."""
+    """Name of the argument -> array, for all that is in pages."""
     found = {}
     several = isinstance(pools, list | tuple)
     for i, pool in enumerate(pools if several else [pools]):
@@ -84,8 +84,7 @@ def _arrays(pools):
         if not isinstance(pool, QuantizedKV):
             found[name] = pool
             continue
-        in_pages = pool.arrays if pool.granularity in ("token", "group") else {"codes": pool.codes}
-        found |= {f"{name}.{part}": array for part, array in in_pages.items()}
+        found |= {f"{name}.{part}": array for part, array in pool.arrays_in_pages.items()}
     return found
 
 
