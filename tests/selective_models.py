@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs of selective state space models, whose outputs and states are about 1."""
+"""Inputs of selective state space models, whose outputs and states are about 1, and the check of their prefill."""
 
 from dataclasses import dataclass
 
 import numpy as np
-from compare import dtype_of, poison
+from compare import assert_same_bits, dtype_of, poison
 
+import cupyattn
+from cupyattn.reference.selective_scan import selective_scan as reference
+
+BY_ROW = ("x", "dt", "B", "C", "z")
 BOUNDS = {"float32": (2e-6, 2e-6), "float16": (1e-3, 2.0**-11), "bfloat16": (4e-3, 2.0**-8)}   # atol, rtol
 
 
@@ -53,3 +57,29 @@ class Model:
         shape = (len(used), *self.dims, self.states)
         pool[used] = np.random.default_rng(self.seed + 1).standard_normal(shape).astype(pool.dtype)
         return pool
+
+
+def check_scan(xp, model, lengths, slots, has_state, more_rows=0, *, compare, compare_states, **options):
+    """`selective_scan` against float64: rows of no sequence and unused slots are not read, other slots not written."""
+    starts = np.cumsum([0, *lengths]).astype(np.int32)
+    inputs = model.inputs(int(starts[-1]) + more_rows)
+    unused = np.ones(len(inputs["x"]), bool)
+    for b in np.flatnonzero(slots >= 0):
+        unused[starts[b]:starts[b + 1]] = False
+    for name in BY_ROW:
+        if inputs[name] is not None:
+            inputs[name][unused] = np.nan
+    state = model.pool(int(slots.max(initial=0)) + 2, slots[has_state])
+    options = {**options, "cu_seqlens": starts, "slots": slots, "has_state": has_state}
+    want_state = state.astype(np.float32)
+    want = reference(**inputs, state=want_state, dt_softplus=True,
+                     **{k: v for k, v in options.items() if k != "chunk_size"})
+    pool = xp.array(state)
+    on_device = {k: xp.array(v) if isinstance(v, np.ndarray) else v for k, v in {**inputs, **options}.items()}
+    got = cupyattn.selective_scan(**on_device, state=pool, dt_softplus=True, out=poison(xp.array(inputs["x"])))
+    assert got.dtype == inputs["x"].dtype and isinstance(got, xp.module.ndarray)
+    compare(xp.numpy(got), want)
+    ended = slots[(slots >= 0) & (np.diff(starts) > 0)]
+    others = np.setdiff1d(np.arange(len(state)), ended)
+    compare_states(xp.numpy(pool)[ended], want_state[ended].astype(np.float64))
+    assert_same_bits(xp.numpy(pool)[others], state[others])

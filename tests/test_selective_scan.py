@@ -2,11 +2,11 @@
 import numpy as np
 import nvrtc
 import pytest
-from compare import assert_close, assert_same_bits, poison
+from compare import assert_close, assert_same_bits
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from selective_models import BOUNDS, Model
+from selective_models import BOUNDS, BY_ROW, Model, check_scan
 
 import cupyattn
 from cupyattn.ops import selective_scan as module
@@ -14,8 +14,6 @@ from cupyattn.ops.selective_scan import CORE, _dual_bytes, _plan_carry, _plan_se
 from cupyattn.reference.selective_scan import selective_scan as reference
 from cupyattn.runtime import cuda
 from cupyattn.runtime.cpu import counters, settings
-
-BY_ROW = ("x", "dt", "B", "C", "z")
 
 
 def _compare(got, want, dtype="float32"):
@@ -32,29 +30,9 @@ def _whole_rates(inputs, model):
                                                                 (*model.dims, model.states)))}
 
 
-def _check(xp, model, lengths, slots, has_state, more_rows=0, **options):
-    starts = np.cumsum([0, *lengths]).astype(np.int32)
-    inputs = model.inputs(int(starts[-1]) + more_rows)
-    unused = np.ones(len(inputs["x"]), bool)
-    for b in np.flatnonzero(slots >= 0):
-        unused[starts[b]:starts[b + 1]] = False
-    for name in BY_ROW:
-        if inputs[name] is not None:
-            inputs[name][unused] = np.nan
-    state = model.pool(int(slots.max(initial=0)) + 2, slots[has_state])
-    options = {**options, "cu_seqlens": starts, "slots": slots, "has_state": has_state}
-    want_state = state.copy()
-    want = reference(**inputs, state=want_state, dt_softplus=True,
-                     **{k: v for k, v in options.items() if k != "chunk_size"})
-    pool = xp.array(state)
-    on_device = {k: xp.array(v) if isinstance(v, np.ndarray) else v for k, v in {**inputs, **options}.items()}
-    got = cupyattn.selective_scan(**on_device, state=pool, dt_softplus=True, out=poison(xp.array(inputs["x"])))
-    assert got.dtype == inputs["x"].dtype and isinstance(got, xp.module.ndarray)
-    _compare(xp.numpy(got), want, model.dtype)
-    ended = slots[(slots >= 0) & (np.diff(starts) > 0)]
-    others = np.setdiff1d(np.arange(len(state)), ended)
-    _compare(xp.numpy(pool)[ended], want_state[ended].astype(np.float64), model.state_dtype)
-    assert_same_bits(xp.numpy(pool)[others], state[others])
+def _check(xp, model, *args, **options):
+    check_scan(xp, model, *args, **options, compare=lambda got, want: _compare(got, want, model.dtype),
+               compare_states=lambda got, want: _compare(got, want, model.state_dtype))
 
 
 LENGTHS, SLOTS = [3, 0, 150, 1, 40, 64, 33], np.int32([6, 3, 1, 0, -7, 4, 2])

@@ -3,8 +3,8 @@
 
 import numpy as np
 import pytest
-from compare import assert_close, assert_same_bits, poison
-from selective_models import BOUNDS, Model
+from compare import assert_close, assert_same_bits
+from selective_models import BOUNDS, BY_ROW, Model, check_scan
 
 import cupyattn
 from cupyattn.ops import selective_scan as module
@@ -12,7 +12,6 @@ from cupyattn.ops.selective_scan import _plan_selective_scan
 from cupyattn.reference.selective_scan import selective_scan as reference
 from cupyattn.runtime.cpu import counters, settings
 
-BY_ROW = ("x", "dt", "B", "C", "z")
 # of float32 states: what two 16-bit numbers hold of the factors
 STATE_BOUNDS = {"float16": (2e-6, 2e-6), "bfloat16": (3e-5, 2e-5)}
 LENGTHS, SLOTS = [3, 0, 150, 1, 40, 64, 129], np.int32([6, 3, 1, 0, -7, 4, 2])
@@ -45,30 +44,9 @@ def _compare_states(got, want, model):
     _compare(got, want.astype(np.float64), bounds)
 
 
-def _check(xp, model, lengths, slots, has_state, more_rows=0, **options):
-    """Against float64: rows of no sequence and unused slots are not read, other slots not written."""
-    starts = np.cumsum([0, *lengths]).astype(np.int32)
-    inputs = model.inputs(int(starts[-1]) + more_rows)
-    unused = np.ones(len(inputs["x"]), bool)
-    for b in np.flatnonzero(slots >= 0):
-        unused[starts[b]:starts[b + 1]] = False
-    for name in BY_ROW:
-        if inputs[name] is not None:
-            inputs[name][unused] = np.nan
-    state = model.pool(int(slots.max(initial=0)) + 2, slots[has_state])
-    options = {**options, "cu_seqlens": starts, "slots": slots, "has_state": has_state}
-    want_state = state.astype(np.float32)
-    want = reference(**inputs, state=want_state, dt_softplus=True,
-                     **{k: v for k, v in options.items() if k != "chunk_size"})
-    pool = xp.array(state)
-    on_device = {k: xp.array(v) if isinstance(v, np.ndarray) else v for k, v in {**inputs, **options}.items()}
-    got = cupyattn.selective_scan(**on_device, state=pool, dt_softplus=True, out=poison(xp.array(inputs["x"])))
-    assert got.dtype == inputs["x"].dtype and isinstance(got, xp.module.ndarray)
-    _compare(xp.numpy(got), want, BOUNDS[model.dtype])
-    ended = slots[(slots >= 0) & (np.diff(starts) > 0)]
-    others = np.setdiff1d(np.arange(len(state)), ended)
-    _compare_states(xp.numpy(pool)[ended], want_state[ended], model)
-    assert_same_bits(xp.numpy(pool)[others], state[others])
+def _check(xp, model, *args, **options):
+    check_scan(xp, model, *args, **options, compare=lambda got, want: _compare(got, want, BOUNDS[model.dtype]),
+               compare_states=lambda got, want: _compare_states(got, want, model))
 
 
 @pytest.mark.parametrize("chunk_size", [32, 128])
