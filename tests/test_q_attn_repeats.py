@@ -12,7 +12,7 @@ import pytest
 from attention_layers import Layer
 from compare import assert_same_bits
 from conftest import NumpyArrays
-from test_q_attn_steps import PAGE_TABLE, device_of, filled, put, refill
+from test_q_attn_steps import PAGE_TABLE, check_in_threads, device_of, filled, put, refill
 
 import cupyattn
 from cupyattn import PagedParams, QAttn, runtime
@@ -502,11 +502,7 @@ def test_threads_share_params(monkeypatch):
             found.append(x.copy())
         return found
 
-    want = [work(rows)[0] for rows in inputs]
-    with ThreadPoolExecutor(4) as pool:
-        for found, right in zip(pool.map(work, inputs), want, strict=True):
-            for x in found:
-                assert_same_bits(x, right)
+    check_in_threads(work, inputs)
 
 
 def test_threads_and_streams_share_no_schedule():
