@@ -6,7 +6,6 @@
 
 import contextlib
 import sys
-import threading
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from .errors import CaptureError
 from .runtime import arch_of, cpu, env
 from .runtime.bound import in_order
 from .runtime.capturing import taping
-from .runtime.launch import is_watched, take_blocks
+from .runtime.launch import is_watched, scratch_owner, take_blocks
 from .runtime.structs import address
 
 
@@ -275,11 +274,7 @@ class BoundSteps:
         if is_watched() or env.check() or env.debug() >= 2:
             return prepare()()
         xp = self._xp
-        if xp is np:
-            around = cpu.current_settings()
-        else:
-            around = xp.cuda.runtime.getDevice(), xp.cuda.get_current_stream().ptr
-        key = key, around, threading.get_ident()   # workspaces are a thread's own, on a GPU a stream's
+        key = key, cpu.current_settings() if xp is np else None, scratch_owner(xp)
         known = self._steps.get(key, ())
         if known == ():
             result = prepare()()

@@ -3,13 +3,13 @@
 
 import weakref
 from functools import cached_property
-from threading import get_ident
 
 import numpy as np
 
 from ..runtime.arrays import array_namespace
 from ..runtime.capturing import tape
 from ..runtime.checks import check_array, check_shape
+from ..runtime.launch import scratch_owner
 from ..runtime.structs import address
 from .base import is_array, one_array
 
@@ -34,16 +34,13 @@ def step_of(name, metadata, view, call):
 
 
 def _where(xp):
-    """What else must be the same for arrays to be shared: thread, and on a GPU device, stream and capture under way.
-
-    Work lists count what launches have done, and launches of two threads overlap.
-    """
-    if xp is np:
-        return get_ident(), None, None, None
-    stream, capture = xp.cuda.get_current_stream(), None
-    if stream.is_capturing():   # what a graph does not make itself would be old in its replays
+    """What else must be the same for arrays to be shared: whose launches count in work lists, and on a GPU the capture
+    under way."""
+    capture = None
+    if xp is not np and xp.cuda.get_current_stream().is_capturing():
+        # what a graph does not make itself would be old in its replays
         capture = object() if tape() is None else weakref.ref(tape())
-    return get_ident(), xp.cuda.runtime.getDevice(), stream.ptr, capture
+    return scratch_owner(xp), capture
 
 
 class PagedStep:

@@ -4,7 +4,6 @@
 `prepare` checks a call and decides all of it before anything is written; `attend` launches it.
 """
 
-from threading import get_ident
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +18,7 @@ from ..ops.schedule import Schedule, schedule
 from ..runtime.arrays import array_namespace
 from ..runtime.capturing import tape
 from ..runtime.checks import check_array, check_flag
+from ..runtime.launch import scratch_owner
 from .buffers import row_numbers
 from .step import OP, Step, block_borders
 
@@ -151,9 +151,8 @@ def _facts(attn, step, cache, options):
 def _schedule_of_step(attn, step, cache, blocks, options):
     """The Schedule of the step's first lengths, or of `blocks`; kept for other layers and calls."""
     facts, decode = _facts(attn, step, cache, options), _decodes(step, cache, options)
-    # launches count in it, and those of two threads or streams overlap
-    where = get_ident(), None if attn.xp is np else attn.xp.cuda.get_current_stream().ptr
-    key = where, decode, None if blocks is None else blocks.tobytes(), *facts.values()
+    # launches count in it
+    key = scratch_owner(attn.xp), decode, None if blocks is None else blocks.tobytes(), *facts.values()
     found = step.schedules.get(key)
     if found is None:
         lengths, queries = step.after_host, {"q_len": step.q_len}

@@ -231,14 +231,20 @@ def take_blocks(xp, stream):
     return [block for key in list(_gpu_workspaces) if key[1:3] == of_stream for block in _gpu_workspaces.pop(key)]
 
 
+def scratch_owner(xp):
+    """(device, stream, thread) whose scratch and counters launches from here use, which those of others overlap."""
+    if xp is np:
+        return None, None, threading.get_ident()
+    return xp.cuda.runtime.getDevice(), xp.cuda.get_current_stream().ptr, threading.get_ident()
+
+
 def _block(xp, use, nbytes):
     """uint8 block of at least `nbytes` of this thread, on a GPU of this device and stream; zeroed when it is made."""
     if xp is np:
         blocks = _host_workspaces.__dict__.setdefault(use, [])
     else:
         stream = xp.cuda.get_current_stream()
-        key = use, xp.cuda.runtime.getDevice(), stream.ptr, threading.get_ident()
-        blocks = _gpu_workspaces.setdefault(key, [])
+        blocks = _gpu_workspaces.setdefault((use, *scratch_owner(xp)), [])
     if not blocks or blocks[-1].size < nbytes:
         size = 1 << max(16, (nbytes - 1).bit_length())
         if xp is np:
